@@ -1,0 +1,58 @@
+# make demo | test | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+DEMO ?= demo
+PYTEST ?=
+
+.PHONY: demo test lint format clean help
+
+help:
+	@echo "make demo     quantize the embedded model with every method and show the comparison"
+	@echo "make test     run the tests (PYTEST='-k gptq' passes options)"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   ruff format"
+	@echo "make clean    remove .venv, caches and the demo's results"
+
+demo: $(VENV)/.run
+	$(BIN)/python -m ptqbench sweep demo --runs-dir $(DEMO)/runs
+	@$(BIN)/python -m ptqbench table demo --runs-dir $(DEMO)/runs --picture $(DEMO)/comparison.png
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "ptqbench needs Python 3.11, 3.12 or 3.13 on PATH; or say make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: where it comes from differs between machines, and nothing else may choose its version
+$(VENV)/.torch: $(BIN)/python constraints.txt
+	@echo "installing torch into $(VENV) ..."
+	@$(PIP) torch
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	@echo "installing ptqbench into $(VENV) (3 to 4 minutes the first time) ..."
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "installing the development tools into $(VENV) ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,153 @@
+"""Hydra: compose configurations, and the Hydra side of the command line. The only importer of hydra (beside its plugins).
+
+Hydra ends here: what leaves is a validated ``RunSpec``. Hydra's own errors are rewritten as one line with the nearest valid
+name. ``method`` is absent from the primary defaults list, so that ``+method=x`` works; the plus is added where it is missing,
+and flags may stand anywhere on the line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Any
+
+from ptqbench.confdir import conf_folder, group_names
+from ptqbench.errors import ConfigError, PtqbenchError
+from ptqbench.resolve import resolve
+from ptqbench.spec import RunSpec, nearest
+from ptqbench.sweep import Sweep, expand, overrides
+
+VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--info", "-i")
+
+
+def rewrite(arguments: list[str]) -> list[str]:
+    """Put flags first and write ``method=x`` as ``+method=x``, as Hydra 1.3 needs both.
+
+    >>> rewrite(["method=gptq", "-m", "seed=0,1"])
+    ['-m', '+method=gptq', 'seed=0,1']
+    """
+    flags: list[str] = []
+    words: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        if word.startswith("-"):
+            flags.append(word)
+            if word in VALUE_FLAGS:
+                flags += [value for value in [next(rest, None)] if value is not None]
+        else:
+            words.append("+" + word if word.startswith("method=") else word)
+    return flags + words
+
+
+def compose_cell(words: list[str]) -> RunSpec:
+    """Compose and validate one cell from override words, e.g. ``["+method=gptq", "model=tiny"]``.
+
+    Raises:
+        ConfigError: As ``resolve``; also whatever Hydra objects to.
+    """
+    return resolve(compose_data(words))
+
+
+def compose_data(words: list[str]) -> dict[str, Any]:
+    """Compose overrides to plain data, unvalidated."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    _require_method(words)
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="ptqbench"):
+            data = OmegaConf.to_container(hydra.compose("config", rewrite(words)), resolve=True)
+    except PtqbenchError:
+        raise
+    except Exception as error:  # hydra and omegaconf raise a dozen types, all of them about the request
+        raise ConfigError(one_line(error, words)) from None
+    assert isinstance(data, dict)
+    return data  # type: ignore[return-value]
+
+
+def run_hydra(arguments: list[str]) -> int:
+    """Run a Hydra command line: one cell, a multirun, or Hydra's own ``--cfg`` and ``--info``."""
+    import hydra
+    from omegaconf import DictConfig, OmegaConf
+
+    from ptqbench.foreground import Session
+
+    arguments = rewrite(arguments)
+    words = [word for word in arguments if not word.startswith("-")]
+    _require_method(words, arguments)
+    session = Session(many=any(flag in arguments for flag in ("-m", "--multirun")))
+    stopped: list[PtqbenchError] = []
+
+    @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
+    def task(config: DictConfig) -> None:
+        try:
+            session.run(resolve(OmegaConf.to_container(config, resolve=True)))  # type: ignore[arg-type]
+        except PtqbenchError as error:  # kept from Hydra, which would print the whole command line before it
+            stopped.append(error)
+            if session.many:
+                session.refuse(error)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they can be shown as one line
+    before, sys.argv = sys.argv, ["ptqbench", *arguments]
+    try:
+        task()
+    except PtqbenchError:
+        raise
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except Exception as error:  # as in compose_data
+        raise ConfigError(one_line(error, words)) from None
+    finally:
+        sys.argv = before
+    if stopped and not session.many:
+        raise stopped[0]
+    return session.finish()
+
+
+def _require_method(words: list[str], arguments: list[str] | None = None) -> None:
+    hydra_only = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--help", "-sc", "--shell-completion"}
+    if arguments is not None and hydra_only & set(arguments):
+        return
+    if not any(re.match(r"\+*method=", word) for word in words):
+        raise ConfigError(f"no method given: say +method=NAME; known: {', '.join(group_names('method'))}")
+
+
+def one_line(error: Exception, words: list[str]) -> str:
+    """Rewrite an error of Hydra or OmegaConf as one line that names the nearest valid word."""
+    text = " ".join(str(error).split())
+    missing_choice = re.search(r"Could not find '([^']+)'", text)
+    if missing_choice:
+        group, _, name = missing_choice[1].rpartition("/")
+        return f"unknown {group or 'configuration'} {name!r}; {nearest(name, group_names(group))}"
+    override = re.search(r"Could not override '([^']+)'|Error merging override ([^\s]+)", text)
+    bad_key = re.search(r"Key '([^']+)' (?:is not in struct|not in)", text)
+    if bad_key:
+        full = re.search(r"full_key: (\S+)", text)
+        place = full[1] if full else (override[1] or override[2] if override else bad_key[1])
+        return f"unknown key {place!r}; {nearest(bad_key[1], _siblings(place, words))}"
+    if override and "No match in the defaults list" in text or (override and "Did you mean" in text):
+        groups = sorted(path.relative_to(conf_folder()).as_posix() for path in conf_folder().rglob("*") if path.is_dir())
+        return f"unknown group {override[1]!r}; {nearest(str(override[1]), groups)}"
+    return f"{text.removesuffix('.')} (in: {' '.join(words)})"
+
+
+def _siblings(place: str, words: list[str]) -> list[str]:
+    """Keys that exist beside a mistyped one, from the configuration without the override that names it."""
+    parent = place.rpartition(".")[0]
+    kept = [word for word in words if place.split("=")[0] not in word]
+    try:
+        node: Any = compose_data(kept)
+        for part in parent.split(".") if parent else []:
+            node = node[part]
+        return sorted(map(str, node))
+    except (PtqbenchError, KeyError, TypeError):
+        return []
+
+
+
+def cells(sweep: Sweep, extra: list[str]) -> list[RunSpec]:
+    """Compose every cell of a sweep, with extra overrides for all of them, in the sweep's order."""
+    return [compose_cell(overrides(sweep, point) + extra) for point in expand(sweep)]

@@ -1,0 +1,1 @@
+"""Calibration and evaluation texts: the embedded corpus, local files and hub data sets."""

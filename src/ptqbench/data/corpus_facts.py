@@ -1,0 +1,135 @@
+"""Stories about the fixed facts of the world: animals, objects, materials and the lives of people."""
+
+from __future__ import annotations
+
+from ptqbench.data import corpus_words as words
+from ptqbench.data.corpus_stories import (
+    Story,
+    a,
+    carries,
+    cast,
+    coloured,
+    compares,
+    counts,
+    day,
+    directions,
+    family,
+    gives,
+    lies,
+    moves,
+    pays,
+    tell,
+    wears,
+)
+from ptqbench.data.corpus_world import Draw, Person, world
+
+_ANIMAL_SAYS = {
+    "food": "the food of the {} is {}",
+    "home": "the home of the {} is the {}",
+    "sound": "it is known that the {} {}",
+    "young": "the young of the {} is the {}",
+    "colour": "the usual {} is {}",
+}
+_OBJECT_SAYS = {
+    "material": "the {} is made of {}",
+    "use": "the {} is there to {}",
+    "room": "the {} is kept in the {}",
+}
+_DAMAGE = {
+    "drop": "{} dropped the {}, and it {}",
+    "water": "{} put the {} into the water, where it {}",
+    "fire": "{} left the {} by the fire, where it {}",
+}
+
+
+def _column(table: dict[str, dict[str, str]], relation: str) -> list[str]:
+    return sorted({row[relation] for row in table.values()})
+
+
+def animals(draw: Draw) -> Story:
+    """Four facts about four animals."""
+    table, told = world().animals, []
+    for name in draw.sample(list(table), 4):
+        relation = draw.pick(list(_ANIMAL_SAYS))
+        answer = table[name][relation]
+        told.append(_ANIMAL_SAYS[relation].format(name, answer))
+    return tell(told, answer, (), _column(table, relation))
+
+
+def objects(draw: Draw) -> Story:
+    """Four facts about four objects."""
+    table, told = world().objects, []
+    for name in draw.sample(list(table), 4):
+        relation = draw.pick(list(_OBJECT_SAYS))
+        answer = table[name][relation]
+        told.append(_OBJECT_SAYS[relation].format(name, answer))
+    return tell(told, answer, (), _column(table, relation))
+
+
+def accidents(draw: Draw) -> Story:
+    """Objects fall, get wet or stand by the fire; what happens follows from what they are made of."""
+    told = []
+    things = coloured(draw, 3)
+    for person, thing in zip(cast(draw, 3), things, strict=True):
+        harm = draw.pick(list(_DAMAGE))
+        answer = world().materials[world().objects[thing.split()[1]]["material"]][harm]
+        told.append(_DAMAGE[harm].format(person.name, thing, answer))
+    return tell(told, answer, (), _column(world().materials, harm))
+
+
+def _life(person: Person) -> dict[str, tuple[str, str, list[str]]]:
+    """Map a relation to its sentence (with the pronoun open), its last word and the words of that sort."""
+    job, pet = world().jobs[person.job], world().animals[person.pet]
+    jobs, everyone, beasts = world().jobs, world().people, world().animals
+    return {
+        "job": ("{her} job is the job of the", person.job, list(jobs)),
+        "town": ("{her} home town is", person.town, list(words.TOWNS)),
+        "pet": ("{her} pet is the", person.pet, list(beasts)),
+        "colour": ("{her} favourite colour is", person.colour, list(words.COLOURS)),
+        "meal": ("{her} favourite meal is", person.meal, list(words.MEALS)),
+        "tool": ("at work {she} uses the", job["tool"], _column(jobs, "tool")),
+        "place": ("{she} works in the", job["place"], sorted({jobs[p.job]["place"] for p in everyone})),
+        "work": ("{she} is paid for", job["work"], _column(jobs, "work")),
+        "food": ("{she} feeds {her} pet with", pet["food"], _column(beasts, "food")),
+        "young": ("{her} pet once had the", pet["young"], _column(beasts, "young")),
+    }
+
+
+def lives(draw: Draw) -> Story:
+    """Facts about two people, some of them through their trade or their pet."""
+    told = []
+    for person in cast(draw, 2):
+        life = _life(person)
+        for i, relation in enumerate(draw.sample(list(life), 3)):
+            sentence, answer, far = life[relation]
+            sentence = sentence.format(her=person.her, she=person.she)
+            told.append(f"{person.name} is here, and {sentence} {answer}" if i == 0 else f"{sentence} {answer}")
+    return tell(told, answer, (), far)
+
+
+def gifts(draw: Draw) -> Story:
+    """Everybody receives a thing in the favourite colour and hears of someone's town: facts inside a story."""
+    told, receivers = [], cast(draw, 3)
+    for person, thing in zip(receivers, draw.sample(world().object_names, 3), strict=True):
+        told.append(f"{a(thing)} was sent to {person.name} in {person.town}, painted in {person.colour}")
+    return tell(told, answer := receivers[-1].colour, [p.colour for p in receivers if p.colour != answer], words.COLOURS)
+
+
+KINDS = (
+    moves,
+    carries,
+    gives,
+    compares,
+    counts,
+    pays,
+    wears,
+    lies,
+    directions,
+    family,
+    day,
+    animals,
+    objects,
+    accidents,
+    lives,
+    gifts,
+)

@@ -1,0 +1,124 @@
+"""From text to windows of tokens: (n_windows, seq_len) int64.
+
+Calibration draws windows at random (seeded); evaluation cuts consecutive windows and drops the remainder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptqbench.data.texts import Text, load_text
+from ptqbench.errors import CalibrationError, ConfigError
+from ptqbench.spec import CalibrationSpec, PerplexitySpec
+
+MAX_DRAWS = 5000
+"""Documents drawn for one ``document_random`` window before giving up."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a checkpoint folder.
+
+    Raises:
+        ConfigError: The folder has none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ConfigError(f"model folder {folder} has no tokenizer: expected tokenizer.json (or tokenizer.model, vocab.json)")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers reports a damaged file by a bare Exception
+        raise ConfigError(f"the tokenizer in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
+
+
+def tokenize(text: Text, tokenizer: Any, vocab_size: int) -> list[list[int]]:
+    """Turn a text into rows of token ids: one per document, or a single one if the documents are joined.
+
+    Raises:
+        CalibrationError: The tokenizer yields ids the model has no embedding for.
+    """
+    if text.join is not None:
+        rows = [tokenizer(text.join.join(text.documents), verbose=False).input_ids]
+    else:
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        encoded = tokenizer(list(text.documents), add_special_tokens=False, verbose=False).input_ids
+        rows = [bos + list(ids) for ids in encoded]
+    largest = max((max(row) for row in rows if row), default=0)
+    if largest >= vocab_size:
+        raise CalibrationError(
+            f"the tokenizer does not match the model: it yields token id {largest}, the model embeds ids below {vocab_size}"
+        )
+    return rows
+
+
+def calibration_windows(spec: CalibrationSpec, tokenizer: Any, vocab_size: int, seed: int) -> Tensor:
+    """Draw calibration windows.
+
+    Args:
+        spec: ``joined_random`` draws start positions uniformly over the whole row of tokens; ``document_random`` draws a
+            document until it is longer than ``seq_len``, then a crop of it (the C4 protocol of the GPTQ code).
+        tokenizer: The model's tokenizer.
+        vocab_size: Rows of the model's embedding.
+        seed: Seed of the cell.
+
+    Returns:
+        (n_samples, seq_len) int64.
+
+    Raises:
+        CalibrationError: The text is shorter than one window, or no document is long enough.
+    """
+    text, rng = load_text(spec), _rng(seed, "calibration")
+    if spec.sampling == "document_random":
+        windows = [_document_crop(text, spec.seq_len, tokenizer, vocab_size, rng) for _ in range(spec.n_samples)]
+    else:
+        row = [token for row in tokenize(text, tokenizer, vocab_size) for token in row]
+        if len(row) <= spec.seq_len:
+            raise CalibrationError(
+                f"calibration text {spec.dataset!r} has {len(row)} tokens, not more than calibration.seq_len={spec.seq_len}"
+            )
+        starts = [_below(rng, len(row) - spec.seq_len) for _ in range(spec.n_samples)]
+        windows = [row[start : start + spec.seq_len] for start in starts]
+    return torch.tensor(windows, dtype=torch.int64)
+
+
+def _document_crop(text: Text, seq_len: int, tokenizer: Any, vocab_size: int, rng: random.Random) -> list[int]:
+    for _ in range(MAX_DRAWS):
+        document = text.documents[_below(rng, len(text.documents))]
+        row = tokenize(Text((document,), None), tokenizer, vocab_size)[0]
+        if len(row) > seq_len:
+            start = _below(rng, len(row) - seq_len)
+            return row[start : start + seq_len]
+    raise CalibrationError(f"no document of more than {seq_len} tokens in {MAX_DRAWS} draws; use calibration.sampling=joined_random")
+
+
+def evaluation_windows(spec: PerplexitySpec, tokenizer: Any, vocab_size: int) -> Tensor:
+    """Cut a text into consecutive windows (n_windows, seq_len) int64; the remainder is dropped.
+
+    Raises:
+        CalibrationError: The text is shorter than one window.
+    """
+    rows = tokenize(load_text(spec), tokenizer, vocab_size)
+    tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    n_windows = len(tokens) // spec.seq_len
+    if n_windows == 0:
+        raise CalibrationError(
+            f"evaluation text {spec.dataset!r} has {len(tokens)} tokens, fewer than one window of seq_len={spec.seq_len}"
+        )
+    return tokens[: n_windows * spec.seq_len].view(n_windows, spec.seq_len)
+
+
+def _rng(seed: int, name: str) -> random.Random:
+    """Derive an independent stream from (seed, name); only ``random()`` is used, which no Python version may change."""
+    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big"))
+
+
+def _below(rng: random.Random, n: int) -> int:
+    return int(rng.random() * n)

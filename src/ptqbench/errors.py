@@ -1,0 +1,30 @@
+"""Exceptions that a user is meant to read.
+
+Every message is one line and says what was expected, what was given, where, and what to do. The command line prints
+``ConfigError`` and ``UnsupportedError`` without a traceback and exits with status 2; anything raised after a run has
+begun is also recorded in that run's ``failure.json``.
+"""
+
+
+class PtqbenchError(Exception):
+    """Base class of every error that ptqbench raises on purpose."""
+
+
+class ConfigError(PtqbenchError):
+    """The request itself is wrong: unknown name, wrong type, impossible value, missing file."""
+
+
+class UnsupportedError(PtqbenchError):
+    """The request is well formed but lies outside what the code can do exactly."""
+
+
+class CalibrationError(PtqbenchError):
+    """Calibration or evaluation data cannot serve the request (too short, wrong tokenizer, empty)."""
+
+
+class NumericalError(PtqbenchError):
+    """A tensor holds NaN or infinity, or a factorisation failed; names the block, the linear and the damping."""
+
+
+class RunFailed(PtqbenchError):
+    """A cell ended in failure; the details are in its ``failure.json``."""

@@ -1,0 +1,1 @@
+"""Measures of a quantized model: perplexity and zero-shot accuracy."""

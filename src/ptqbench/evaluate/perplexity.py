@@ -1,0 +1,97 @@
+"""Perplexity: exp of the mean negative log-likelihood per predicted token, in non-overlapping windows.
+
+Protocol (GPTQ code): the text is cut into windows of ``seq_len`` tokens, the remainder dropped; each window predicts its
+last ``seq_len - 1`` tokens from those before them; windows count equally, which is the mean over all predicted tokens.
+The loss is computed in float32 from logits in chunks, so that (tokens x vocabulary) never exists as a whole. The model is
+run block by block over all windows: memory is one block and the residual stream, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ptqbench.errors import NumericalError
+from ptqbench.models.blockwise import BlockwiseModel, Overlay
+from ptqbench.models.stages import forward
+
+CHUNK_ELEMENTS = 1 << 26
+"""Logits held at once, in float32 elements (256 MiB)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of one text.
+
+    Attributes:
+        perplexity: exp(total negative log-likelihood / ``n_tokens``).
+        window_nll: Negative log-likelihood summed per window, (n_windows,) float64, nats.
+        n_tokens: Number of predicted tokens.
+    """
+
+    perplexity: float
+    window_nll: Tensor
+    n_tokens: int
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of ``perplexity`` from the spread over windows (delta method); None for a single window."""
+        n = len(self.window_nll)
+        if n < 2:
+            return None
+        per_token = self.window_nll / (self.n_tokens / n)
+        return self.perplexity * float(per_token.std(unbiased=True)) / math.sqrt(n)
+
+
+@torch.no_grad()
+def perplexity(
+    model: BlockwiseModel,
+    windows: Tensor,
+    overlay: Overlay | None = None,
+    batch_size: int = 8,
+    on_block: Callable[[int], None] = lambda index: None,
+) -> Perplexity:
+    """Measure perplexity block by block.
+
+    Args:
+        model: The checkpoint.
+        windows: (n_windows, seq_len) int64 token ids, not modified.
+        overlay: Replaces the weights of a block after loading (quantized ones).
+        batch_size: Windows per forward.
+        on_block: Called with the index of every finished block.
+
+    Raises:
+        NumericalError: The loss is not finite.
+    """
+    batches = windows.split(batch_size)
+    hidden = [model.embed(batch) for batch in batches]
+    positions = model.positions(windows.shape[1])
+    for index in range(model.n_blocks):
+        with model.block(index, overlay) as block:
+            for i, states in enumerate(hidden):
+                hidden[i] = forward(block, states.to(model.device), positions).cpu()
+        on_block(index)
+    with model.head() as head:
+        nll = torch.cat([_window_nll(head, h.to(model.device), w.to(model.device)) for h, w in zip(hidden, batches, strict=True)])
+    if not bool(torch.isfinite(nll).all()):
+        bad = int((~torch.isfinite(nll)).nonzero()[0, 0])
+        raise NumericalError(f"the loss of evaluation window {bad} is not finite: the model overflows (dtype {model.dtype})")
+    n_tokens = windows.shape[0] * (windows.shape[1] - 1)
+    mean = float(nll.sum()) / n_tokens
+    return Perplexity(math.exp(min(mean, 700.0)), nll, n_tokens)
+
+
+def _window_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Sum the negative log-likelihood of tokens 1.. of each window: (batch,) float64 on the CPU."""
+    states, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    vocabulary = head(states[:1]).shape[-1]
+    step = max(1, CHUNK_ELEMENTS // vocabulary)
+    losses = [
+        functional.cross_entropy(head(s), y, reduction="none") for s, y in zip(states.split(step), labels.split(step), strict=True)
+    ]
+    return torch.cat(losses).view(tokens.shape[0], -1).double().sum(1).cpu()

@@ -1,0 +1,170 @@
+"""Where a checkpoint lies and what it contains, without loading it. Imports neither torch nor transformers.
+
+A checkpoint is a folder in Hugging Face form: ``config.json``, safetensors (one file or an index of shards) and a tokenizer.
+It is embedded in this package, a local folder, or a hub repository. Its digest identifies the content: the commit for a hub
+repository, a SHA-256 over the files that matter for a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.spec import ModelSpec
+
+EMBEDDED = ("tiny",)
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
+CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "merges.txt", "vocab*"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint folder that has been looked at: it has a readable configuration and lists its weights."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        path = self.folder / "config.json"
+        try:
+            data: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"model folder {self.folder} has no config.json; expected a Hugging Face checkpoint") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        return data
+
+    @cached_property
+    def shards(self) -> dict[str, Path]:
+        """Tensor name -> file, read from the index; a single file is listed under the name ``"*"``.
+
+        Raises:
+            ConfigError: There are no weights, or the index names a file that is missing.
+        """
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                names = json.loads(index.read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ConfigError(f"{index} is not a valid safetensors index: {error!r}") from None
+            missing = sorted({file for file in names.values() if not (self.folder / file).is_file()})
+            if missing:
+                raise ConfigError(f"{index} names {missing[0]}, which is not in {self.folder}: the download is incomplete")
+            return {name: self.folder / file for name, file in names.items()}
+        if (self.folder / SINGLE).is_file():
+            return {"*": self.folder / SINGLE}
+        raise ConfigError(f"model folder {self.folder} has no weights: expected {SINGLE} or {INDEX}")
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, sorted, each once."""
+        return sorted(set(self.shards.values()))
+
+    def check_architecture(self) -> None:
+        """Refuse what the block executor does not model exactly.
+
+        Raises:
+            UnsupportedError: Not a Llama, Qwen2 or Qwen3 causal language model, already quantized, or with sliding attention.
+        """
+        kind = self.config.get("model_type")
+        if kind not in ARCHITECTURES:
+            raise UnsupportedError(f"model_type {kind!r} in {self.folder} is not supported; known: {', '.join(ARCHITECTURES)}")
+        if self.config.get("quantization_config"):
+            raise UnsupportedError(f"{self.folder} is already quantized (quantization_config in config.json); give the original")
+        if self.config.get("use_sliding_window"):
+            raise UnsupportedError(f"{self.folder} uses sliding-window attention, which is not supported")
+
+    def content_digest(self) -> str:
+        """Hash configuration, weights and tokenizer of the folder: ``sha256:`` and 64 hexadecimal digits."""
+        total = hashlib.sha256()
+        extras = [self.folder / n for n in ("config.json", INDEX, "tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+        for path in sorted({*self.weight_files, *(p for p in extras if p.is_file())}):
+            total.update(path.name.encode() + b"\0" + file_digest(path).encode() + b"\n")
+        return f"sha256:{total.hexdigest()}"
+
+
+def file_digest(path: Path, cache_above_bytes: int = 1 << 26) -> str:
+    """Hash one file; digests of files over 64 MiB are remembered by (path, size, mtime) in the user's cache folder."""
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
+    remembered = _cache_folder() / "digests" / key
+    if stat.st_size > cache_above_bytes and remembered.is_file():
+        return remembered.read_text()
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if stat.st_size > cache_above_bytes:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        temporary = remembered.with_suffix(f".{os.getpid()}")
+        temporary.write_text(digest)
+        temporary.replace(remembered)
+    return digest
+
+
+def embedded_model_folder(name: str) -> Path:
+    """The folder of a model that ships with the package."""
+    return Path(str(resources.files("ptqbench"))) / "models" / "embedded" / name
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("PTQBENCH_CACHE", Path.home() / ".cache" / "ptqbench"))
+
+
+def locate(spec: ModelSpec, *, weights: bool = True) -> ModelSource:
+    """Find the folder of a checkpoint, downloading a hub repository when it is not in the hub cache.
+
+    Args:
+        spec: Which checkpoint; exactly one of an embedded name, ``path`` or ``hub_id`` applies, ``path`` first.
+        weights: Whether the weights themselves are needed, or only the configuration and the tokenizer.
+
+    Raises:
+        ConfigError: A path that does not exist, a folder without configuration or weights, a hub repository that can
+            neither be found in the cache nor downloaded.
+        UnsupportedError: An architecture that is not supported.
+    """
+    if spec.path is not None:
+        folder = Path(spec.path).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"model.path={spec.path!r}: no such folder (looked in {Path.cwd()})")
+    elif spec.hub_id is not None:
+        folder = _hub_folder(spec.hub_id, spec.revision, weights)
+    elif spec.name.removesuffix("-outlier") in EMBEDDED:
+        folder = embedded_model_folder(spec.name.removesuffix("-outlier"))
+    else:
+        raise ConfigError(f"model {spec.name!r} needs a folder: give model.path=FOLDER (or model.hub_id=ORGANISATION/NAME)")
+    source = ModelSource(folder)
+    source.check_architecture()
+    if weights:
+        _ = source.shards
+    return source
+
+
+def digest(spec: ModelSpec) -> str:
+    """Identify the content of a checkpoint: the commit of a hub repository, else the hash of the folder."""
+    if spec.path is None and spec.hub_id is not None:
+        return f"hub:{spec.hub_id}@{_hub_folder(spec.hub_id, spec.revision, weights=False).name}"
+    return locate(spec).content_digest()
+
+
+def _hub_folder(hub_id: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"hub model {hub_id} (revision {revision or 'main'}) is neither in the hub cache nor can it be downloaded: {reason}; "
+            f"download it where there is network, or give model.path=FOLDER"
+        ) from None

@@ -1,0 +1,1 @@
+"""Pure tensor functions: the mathematics of quantization without models, configuration, files or logging."""

@@ -1,0 +1,211 @@
+"""Dynamic fake quantization of activations, keys and values, with a two- or three-part mixed-precision split.
+
+Objective: replace every row (token, or token and head) by the nearest point of a uniform grid fitted to that row's own
+range; ``y = (clamp(round(x / scale) + zero_point) - zero_point) scale``.
+
+Shapes: x (..., n), one grid per row and part; scale and zero_point (..., 1). Columns run from low to high importance,
+so the high-precision part is the last.
+
+Source: arXiv 2404.00456 (QuaRot), code spcl/QuaRot@5008669; arXiv 2412.14363 (ResQ), code utkarsh-dmx/
+project-resq@cb87d0d. zero_point is rounded but not clamped, codes are clamped. Deviations: a plain-range row with
+max = min is extended to contain 0 (the codes divide by zero there); half-precision input is computed in float32.
+A row holding NaN or infinity becomes NaN: it is never hidden, and no synchronising check is made per call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptqbench.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """How one activation is quantized along its last axis.
+
+    Attributes:
+        bits: Bits of the bulk part, 2..16; 16 leaves it untouched.
+        symmetric: Signed grid around 0 with ``scale = max|x| / (2^(bits-1) - 1)``; otherwise an integer zero_point.
+        clip_ratio: Factor on the range, in (0, 1].
+        range_contains_zero: Force ``min <= 0 <= max`` (general inputs) or take the plain range (grouped inputs).
+        high_bits: Bits of the last n_high channels; needed when n_high > 0.
+        n_high: Channels of the high part.
+        lowest_bits: Bits of the first n_lowest channels (``iso_bits``); needed when n_lowest > 0.
+        n_lowest: Channels of the lowest part.
+
+    Raises:
+        ConfigError: A value lies outside its range.
+    """
+
+    bits: int
+    symmetric: bool = False
+    clip_ratio: float = 1.0
+    range_contains_zero: bool = True
+    high_bits: int | None = None
+    n_high: int = 0
+    lowest_bits: int | None = None
+    n_lowest: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for bits in (self.bits, self.high_bits, self.lowest_bits):
+            if bits is not None:
+                _check(bits, self.clip_ratio)
+        for name, bits, count in (("high", self.high_bits, self.n_high), ("lowest", self.lowest_bits, self.n_lowest)):
+            if count < 0 or (count > 0 and bits is None):
+                raise ConfigError(f"expected {name}_bits with n_{name} > 0, got {name}_bits={bits}, n_{name}={count}")
+
+    def parts(self, width: int) -> tuple[tuple[int, int, int], ...]:
+        """List the column ranges of an axis as (start, stop, bits), without empty ones.
+
+        Args:
+            width: Length of the axis.
+
+        Returns:
+            One to three ranges that cover 0..width in order.
+
+        Raises:
+            ConfigError: The axis is shorter than the lowest and high parts together.
+        """
+        first, last = self.n_lowest, width - self.n_high
+        if first > last:
+            raise ConfigError(f"expected an axis of at least {self.n_lowest + self.n_high} channels, got {width}")
+        ranges = (
+            (0, first, self.lowest_bits or self.bits),
+            (first, last, self.bits),
+            (last, width, self.high_bits or self.bits),
+        )
+        return tuple(part for part in ranges if part[0] < part[1])
+
+
+def apply_grid(x: Tensor, grid: ActivationGrid, n_groups: int = 1) -> Tensor:
+    """Fake-quantize the last axis as the grid says, one range per row, group and part.
+
+    Args:
+        x: (..., n) floating point, not modified.
+        grid: Bits, split and range rule; the split applies inside each group.
+        n_groups: Equal groups of the last axis, e.g. the number of heads for per-(token, head) grids.
+
+    Returns:
+        Same shape and dtype; x itself when every part has 16 bits.
+
+    Raises:
+        ConfigError: n_groups does not divide n, or a group is narrower than its high part.
+    """
+    if x.shape[-1] % n_groups:
+        raise ConfigError(f"expected a last axis divisible by {n_groups} groups, got {x.shape[-1]}")
+    grouped = x.reshape(*x.shape[:-1], n_groups, x.shape[-1] // n_groups)
+    parts = grid.parts(grouped.shape[-1])
+    if all(bits == 16 for _, _, bits in parts):
+        return x
+    quantized = [
+        fake_quantize(grouped[..., start:stop], bits, grid.symmetric, grid.clip_ratio, grid.range_contains_zero)
+        for start, stop, bits in parts
+    ]
+    return torch.cat(quantized, dim=-1).reshape(x.shape) if len(parts) > 1 else quantized[0].reshape(x.shape)
+
+
+def fake_quantize(
+    x: Tensor, bits: int, symmetric: bool = False, clip_ratio: float = 1.0, range_contains_zero: bool = True
+) -> Tensor:
+    """Round every row of the last axis to its own uniform grid.
+
+    Args:
+        x: (..., n) floating point, not modified.
+        bits: 2..16; 16 returns x itself.
+        symmetric: See `ActivationGrid`.
+        clip_ratio: See `ActivationGrid`.
+        range_contains_zero: See `ActivationGrid`; no effect on symmetric grids.
+
+    Returns:
+        Same shape and dtype; float16 and bfloat16 are computed in float32. All-zero rows stay zero.
+
+    Raises:
+        ConfigError: bits or clip_ratio out of range, or x is not floating point.
+    """
+    _check(bits, clip_ratio)
+    if not x.is_floating_point():
+        raise ConfigError(f"expected a floating-point activation, got {x.dtype}")
+    if bits == 16:
+        return x
+    work = x if x.dtype == torch.float64 else x.float()
+    scale, zero_point = fit_range(work, bits, symmetric, clip_ratio, range_contains_zero)
+    lowest, highest = code_limits(bits, symmetric)
+    codes = (work / scale).round_().add_(zero_point).clamp_(lowest, highest)
+    return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+
+
+def fit_range(
+    x: Tensor, bits: int, symmetric: bool, clip_ratio: float = 1.0, range_contains_zero: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Fit scale and zero_point to every row's own minimum and maximum.
+
+    Args:
+        x: (..., n) float32 or float64, n >= 1, not modified.
+        bits: 2..15.
+        symmetric: ``scale = clip max|x| / (2^(bits-1) - 1)``, zero_point 0; all-zero rows get scale 1. Otherwise
+            ``scale = clip (max - min) / (2^bits - 1)``, ``zero_point = round(-clip min / scale)``, not clamped.
+        clip_ratio: Factor on the range.
+        range_contains_zero: Asymmetric only. True: min <= 0 <= max, all-zero rows take the range (-1, 1). False: the
+            plain range; where it is empty it is extended to 0, all-zero rows get scale 1.
+
+    Returns:
+        (scale, zero_point), each (..., 1), scale > 0.
+    """
+    if symmetric:
+        scale = x.abs().amax(-1, keepdim=True) * clip_ratio / (2 ** (bits - 1) - 1)
+        return torch.where(scale == 0, 1.0, scale), torch.zeros_like(scale)
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    levels = 2**bits - 1
+    with_zero_low, with_zero_high = low.clamp(max=0), high.clamp(min=0)
+    if range_contains_zero:
+        empty = (with_zero_high - with_zero_low) * clip_ratio / levels == 0
+        low = torch.where(empty, -1.0, with_zero_low * clip_ratio)
+        high = torch.where(empty, 1.0, with_zero_high * clip_ratio)
+        scale = (high - low) / levels
+    else:
+        empty = (high - low) * clip_ratio / levels == 0
+        low = torch.where(empty, with_zero_low, low) * clip_ratio
+        high = torch.where(empty, with_zero_high, high) * clip_ratio
+        scale = (high - low) / levels
+        scale = torch.where(scale == 0, 1.0, scale)
+    return scale, (-low / scale).round_()
+
+
+def fake_quantize_tensor(x: Tensor, bits: int = 8) -> Tensor:
+    """Round a whole tensor to one symmetric grid (the online key rotations of a block, as one (G, e, e) stack).
+
+    Args:
+        x: Any shape, floating point, not modified.
+        bits: 2..16; 16 returns x itself.
+
+    Returns:
+        Same shape and dtype.
+
+    Raises:
+        ConfigError: bits out of range or x is not floating point.
+    """
+    return x if bits == 16 else fake_quantize(x.reshape(1, -1), bits, symmetric=True).reshape(x.shape)
+
+
+def code_limits(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Return the smallest and largest integer code.
+
+    Args:
+        bits: At least 2.
+        symmetric: Signed (two's complement) or unsigned codes.
+
+    Returns:
+        (-2^(bits-1), 2^(bits-1) - 1) or (0, 2^bits - 1).
+    """
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def _check(bits: int, clip_ratio: float) -> None:
+    if not 2 <= bits <= 16:
+        raise ConfigError(f"expected 2 to 16 activation bits (16 = untouched), got {bits}")
+    if not 0 < clip_ratio <= 1:
+        raise ConfigError(f"expected a clip_ratio in (0, 1], got {clip_ratio}")

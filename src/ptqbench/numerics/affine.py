@@ -1,0 +1,95 @@
+"""The arithmetic of one quantization range: range -> step and offset, value -> code -> value.
+
+    value = scale * (codes - zero_point),   codes = clamp(round_half_even(value / scale) + zero_point, low, high)
+
+Legend: r rows, c columns of one group; ``scale`` and ``zero_point`` have one entry per row. Zero always lies on the
+grid. The ``ternary`` grid is the exception to the affine rule: its levels are (xmin, 0, xmax), so ``scale`` holds the
+upper level, ``zero_point`` the (non-positive) lower one, and the codes are -1, 0, 1.
+
+Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``, ``ternary``); spcl/QuaRot@5008669 (``sym_signed``).
+Deviation: a step that would underflow to zero is raised to the smallest normal number, so rows of subnormal weights
+stay finite.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ptqbench.numerics.grid import GridSpec
+
+SIGNED_FLOOR = 1e-5
+"""``sym_signed`` treats a row whose largest magnitude is below this as if it were this (QuaRot)."""
+
+
+def code_limits(spec: GridSpec) -> tuple[int, int]:
+    """Return the smallest and the largest code of a grid."""
+    if spec.scheme == "ternary":
+        return -1, 1
+    if spec.scheme == "sym_signed":
+        return -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
+    return 0, 2**spec.bits - 1
+
+
+def value_range(values: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Return the range per row that the grid has to span, zero included.
+
+    Args:
+        values: (r, c), not modified.
+        spec: The grid; symmetric schemes mirror the larger end.
+
+    Returns:
+        ``xmin`` and ``xmax``, each (r,), with xmin <= 0 <= xmax and xmin < xmax.
+    """
+    xmin, xmax = torch.aminmax(values, dim=1)
+    xmin, xmax = xmin.clamp(max=0), xmax.clamp(min=0)
+    if spec.scheme in ("sym_gptq", "sym_signed"):
+        xmax = torch.maximum(-xmin, xmax)
+        if spec.scheme == "sym_signed":
+            xmax = xmax.clamp(min=SIGNED_FLOOR)
+        keep_zero = spec.scheme == "sym_gptq" and spec.sym_nonnegative_row == "as_code"
+        xmin = torch.where(xmin < 0, -xmax, xmin) if keep_zero else -xmax
+    empty = (xmin == 0) & (xmax == 0)
+    return torch.where(empty, -1.0, xmin), torch.where(empty, 1.0, xmax)
+
+
+def scale_from_range(xmin: Tensor, xmax: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Return ``scale`` and ``zero_point`` for a range (any shape, element by element).
+
+    Args:
+        xmin: Lower end, <= 0; not modified.
+        xmax: Upper end, >= 0; not modified.
+        spec: The grid.
+
+    Returns:
+        ``scale`` > 0 and ``zero_point``, integers held in the dtype of the range (for ``ternary``: the two levels).
+    """
+    if spec.scheme == "ternary":
+        return xmax.clone(), xmin.clone()
+    low, high = code_limits(spec)
+    tiny = torch.finfo(xmin.dtype).tiny
+    if spec.scheme == "sym_signed":
+        scale = (xmax / high).clamp(min=tiny)
+        return scale, torch.zeros_like(scale)
+    scale = ((xmax - xmin) / (high - low)).clamp(min=tiny)
+    if spec.scheme == "sym_gptq":
+        return scale, torch.full_like(scale, float(2 ** (spec.bits - 1)))
+    return scale, torch.round(-xmin / scale)
+
+
+def to_codes(values: Tensor, scale: Tensor, zero_point: Tensor, spec: GridSpec) -> Tensor:
+    """Round to codes held in the dtype of ``values``; ``scale`` and ``zero_point`` broadcast against ``values``."""
+    if spec.scheme == "ternary":
+        return (values > scale / 2).to(values.dtype) - (values < zero_point / 2).to(values.dtype)
+    low, high = code_limits(spec)
+    return (values / scale).round_().add_(zero_point).clamp_(low, high)
+
+
+def to_values(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: GridSpec) -> Tensor:
+    """Return the values of floating-point ``codes``; ``scale`` and ``zero_point`` broadcast against them."""
+    if spec.scheme == "ternary":
+        return codes.clamp(min=0) * scale - codes.clamp(max=0) * zero_point
+    return scale * (codes - zero_point)

@@ -1,0 +1,235 @@
+"""Round one channel at a time and push its error into the channels still unrounded (GPTQ, GPTAQ, Qronos).
+
+Objective: min over Q on the grid of trace((W - Q) H (W - Q)^T), greedily, channel by channel. With U from
+``numerics/factorisation.py`` and j running in processing order:
+
+    e_j = w_j - q_j,     w_l <- w_l - e_j U_jl / U_jj + w_j P_jl   for all l > j        (P = 0 except in GPTAQ)
+
+Legend: n input channels, m rows worked on at once, G groups, k channels of a block. Everything is held transposed,
+(n, m), so that a channel is contiguous. Inside the loop the letters are those of the references: w, q, e, U, P; c is a
+code minus its zero point.
+
+The order of the updates is free, which is used: inside a panel of ``PANEL`` channels they are gathered when a channel
+is reached (one matrix-vector product), across panels and blocks they are spread by matrix products.
+
+Source: IST-DASLab/gptq@2d65066; arXiv 2210.17323 section 3. Deviation: with ``group_refit`` "fresh" a group is fitted
+on fully up-to-date weights even where it reaches beyond the column block, so ``column_block`` never changes a result;
+"stale" reads what the original reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+from ptqbench.errors import ConfigError
+from ptqbench.numerics.affine import code_limits, to_codes, to_values
+from ptqbench.numerics.checks import require_choice
+from ptqbench.numerics.grid import fit
+from ptqbench.numerics.groups import Group
+
+PANEL = 32
+"""Channels per panel; with the row chunk of the solvers, a panel's weights and errors fit a second-level cache."""
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """Options of the column loop.
+
+    Attributes:
+        column_block: Channels per block; the rest of the weight is updated once per block.
+        static_groups: Fit all groups before rounding, over consecutive original channels.
+        group_refit: ``fresh`` or ``stale``: which weights a dynamic group is fitted on when it is reached.
+    """
+
+    column_block: int = 128
+    static_groups: bool = False
+    group_refit: str = "fresh"
+
+    def __post_init__(self) -> None:
+        """Reject impossible values."""
+        require_choice("group_refit", self.group_refit, ("fresh", "stale"))
+        if self.column_block < 1:
+            raise ConfigError(f"column_block: expected a positive integer, got {self.column_block}")
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The additional update of GPTAQ.
+
+    Attributes:
+        matrix: P (n, n), strictly upper triangular, in processing order.
+        as_code: Multiply P by the rounded weights in updates beyond the block, as the original code does.
+    """
+
+    matrix: Tensor
+    as_code: bool
+
+
+class GroupGrids:
+    """The grids of all groups for the rows at hand; filled group by group as the loop reaches them."""
+
+    def __init__(self, groups: list[Group], positions: list[Tensor], like: Tensor) -> None:
+        """Reserve an unfitted grid for every group.
+
+        Args:
+            groups: The plan.
+            positions: Per group the ascending or static processing positions of its channels.
+            like: (n, m), gives rows, dtype and device.
+        """
+        self.groups, self.positions = groups, positions
+        self.scale, self.zero_point, self.low, self.high = like.new_zeros(4, len(groups), like.shape[1]).unbind(0)
+        self._affine = list(zip(*(t.unbind(0) for t in (self.scale, self.low, self.high)), strict=True))
+        self.fitted = [False] * len(groups)
+        self.of_position = [0] * len(like)
+        for g, members in enumerate(positions):
+            for p in members.tolist():
+                self.of_position[p] = g
+
+    def fit(self, g: int, values: Tensor) -> None:
+        """Fit group ``g`` on ``values`` (m, size)."""
+        spec = self.groups[g].spec
+        scale, zero_point = fit(values.contiguous(), spec)
+        low, high = code_limits(spec)
+        self.scale[g], self.zero_point[g] = scale, zero_point
+        # Limits of c, so that value = scale * clamp(round(w / scale), low - z, high - z) needs no shift by z.
+        self.low[g], self.high[g] = low - zero_point, high - zero_point
+        self.fitted[g] = True
+
+    def round(self, position: int, w: Tensor, c: Tensor, q: Tensor) -> None:
+        """Write c and q of one channel w, each (m,)."""
+        g = self.of_position[position]
+        spec = self.groups[g].spec
+        if self._is_affine(g):
+            scale, low, high = self._affine[g]
+            torch.div(w, scale, out=c).round_().clamp_(low, high)
+            torch.mul(c, scale, out=q)
+        elif spec.untouched:
+            c.zero_()
+            q.copy_(w)
+        else:
+            c.copy_(to_codes(w, self.scale[g], self.zero_point[g], spec))
+            q.copy_(to_values(c, self.scale[g], self.zero_point[g], spec))
+
+    def write_codes(self, start: int, centred: Tensor, codes: Tensor) -> None:
+        """Write the codes of the channels from position ``start`` on, given their c (k, m), into ``codes`` (k, m)."""
+        first = 0
+        for g, run in groupby(self.of_position[start : start + len(centred)]):
+            here = slice(first, first + len(list(run)))
+            codes[here] = centred[here] + self.zero_point[g] if self._is_affine(g) else centred[here]
+            first = here.stop
+
+    def _is_affine(self, g: int) -> bool:
+        return not self.groups[g].spec.untouched and self.groups[g].spec.scheme != "ternary"
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Channels [start, stop) of the loop; (k, m) unless said otherwise."""
+
+    start: int
+    stop: int
+    weights: Tensor  # w, updated in place; holds the values just before rounding afterwards
+    values: Tensor  # q
+    errors: Tensor  # e
+    centred: Tensor  # c
+    upper: Tensor  # U_jl / U_jj, (k, n - start)
+    drift: Tensor | None  # P, (k, n - start)
+    drift_source: Tensor  # w, or q with ``as_code``: what P multiplies beyond the block
+
+    def push(self, done: slice, columns: slice | Tensor, target: Tensor, source: Tensor) -> Tensor:
+        """Return ``target`` after adding, in place, the updates that the channels ``done`` cause at ``columns``."""
+        target.addmm_(self.upper[done, columns].T, self.errors[done], alpha=-1)
+        return target if self.drift is None else target.addmm_(self.drift[done, columns].T, source[done])
+
+
+def run_columns(
+    work: Tensor, upper: Tensor, grids: GroupGrids, options: LoopOptions, drift: Drift | None, codes_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Round all channels.
+
+    Args:
+        work: (n, m) weights in processing order; used up.
+        upper: U (n, n), not modified.
+        grids: Grids of the groups; those not yet fitted are fitted here.
+        options: Blocking and group options.
+        drift: P, not modified.
+        codes_dtype: Integer dtype that holds every code.
+
+    Returns:
+        Codes (n, m) and values (n, m) in processing order.
+    """
+    size = min(options.column_block, len(work))
+    stale = options.group_refit == "stale" and not all(grids.fitted)
+    codes, values = torch.empty_like(work, dtype=codes_dtype), torch.empty_like(work)
+    errors, centred = torch.empty_like(work[:size]), torch.empty_like(work[:size])
+    for start in range(0, len(work), size):
+        stop = min(start + size, len(work))
+        here, k = slice(start, stop), stop - start
+        weights = work[here].clone() if stale else work[here]
+        block = _Block(
+            start,
+            stop,
+            weights,
+            values[here],
+            errors[:k],
+            centred[:k],
+            upper[here, start:] / upper.diagonal()[here, None],
+            None if drift is None else drift.matrix[here, start:],
+            values[here] if drift is not None and drift.as_code else weights,
+        )
+        for first, last in _panels(block, grids):
+            g = grids.of_position[start + first]
+            if not grids.fitted[g]:
+                positions = grids.positions[g]
+                grids.fit(g, (work[positions] if stale else _current(work, block, first, positions)).T)
+            _round_panel(block, first, last, grids)
+            block.push(slice(first, last), slice(last, k), weights[last:], weights)
+        block.push(slice(0, k), slice(k, None), work[stop:], block.drift_source)
+        grids.write_codes(start, block.centred, codes[here])
+        block.values.add_(0.0)  # -0.0 (a negative value rounded to c = 0) becomes 0.0, as in dequantize(codes)
+    return codes, values
+
+
+def _panels(block: _Block, grids: GroupGrids) -> list[tuple[int, int]]:
+    """Cut a block into panels, also where an unfitted group begins (its fit needs the updates of all before)."""
+    size = block.stop - block.start
+    seen = {g for g, fitted in enumerate(grids.fitted) if fitted}
+    cuts = set(range(0, size, PANEL)) | {size}
+    for i, g in enumerate(grids.of_position[block.start : block.stop]):
+        if g not in seen:
+            cuts.add(i)
+            seen.add(g)
+    return list(pairwise(sorted(cuts)))
+
+
+def _round_panel(block: _Block, first: int, last: int, grids: GroupGrids) -> None:
+    """Round channels [first, last) of a block, gathering for each the updates of the earlier ones of the panel."""
+    here = slice(first, last)
+    upper = block.upper[here, here].T.contiguous().unbind(0)
+    drift = None if block.drift is None else block.drift[here, here].T.contiguous().unbind(0)
+    past_w, past_e = block.weights[here].T, block.errors[here].T
+    channels = (t[here].unbind(0) for t in (block.weights, block.centred, block.values, block.errors))
+    for i, (w, c, q, e) in enumerate(zip(*channels, strict=True)):
+        if i:
+            w.addmv_(past_e[:, :i], upper[i][:i], alpha=-1)
+            if drift is not None:
+                w.addmv_(past_w[:, :i], drift[i][:i])
+        grids.round(block.start + first + i, w, c, q)
+        torch.sub(w, q, out=e)
+
+
+def _current(work: Tensor, block: _Block, done: int, positions: Tensor) -> Tensor:
+    """Return the weights at ``positions`` with the updates of the block's first ``done`` channels applied everywhere.
+
+    Inside the block they are up to date already; beyond it the block's own updates are still pending.
+    """
+    current = work[positions]
+    beyond = positions >= block.stop
+    if done and bool(beyond.any()):
+        columns = positions[beyond] - block.start
+        current[beyond] = block.push(slice(0, done), columns, current[beyond], block.drift_source)
+    return current

@@ -1,0 +1,236 @@
+"""Integer grids: which values a quantized weight may take, how they are fitted, and what they cost in bits.
+
+    value = scale * (codes - zero_point)        (``ternary`` excepted, see ``numerics/affine.py``)
+
+A linear's grid is a sequence of column ranges, each with its own ``GridSpec`` (mixed precision); a range is cut into
+groups of ``group_size`` consecutive input channels, or is one group. Every (row, group) has its own scale and zero
+point. Rounding is half-to-even and the range always contains zero.
+
+Legend: weight (out_features, in_features); values (r, c) = rows x columns of one group; scale, zero_point (r,).
+Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``, ``ternary``), spcl/QuaRot@5008669 (``sym_signed``).
+Deviation: ``sym_gptq`` rows without a negative entry get a symmetric range unless ``sym_nonnegative_row`` is
+``as_code``; the original halves their scale but keeps the zero point, so that they saturate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.numerics.affine import code_limits, scale_from_range, to_codes, to_values, value_range
+from ptqbench.numerics.checks import compute_dtype, require_choice, require_matrix
+from ptqbench.numerics.clip_search import best_shrink
+
+SCHEMES = ("asym", "sym_gptq", "sym_signed", "ternary")
+UNTOUCHED_BITS = 16
+SCALE_BITS = 16
+"""Bits that one stored scale (or one stored level of ``ternary``) costs in ``effective_bits``."""
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """How one range of columns is quantized.
+
+    Attributes:
+        bits: Bits per code, 1..16; 16 leaves the columns untouched.
+        scheme: ``asym``, ``sym_gptq``, ``sym_signed`` (2 bits or more) or ``ternary`` (stored in 2 bits).
+        group_size: Consecutive input channels sharing a scale; the last group of a range holds the remainder, also
+            when ``group_size`` exceeds the range. ``None``: one group per row of the range.
+        clip_search: Shrink the range of every row to the factor of least error (``numerics/clip_search.py``).
+        sym_nonnegative_row: ``symmetric``, or ``as_code`` for the original treatment of such rows by ``sym_gptq``.
+    """
+
+    bits: int
+    scheme: str = "asym"
+    group_size: int | None = None
+    clip_search: bool = False
+    sym_nonnegative_row: str = "symmetric"
+
+    def __post_init__(self) -> None:
+        """Reject impossible values where they are written down."""
+        require_choice("scheme", self.scheme, SCHEMES)
+        require_choice("sym_nonnegative_row", self.sym_nonnegative_row, ("symmetric", "as_code"))
+        if not 1 <= self.bits <= UNTOUCHED_BITS:
+            raise ConfigError(f"bits: expected 1..{UNTOUCHED_BITS}, got {self.bits}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ConfigError(f"group_size: expected None or a positive integer, got {self.group_size}")
+        if self.scheme == "sym_signed" and self.bits < 2:
+            raise ConfigError("bits: expected 2..16 for scheme sym_signed (one bit leaves no positive code), got 1")
+        if self.scheme == "ternary" and self.bits not in (2, UNTOUCHED_BITS):
+            raise ConfigError(f"bits: expected 2 for scheme ternary (three levels), got {self.bits}")
+        if self.scheme == "ternary" and self.clip_search:
+            raise UnsupportedError("clip_search: not defined for scheme ternary; switch it off or use another scheme")
+
+    @property
+    def untouched(self) -> bool:
+        """Whether columns of this grid keep their values."""
+        return self.bits == UNTOUCHED_BITS
+
+
+@dataclass(frozen=True)
+class ColumnRange:
+    """Input channels [start, stop) and their grid."""
+
+    start: int
+    stop: int
+    spec: GridSpec
+
+
+Grid = tuple[ColumnRange, ...]
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """The rounded weight of one linear.
+
+    Attributes:
+        codes: (out, in) in the smallest of uint8, int8 and int16 that holds every code of the grid; ``None`` when the
+            whole grid is untouched. Columns of an untouched range inside a mixed grid hold 0 and mean nothing.
+        scale: (out, n_groups), groups of all column ranges in column order; float32, or float64 when the weight is.
+        zero_point: (out, n_groups), dtype of ``scale``, integers (for ``ternary`` the lower level).
+        group_index: (in,) int32, the group of each input channel. Non-monotone when ``act_order`` forms its groups in
+            processing order (``static_groups`` off).
+        dequantized: (out, in) in the dtype of the weight.
+        damping_used: Fraction of the mean diagonal that was added; 0.0 where no factorisation took place.
+        damping_retries: How often the damping was raised before the factorisation succeeded.
+    """
+
+    codes: Tensor | None
+    scale: Tensor
+    zero_point: Tensor
+    group_index: Tensor
+    dequantized: Tensor
+    damping_used: float = 0.0
+    damping_retries: int = 0
+
+
+def uniform_grid(in_features: int, spec: GridSpec) -> Grid:
+    """Return the grid that treats all ``in_features`` columns alike."""
+    return (ColumnRange(0, in_features, spec),)
+
+
+def validate_grid(grid: Grid, in_features: int) -> None:
+    """Check that the ranges cover [0, in_features) in column order without gap or overlap.
+
+    Args:
+        grid: Column ranges.
+        in_features: Number of input channels of the linear.
+
+    Raises:
+        ConfigError: There is a gap, an overlap, an empty range, or the wrong end.
+    """
+    position = 0
+    for i, part in enumerate(grid):
+        if part.start != position or part.stop <= part.start:
+            raise ConfigError(
+                f"grid: expected range {i} to start at column {position} and to be non-empty, "
+                f"got [{part.start}, {part.stop})"
+            )
+        position = part.stop
+    if position != in_features:
+        raise ConfigError(f"grid: expected ranges covering {in_features} columns, got {position}")
+
+
+def fit(values: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Fit one grid per row to the values of one group.
+
+    Args:
+        values: (r, c) floating point, finite, not modified; computed in float64 if float64, else in float32.
+        spec: The grid. An untouched one yields scale 1 and zero point 0.
+
+    Returns:
+        ``scale`` (r,) > 0 and ``zero_point`` (r,). A row of zeros gets the range (-1, 1) (``sym_signed``: the floor
+        1e-5), hence a finite scale, and rounds to exact zeros.
+
+    Raises:
+        ConfigError: ``values`` is not a non-empty floating-point matrix.
+    """
+    require_matrix("values", values)
+    values = values.to(compute_dtype(values))
+    if spec.untouched:
+        one = values.new_ones(values.shape[0])
+        return one, torch.zeros_like(one)
+    xmin, xmax = value_range(values, spec)
+    if spec.clip_search:
+        shrink = best_shrink(values, xmin, xmax, spec)
+        xmin, xmax = xmin * shrink, xmax * shrink
+    return scale_from_range(xmin, xmax, spec)
+
+
+def quantize(values: Tensor, scale: Tensor, zero_point: Tensor, spec: GridSpec) -> Tensor:
+    """Round values to codes.
+
+    Args:
+        values: (r, c), not modified.
+        scale: (r,), from ``fit``.
+        zero_point: (r,), from ``fit``.
+        spec: The grid; must not be an untouched one.
+
+    Returns:
+        (r, c) codes in ``code_dtype``; values outside the range get the nearest end code.
+
+    Raises:
+        UnsupportedError: The grid is untouched: it has no codes.
+    """
+    if spec.untouched:
+        raise UnsupportedError(f"quantize: a grid of {spec.bits} bits has no codes; keep the values instead")
+    codes = to_codes(values.to(scale.dtype), scale[:, None], zero_point[:, None], spec)
+    return codes.to(code_dtype((ColumnRange(0, 1, spec),)))
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: GridSpec) -> Tensor:
+    """Return the values of integer codes.
+
+    Args:
+        codes: (r, c), not modified.
+        scale: (r,).
+        zero_point: (r,).
+        spec: The grid.
+
+    Returns:
+        (r, c) values in the dtype of ``scale``.
+    """
+    return to_values(codes.to(scale.dtype), scale[:, None], zero_point[:, None], spec)
+
+
+def code_dtype(grid: Grid) -> torch.dtype:
+    """Return the smallest of uint8, int8 and int16 that holds every code of the grid (0 for untouched ranges)."""
+    limits = [code_limits(part.spec) for part in grid if not part.spec.untouched]
+    low, high = min((low for low, _ in limits), default=0), max((high for _, high in limits), default=0)
+    if low >= 0 and high <= 255:
+        return torch.uint8
+    return torch.int8 if low >= -128 and high <= 127 else torch.int16
+
+
+def nominal_bits(grid: Grid) -> float:
+    """Return the average bits per weight of the codes alone (untouched columns count 16)."""
+    return sum((part.stop - part.start) * part.spec.bits for part in grid) / grid[-1].stop
+
+
+def effective_bits(grid: Grid) -> float:
+    """Return the true average bits per weight: codes plus what is stored per row and group.
+
+    Each (row, group) stores a 16-bit scale and, for ``asym``, a zero point of ``bits`` bits; ``sym_gptq`` and
+    ``sym_signed`` have a constant zero point; ``ternary`` stores two 16-bit levels; untouched columns cost 16 bits and
+    nothing else. Rows cancel. Not counted: the channel-to-group map of ``act_order`` with dynamic groups (one integer
+    per input channel, shared by all rows).
+
+    Args:
+        grid: A valid grid.
+
+    Returns:
+        Bits per weight.
+    """
+    total = 0
+    for part in grid:
+        columns, spec = part.stop - part.start, part.spec
+        total += columns * spec.bits
+        if spec.untouched:
+            continue
+        groups = 1 if spec.group_size is None else -(-columns // spec.group_size)
+        zero_bits = {"asym": spec.bits, "ternary": SCALE_BITS}.get(spec.scheme, 0)
+        total += groups * (SCALE_BITS + zero_bits)
+    return total / grid[-1].stop

@@ -1,0 +1,288 @@
+"""Random orthogonal matrices and the algebra that moves them through linear layers.
+
+Objective: for row-vector activations ``y = x W^T + b``, replace x by ``x T`` and y by ``y T'`` so that every T cancels
+in exact arithmetic. The rules are ``W <- W T`` on the input side, ``W <- T'^T W`` and ``b <- b T'`` on the output side.
+
+Shapes: weight (out_features, in_features); d hidden size; H query heads, G key/value heads, g = H / G; e head_dim;
+channel h e + j is channel j of head h; H e may differ from d. A head rotation is (e, e), or (G, e, e) with one matrix
+per key/value head.
+
+Source: arXiv 2404.00456 (QuaRot) section 4 and 2412.14363 (ResQ); code spcl/QuaRot@5008669, utkarsh-dmx/
+project-resq@cb87d0d. Deviations: products are always float64 and stored back in the weight's dtype; head mixing uses
+the full factorisation of `hadamard`, so 24 or 56 heads work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ptqbench.errors import ConfigError
+from ptqbench.numerics.hadamard import (
+    ORTHOGONAL_ORDERS,
+    OddHadamard,
+    factorise_order,
+    hadamard_matrix,
+    hadamard_transform,
+)
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Derive an independent CPU random stream from (seed, name) by SHA-256.
+
+    Args:
+        seed: Any integer, e.g. ``rotation_seed``.
+        name: What the stream is for; different names give unrelated streams.
+
+    Returns:
+        A fresh generator: equal arguments, equal draws, on every platform.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # the Mersenne twister takes 32 bits
+
+
+def haar(n: int, generator: torch.Generator) -> Tensor:
+    """Draw a Haar-distributed orthogonal matrix: Q of a Gaussian's QR, columns times sign(diag R).
+
+    Without the signs the distribution would depend on the QR routine's convention.
+
+    Args:
+        n: Order; 0 gives an empty matrix and draws nothing.
+        generator: Source of the n^2 normal numbers.
+
+    Returns:
+        (n, n) float64 on the generator's device.
+    """
+    gaussian = torch.randn(n, n, dtype=torch.float64, generator=generator, device=generator.device)
+    return positive_qr(gaussian)
+
+
+def positive_qr(matrix: Tensor) -> Tensor:
+    """Return the Q factor whose R has a non-negative diagonal, which makes it unique for full rank.
+
+    Args:
+        matrix: (..., n, n) float64, not modified.
+
+    Returns:
+        (..., n, n) orthogonal.
+    """
+    q, r = torch.linalg.qr(matrix)
+    signed: Tensor = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
+    return signed
+
+
+def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
+    """Build ``diag(s) bar H_n^T`` with random signs s: ``x -> (x * s) bar H_n^T``.
+
+    Args:
+        n: Order with a known Hadamard matrix.
+        generator: Source of the n signs.
+
+    Returns:
+        (n, n) float64 orthogonal on the CPU.
+
+    Raises:
+        UnsupportedError: The order cannot be built.
+    """
+    signs = 2 * torch.randint(0, 2, (n,), generator=generator, device=generator.device).cpu() - 1
+    return signs[:, None] * hadamard_matrix(n, torch.float64).T / math.sqrt(n)
+
+
+def odd_factor(n: int, odd_hadamard: OddHadamard, generator: torch.Generator) -> Tensor:
+    """Build the orthogonal K part of a width n = K 2^m for `hadamard.hadamard_transform`.
+
+    Args:
+        n: Width.
+        odd_hadamard: ``paley`` or ``table`` (always H_K / sqrt(K)) or ``as_code``.
+        generator: Used only by ``as_code`` where K is 37, 38 or 231, for a Haar matrix in place of the codes' tables.
+
+    Returns:
+        (K, K) float64 orthogonal on the CPU.
+
+    Raises:
+        UnsupportedError: The rule has no K for this n.
+    """
+    base, _ = factorise_order(n, odd_hadamard)
+    if base in ORTHOGONAL_ORDERS:
+        return haar(base, generator).cpu()
+    return hadamard_matrix(base, torch.float64) / math.sqrt(base)
+
+
+def block_diag(blocks: Sequence[Tensor]) -> Tensor:
+    """Place square matrices along a diagonal.
+
+    Args:
+        blocks: One or more matrices of any order, zero included; not modified.
+
+    Returns:
+        Matrix whose order is the sum of theirs.
+    """
+    total = sum(len(block) for block in blocks)
+    result = blocks[0].new_zeros(total, total)
+    start = 0
+    for block in blocks:
+        result[start : start + len(block), start : start + len(block)] = block
+        start += len(block)
+    return result
+
+
+def fix_signs(vectors: Tensor) -> Tensor:
+    """Flip columns so that the largest-magnitude entry of each is positive.
+
+    Eigenvector signs differ between LAPACK builds and would change every rotation built on them. Entries within 1e-6
+    of the largest magnitude count as tied and the first of them decides, so rounding cannot flip a column.
+
+    Args:
+        vectors: (..., n, k), one vector per column, not modified.
+
+    Returns:
+        Same shape; columns times +-1.
+    """
+    magnitude = vectors.abs()
+    leading = (magnitude >= (1 - 1e-6) * magnitude.amax(dim=-2, keepdim=True)).to(torch.uint8).argmax(-2, keepdim=True)
+    return vectors * torch.where(vectors.gather(-2, leading) < 0, -1.0, 1.0).to(vectors.dtype)
+
+
+def fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
+    """Absorb a norm's gain into the linear it feeds: ``W diag(gain)``; the norm's gain then becomes 1.
+
+    Args:
+        weight: (out, in), not modified.
+        gain: (in,), not modified.
+
+    Returns:
+        (out, in) in the weight's dtype, multiplied in float64.
+    """
+    return (weight.double() * gain.double()).to(weight.dtype)
+
+
+def rotate_input(weight: Tensor, rotation: Tensor) -> Tensor:
+    """Return ``W T``: the weight for inputs ``x T``. Embedding rows rotate the same way.
+
+    Args:
+        weight: (out, in), not modified.
+        rotation: (in, in) orthogonal, not modified.
+
+    Returns:
+        (out, in) in the weight's dtype, multiplied in float64.
+    """
+    return (weight.double() @ rotation.double()).to(weight.dtype)
+
+
+def rotate_output(weight: Tensor, rotation: Tensor) -> Tensor:
+    """Return ``T^T W``: the weight whose output is ``y T``. A bias (out,) becomes ``b T``.
+
+    Args:
+        weight: (out, in) weight or (out,) bias, not modified.
+        rotation: (out, out) orthogonal, not modified.
+
+    Returns:
+        Same shape and dtype as weight, multiplied in float64.
+    """
+    return (rotation.double().mT @ weight.double()).to(weight.dtype)
+
+
+def rotate_head_outputs(weight: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate a value projection per key/value head: ``W_k <- T_k^T W_k``, ``b_k <- b_k T_k``.
+
+    Args:
+        weight: (G e, in) weight or (G e,) bias, not modified.
+        rotations: (e, e) for all heads or (G, e, e), not modified.
+
+    Returns:
+        Same shape and dtype as weight, multiplied in float64.
+
+    Raises:
+        ConfigError: The rows are not G heads of e.
+    """
+    per_head = _per_head(rotations, weight.shape[0], 1)
+    heads = weight.double().reshape(per_head.shape[0], per_head.shape[-1], -1)
+    return (per_head.mT @ heads).reshape(weight.shape).to(weight.dtype)
+
+
+def rotate_head_inputs(weight: Tensor, rotations: Tensor, heads_per_kv: int) -> Tensor:
+    """Rotate an output projection per query head: the columns of head h become ``W_h T_(h // g)``.
+
+    Cancels `rotate_head_outputs`, because attention mixes tokens and never the channels of a head.
+
+    Args:
+        weight: (out, H e), not modified.
+        rotations: (e, e) for all heads or (G, e, e), not modified.
+        heads_per_kv: g = H / G from the model's configuration (never from the weight's shape).
+
+    Returns:
+        (out, H e) in the weight's dtype, multiplied in float64.
+
+    Raises:
+        ConfigError: The columns are not G g heads of e.
+    """
+    per_head = _per_head(rotations, weight.shape[1], heads_per_kv)
+    heads = weight.double().reshape(weight.shape[0], per_head.shape[0], -1)
+    return torch.einsum("ohi,hij->ohj", heads, per_head).reshape(weight.shape).to(weight.dtype)
+
+
+def mix_heads(x: Tensor, n_heads: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Apply ``bar H_H`` across heads: ``x (bar H_H kron I_e)^T``.
+
+    The same call serves o_proj's weight (offline) and the attention output entering it (online), where it cancels.
+    With ``bar H_e`` fused into o_proj's columns the weight carries the full ``bar H_H kron bar H_e``.
+
+    Args:
+        x: (..., H e), not modified.
+        n_heads: H.
+        dtype: Arithmetic type, see `hadamard.hadamard_transform`.
+
+    Returns:
+        (..., H e) in the dtype of x.
+
+    Raises:
+        ConfigError: The last axis is no multiple of n_heads.
+        UnsupportedError: No Hadamard matrix of order n_heads exists or can be built (14 heads: leave mixing out).
+    """
+    if x.shape[-1] % n_heads:
+        raise ConfigError(f"expected a last axis divisible by {n_heads} heads, got {x.shape[-1]}")
+    heads = x.reshape(*x.shape[:-1], n_heads, x.shape[-1] // n_heads)
+    return hadamard_transform(heads.mT, dtype=dtype).mT.reshape(x.shape)
+
+
+def low_first_order(n_heads: int, head_dim: int, n_high: int) -> Tensor:
+    """List o_proj's input channels as [low channels of head 0..H-1 | last n_high channels of head 0..H-1].
+
+    Use the same index for the weight's columns and for the activations (after their quantization in head layout):
+    ``x[..., index] @ weight[:, index].T``. ``index.argsort()`` undoes it.
+
+    Args:
+        n_heads: H.
+        head_dim: e.
+        n_high: High channels per head, 0..e; the high part has H n_high channels.
+
+    Returns:
+        (H e,) int64 permutation.
+
+    Raises:
+        ConfigError: n_high lies outside 0..e.
+    """
+    if not 0 <= n_high <= head_dim:
+        raise ConfigError(f"expected 0 to {head_dim} high channels per head, got {n_high}")
+    channels = torch.arange(n_heads * head_dim).reshape(n_heads, head_dim)
+    n_low = head_dim - n_high
+    return torch.cat([channels[:, :n_low].flatten(), channels[:, n_low:].flatten()])
+
+
+def _per_head(rotations: Tensor, width: int, repeats: int) -> Tensor:
+    """Expand head rotations to one float64 matrix per head of an axis of this width."""
+    head_dim = rotations.shape[-1]
+    if rotations.ndim == 2:
+        per_head = rotations.double().expand(width // head_dim, head_dim, head_dim)
+    else:
+        per_head = rotations.double().repeat_interleave(repeats, dim=0)
+    if per_head.shape[0] * head_dim != width:
+        raise ConfigError(
+            f"expected an axis of {per_head.shape[0]} heads x {head_dim} channels for rotations of shape "
+            f"{tuple(rotations.shape)}, got {width}"
+        )
+    return per_head

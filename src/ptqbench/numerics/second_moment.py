@@ -1,0 +1,166 @@
+"""Second moments of a linear's inputs, accumulated over batches.
+
+    second moment   S = (1/T) sum_t u_t x_t x_t^T                 cross moment   C = (1/T) sum_t u_t xq_t (x_t - xq_t)^T
+
+Legend: T tokens, in input channels; inputs (..., in) with any leading axes; weights u (...) one per token, 1 if absent.
+Source: IST-DASLab/gptq@2d65066 (which scales by 2/N with N sequences; every solver here is indifferent to the scale);
+arXiv 2509.06297 and 2504.02692 for the cross and token-weighted forms.
+
+Precision: sums run in float32, or in float64 on request. Inputs are never scaled before the product, so 16-bit inputs
+on a GPU go through its 16-bit matrix units with exact products and float32 sums. A second moment is symmetric: only
+the block lower triangle is formed (five eighths of the work at four panels) and mirrored at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptqbench.errors import CalibrationError, ConfigError
+from ptqbench.numerics.checks import require_finite, require_shape
+
+PANELS = 4
+MIN_PANEL = 256
+"""A symmetric product is cut into panels no narrower than this; below, one product is faster."""
+
+
+@dataclass
+class MomentSum:
+    """Running sum of a second moment or of a cross moment; one or the other, not both.
+
+    Attributes:
+        in_features: Input channels.
+        dtype: dtype of the sum, float32 or float64.
+        total: (in, in) sum so far, ``None`` before the first batch. For a second moment only the block lower triangle
+            is meaningful: read it through ``mean``.
+        n_tokens: Tokens summed so far.
+        symmetric: Whether ``total`` is a second moment; ``None`` before the first batch.
+    """
+
+    in_features: int
+    dtype: torch.dtype = torch.float32
+    total: Tensor | None = None
+    n_tokens: int = 0
+    symmetric: bool | None = None
+
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Add the second moment of a batch.
+
+        Args:
+            inputs: (..., in) floating point, not modified.
+            weights: (...) one factor per token, >= 0, not modified.
+
+        Raises:
+            ConfigError: A shape is wrong, or this sum holds a cross moment.
+        """
+        x = self._flat("inputs", inputs, symmetric=True)
+        total = self._total(x)
+        left = x if weights is None else _weighted(x, inputs, weights, self.dtype)
+        width = max(MIN_PANEL, -(-self.in_features // PANELS))
+        for start in range(0, self.in_features, width):
+            stop = min(start + width, self.in_features)
+            _add_product(total[start:stop, :stop], left[:, start:stop], x[:, :stop])
+        self.n_tokens += len(x)
+
+    def add_cross(self, quantized: Tensor, full: Tensor, weights: Tensor | None = None) -> None:
+        """Add the cross moment Xq^T (X - Xq) of a batch.
+
+        Args:
+            quantized: (..., in) inputs Xq in the quantized stream, not modified.
+            full: (..., in) inputs X of the same tokens in the full-precision stream, not modified.
+            weights: (...) one factor per token, not modified.
+
+        Raises:
+            ConfigError: A shape is wrong, or this sum holds a second moment.
+        """
+        require_shape("full", full, quantized.shape)
+        xq = self._flat("quantized", quantized, symmetric=False)
+        total = self._total(xq)
+        # The difference of 16-bit numbers needs more bits than they have: subtract in the dtype of the sum.
+        difference = full.reshape(xq.shape).to(self.dtype) - xq.to(self.dtype)
+        left = xq if weights is None else _weighted(xq, quantized, weights, self.dtype)
+        _add_product(total, left, difference)
+        self.n_tokens += len(xq)
+
+    def mean(self) -> Tensor:
+        """Return the moment per token, (in, in) in ``dtype``, exactly symmetric for a second moment.
+
+        Raises:
+            CalibrationError: No token was added.
+            NumericalError: NaN or infinity among the inputs, or an overflow.
+        """
+        if self.total is None or self.n_tokens == 0:
+            raise CalibrationError("moment: expected at least one calibration token, got none")
+        mean = self.total / self.n_tokens
+        if self.symmetric:
+            mean = mean.tril_() + mean.tril(-1).T
+        require_finite("second_moment" if self.symmetric else "cross_moment", mean)
+        return mean
+
+    def _flat(self, name: str, inputs: Tensor, *, symmetric: bool) -> Tensor:
+        """Return (T, in) after checking the shape and the kind of moment."""
+        if inputs.ndim < 1 or inputs.shape[-1] != self.in_features or not inputs.is_floating_point():
+            raise ConfigError(
+                f"{name}: expected floating point of shape (..., {self.in_features}), "
+                f"got {list(inputs.shape)} of {inputs.dtype}"
+            )
+        if self.symmetric not in (None, symmetric):
+            raise ConfigError("moment: expected a second or a cross moment, got batches of both; keep one sum for each")
+        self.symmetric = symmetric
+        return inputs.detach().reshape(-1, self.in_features)
+
+    def _total(self, like: Tensor) -> Tensor:
+        if self.total is None:
+            self.total = torch.zeros(self.in_features, self.in_features, dtype=self.dtype, device=like.device)
+        return self.total
+
+
+def second_moment(inputs: Tensor, weights: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the second moment per token of a single batch.
+
+    Args:
+        inputs: (..., in), not modified.
+        weights: (...) one factor per token, not modified.
+        dtype: dtype of the sum.
+
+    Returns:
+        (in, in).
+    """
+    moment = MomentSum(inputs.shape[-1], dtype)
+    moment.add(inputs, weights)
+    return moment.mean()
+
+
+def cross_moment(
+    quantized: Tensor, full: Tensor, weights: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the cross moment Xq^T (X - Xq) per token of a single batch.
+
+    Args:
+        quantized: (..., in), not modified.
+        full: (..., in), not modified.
+        weights: (...) one factor per token, not modified.
+        dtype: dtype of the sum.
+
+    Returns:
+        (in, in).
+    """
+    moment = MomentSum(quantized.shape[-1], dtype)
+    moment.add_cross(quantized, full, weights)
+    return moment.mean()
+
+
+def _weighted(x: Tensor, inputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    require_shape("weights", weights, inputs.shape[:-1])
+    return x.to(dtype) * weights.reshape(-1, 1).to(dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right to ``total`` in place, in the precision of ``total``."""
+    half = left.dtype == right.dtype and left.dtype in (torch.float16, torch.bfloat16)
+    if half and total.is_cuda and total.dtype == torch.float32:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.to(total.dtype).T, right.to(total.dtype))

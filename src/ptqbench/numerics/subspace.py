@@ -1,0 +1,283 @@
+"""Eigenbases that gather the important directions into a small high-precision part (ResQ, CoQuant).
+
+Objective: choose an orthogonal U whose last r columns are kept at high precision. For noises on x and W of power
+``a(b) * signal / dim`` inside each part, the expected output error is ``sum_s gamma_s ||X U_s||^2 ||W U_s||^2``. ResQ
+minimises ``tr(U_low^T S_x U_low)``; CoQuant drops the high part and linearises around the unsplit energies, which
+leaves ``gamma_low tr(U_low^T (tr(S_w) S_x + tr(S_x) S_w) U_low)``. Both are solved by the smallest eigenvectors.
+
+Shapes: S_x second_moment of the input (d, d); S_w weight moment ``sum W^T W`` (d, d); r = n_high; e head_dim; r_e =
+int(high_fraction e). In every basis columns run from low to high importance. Leading batch axes (key/value heads) are
+allowed everywhere. Everything is computed and returned in float64.
+
+Source: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d; arXiv 2604.26378 (CoQuant), code
+Zachary5895/CoQuant@0e2e343. Deviations: eigenvector signs are fixed; 16-bit bulk precision (where CoQuant's matrix is
+zero) and a high part that rounds to no channel raise instead of returning an arbitrary basis; the random rotations
+come from an explicit generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
+from ptqbench.numerics.orthogonal import block_diag, fix_signs, haar, positive_qr
+
+
+def high_rank(n: int, high_fraction: float) -> int:
+    """Return the number of high-precision directions, int(high_fraction * n).
+
+    Args:
+        n: Width.
+        high_fraction: Share in 0..1; 0 keeps everything low, 1 everything high.
+
+    Returns:
+        Channel count 0..n.
+
+    Raises:
+        ConfigError: The fraction lies outside 0..1.
+        UnsupportedError: The fraction is positive but rounds to no channel.
+    """
+    if not 0 <= high_fraction <= 1:
+        raise ConfigError(f"expected high_fraction between 0 and 1, got {high_fraction}")
+    n_high = int(high_fraction * n)
+    if high_fraction > 0 and n_high == 0:
+        raise UnsupportedError(
+            f"expected at least one high-precision channel, got int({high_fraction} * {n}) = 0 of width {n}; "
+            "raise high_fraction or set it to 0"
+        )
+    return n_high
+
+
+def iso_split(n: int) -> tuple[int, int, int]:
+    """Split a width for the ``iso_bits`` variant: lowest eighth, middle six eighths, top eighth.
+
+    Args:
+        n: Width.
+
+    Returns:
+        (n_lowest, n_middle, n_top) with sum n; eighths round down, the middle takes the rest.
+
+    Raises:
+        UnsupportedError: An eighth rounds to no channel (n < 8).
+    """
+    eighth = high_rank(n, 1 / 8)
+    return eighth, n - 2 * eighth, eighth
+
+
+def eigenbasis(matrix: Tensor, damping: float = 0.01) -> Tensor:
+    """Diagonalise ``C + damping mean(diag C) I`` in float64, least important direction first, signs fixed.
+
+    The damping leaves eigenvectors as they are; it only keeps the routine away from a numerically indefinite matrix.
+
+    Args:
+        matrix: (..., n, n) symmetric positive semi-definite, not modified; a rounding asymmetry is averaged out.
+        damping: Fraction of the mean diagonal.
+
+    Returns:
+        (..., n, n) float64 orthogonal, eigenvectors as columns, eigenvalues ascending.
+
+    Raises:
+        NumericalError: The matrix holds NaN or infinity, or is zero, so that no basis is preferred.
+    """
+    symmetric = (matrix.double() + matrix.double().mT) / 2
+    mean_diagonal = symmetric.diagonal(dim1=-2, dim2=-1).mean(-1)
+    if not torch.isfinite(symmetric).all():
+        raise NumericalError(
+            f"expected a finite matrix to diagonalise, got NaN or infinity in shape {tuple(matrix.shape)}; "
+            "check the calibration forward"
+        )
+    if not (mean_diagonal > 0).all():
+        raise NumericalError(
+            "expected a matrix with a positive trace to diagonalise, got mean diagonal "
+            f"{mean_diagonal.min().item():.3g} "
+            f"in shape {tuple(matrix.shape)}; an input or head that is always zero has no preferred basis"
+        )
+    identity = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    _, vectors = torch.linalg.eigh(symmetric + damping * mean_diagonal[..., None, None] * identity)
+    return fix_signs(vectors)
+
+
+def activation_objective(moments: Iterable[Tensor]) -> Tensor:
+    """Average second moments: the matrix that ResQ diagonalises.
+
+    The granularities differ only in what is averaged: all A_l and M_l of all blocks (``full_shared``), a single A_l or
+    M_l (``per_layer``), A_l and M_l of one block (``one_per_decoder``), K_l,k over the heads of a block (keys).
+
+    Args:
+        moments: Non-empty iterable (a generator may load block by block) of (d, d) tensors, not modified.
+
+    Returns:
+        (d, d) float64.
+
+    Raises:
+        ConfigError: There is nothing to average.
+    """
+    total, count = torch.zeros(()), 0
+    for moment in moments:
+        total = moment.double() if count == 0 else total + moment.double()
+        count += 1
+    if count == 0:
+        raise ConfigError("expected at least one second moment to average, got none")
+    return total / count
+
+
+def weight_moment(weights: Iterable[Tensor]) -> Tensor:
+    """Sum ``W^T W`` over the linears that share an input (q, k, v or gate, up), after norm folding.
+
+    Args:
+        weights: Non-empty iterable of (out_i, d) weights, not modified. Not divided by the number of rows.
+
+    Returns:
+        (d, d) float64.
+
+    Raises:
+        ConfigError: There is nothing to sum.
+    """
+    terms = [weight.double().mT @ weight.double() for weight in weights]
+    if not terms:
+        raise ConfigError("expected at least one weight for a weight moment, got none")
+    return torch.stack(terms).sum(0)
+
+
+def output_head_moments(weight: Tensor, n_kv_heads: int, head_dim: int) -> Tensor:
+    """Sum ``W_o[:, head]^T W_o[:, head]`` over the query heads of each key/value head (``kv_joint``, values).
+
+    Args:
+        weight: (out, H e) output projection, not modified.
+        n_kv_heads: G.
+        head_dim: e.
+
+    Returns:
+        (G, e, e) float64.
+
+    Raises:
+        ConfigError: The columns are not a multiple of G e.
+    """
+    if weight.shape[1] % (n_kv_heads * head_dim):
+        raise ConfigError(
+            f"expected o_proj columns in multiples of {n_kv_heads} key/value heads x {head_dim}, got {weight.shape[1]}"
+        )
+    heads = weight.double().reshape(weight.shape[0], n_kv_heads, -1, head_dim)
+    return torch.einsum("okgi,okgj->kij", heads, heads)
+
+
+def noise_power(bits: int) -> float:
+    """Return the relative noise power a(b) = 1 / (2^(b-1) - 1)^2, and 0 from 16 bits on.
+
+    Args:
+        bits: At least 2.
+
+    Returns:
+        a(b).
+
+    Raises:
+        UnsupportedError: Fewer than 2 bits have no symmetric grid.
+    """
+    if bits < 2:
+        raise UnsupportedError(f"expected at least 2 bits for a noise model, got {bits}")
+    return 0.0 if bits >= 16 else 1.0 / (2 ** (bits - 1) - 1) ** 2
+
+
+def joint_coefficients(
+    second_moment: Tensor, weight_moment: Tensor, low_bits: int, n_high: int
+) -> tuple[Tensor, Tensor, float]:
+    """Compute CoQuant's lambda_x, lambda_w and gamma_low.
+
+    ``gamma_low = 2 a(low_bits) / max(d - r, 1)``; ``lambda_x = gamma_low tr(S_w)``; ``lambda_w = gamma_low tr(S_x)``.
+
+    Args:
+        second_moment: S_x (..., d, d), not modified.
+        weight_moment: S_w (..., d, d), not modified.
+        low_bits: Bulk precision, below 16.
+        n_high: r.
+
+    Returns:
+        (lambda_x, lambda_w, gamma_low); the lambdas have the batch shape.
+
+    Raises:
+        UnsupportedError: low_bits >= 16, where the objective vanishes.
+    """
+    if low_bits >= 16:
+        raise UnsupportedError(
+            f"expected fewer than 16 bulk bits for the joint objective, got {low_bits}: its matrix is zero there; "
+            "use the activation objective"
+        )
+    gamma_low = 2 * noise_power(low_bits) / max(second_moment.shape[-1] - n_high, 1)
+    return gamma_low * _trace(weight_moment), gamma_low * _trace(second_moment), gamma_low
+
+
+def joint_objective(second_moment: Tensor, weight_moment: Tensor, low_bits: int, n_high: int) -> Tensor:
+    """Combine both moments into the matrix that CoQuant diagonalises: ``lambda_x S_x + lambda_w S_w``.
+
+    It is proportional to ``S_x / tr(S_x) + S_w / tr(S_w)``: the eigenvectors depend neither on low_bits nor on n_high
+    nor on the scales of the two moments. For ``kv_joint`` pass (G, e, e) stacks and r_e: values take V_l,k with
+    `output_head_moments`, keys K_l,k with the summed query moments.
+
+    Args:
+        second_moment: S_x (..., d, d), not modified.
+        weight_moment: S_w (..., d, d), not modified.
+        low_bits: Bulk precision, below 16.
+        n_high: r.
+
+    Returns:
+        (..., d, d) float64.
+
+    Raises:
+        UnsupportedError: low_bits >= 16.
+    """
+    lambda_x, lambda_w, _ = joint_coefficients(second_moment, weight_moment, low_bits, n_high)
+    return lambda_x[..., None, None] * second_moment.double() + lambda_w[..., None, None] * weight_moment.double()
+
+
+def pre_fuse_basis(second_moment: Tensor, weight_moment: Tensor, gain: Tensor, low_bits: int, n_high: int) -> Tensor:
+    """Build CoQuant's basis with ``pre_fuse_compensation``: solve before the norm gain, then return behind it.
+
+    With D = diag(gain), V diagonalises the joint objective of ``D S_x D`` and ``D^-1 S_w D^-1``; the basis is Q of
+    ``QR(D V)`` with a positive diagonal of R. Its low columns span ``D V_low`` exactly, the high ones the complement.
+
+    Args:
+        second_moment: S_x (d, d) of the unit-gain input, not modified.
+        weight_moment: S_w (d, d) of the norm-folded weights, not modified.
+        gain: (d,) norm gain; magnitudes below 1e-6 are raised to it, keeping the sign (zero counts as positive).
+        low_bits: Bulk precision, below 16.
+        n_high: r.
+
+    Returns:
+        (d, d) float64 orthogonal.
+
+    Raises:
+        UnsupportedError: low_bits >= 16.
+        NumericalError: A moment is zero or not finite.
+    """
+    floored = gain.double().abs().clamp(min=1e-6) * torch.where(gain < 0, -1.0, 1.0)
+    outer = floored[:, None] * floored[None, :]
+    vectors = eigenbasis(joint_objective(second_moment * outer, weight_moment / outer, low_bits, n_high))
+    return positive_qr(floored[:, None] * vectors)
+
+
+def random_rotations(
+    hidden_parts: Sequence[int], head_parts: Sequence[int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw the rotations R1 (residual stream) and R2 (heads), Haar inside each precision part.
+
+    They randomise within the parts only: the span of a part of ``T = U R`` equals that of U. Drawn once per model in
+    the order R1 parts (low first), then R2 parts; use equal seeds to compare objectives.
+
+    Args:
+        hidden_parts: Part widths of the hidden size, low to high, e.g. (d - r, r); zeros allowed.
+        head_parts: Part widths of the head_dim, e.g. (e - r_e, r_e).
+        generator: Source of the draws.
+
+    Returns:
+        (R1 (d, d), R2 (e, e)), block diagonal, float64.
+    """
+    hidden = block_diag([haar(size, generator) for size in hidden_parts])
+    head = block_diag([haar(size, generator) for size in head_parts])
+    return hidden, head
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.double().diagonal(dim1=-2, dim2=-1).sum(-1)

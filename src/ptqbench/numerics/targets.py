@@ -1,0 +1,310 @@
+"""Output-aware targets (LoaQ, QEP): the weight that rounding should aim at instead of the original one.
+
+Objective, for one linear with the quantized-stream inputs X_q, solved for V in closed form:
+
+    min over V  || D_q (R_q + X_q V^T) - D (R + X weight^T) ||^2,    then rounding minimises || D_q X_q (V - Q)^T ||^2.
+
+R is the residual tensor added to the output (R = R_q = 0: match the linear's own output). D and D_q are diagonal and
+hold one weight per token: the frozen scale of the RMSNorm after the addition. The damped minimiser, library layout, is
+
+    target = weight + (alpha weight C^T + beta G^T) (H + lambda I)^-1,      lambda = damping * mean diag H
+    H = (D_q X_q)^T (D_q X_q)    C = (D_q X_q)^T (D X - D_q X_q)    G = (D_q X_q)^T (D R - D_q R_q)
+
+    rms_scale   D, D_q
+    none        1, 1        alpha = beta = 1: sublayer target; no residual: linear target; QEP is the latter with
+                            alpha .5, damping 1.0, on every linear but down_proj
+    common      d, d        d   = 1/rms(R + X weight^T)
+    split       d, d_q      d_q = 1/rms(R_q + X_q weight^T)
+
+Shapes (T tokens, n inputs, m outputs): X, X_q (T, n); R, R_q (T, m); weight, target (m, n); H = ``second_moment`` and
+C = ``cross_moment`` (n, n), the transpose of C is the drift moment of GPTAQ; G = ``residual_moment`` (n, m).
+
+Sources: LoaQ arXiv 2509.06297 (no public code) as restated in LPCD arXiv 2512.01546; strength and damping of QEP from
+arXiv 2504.09629 and FujitsuResearch/qep@344329a. The formulas of ``common`` and ``split`` are derived. Deviations:
+damping pulls towards the weight, not towards zero, so equal streams give exactly the weight; alpha and beta scale the
+two parts of the *weighted* right-hand side (alpha the X part with its change of token scale, beta the R part), so that
+(1, 1) is the minimiser and (0, 0) the weight itself.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptqbench.errors import CalibrationError, NumericalError
+from ptqbench.numerics.checks import compute_dtype, require_choice, require_finite, require_shape
+
+RmsScale = Literal["none", "common", "split"]
+
+_PIVOT_TOLERANCE = 8.0  # a squared pivot below this many epsilons of its diagonal entry is rounding noise
+
+
+class TokenWeights(NamedTuple):
+    """One positive weight per token for each stream, float32 or float64, shape (T,)."""
+
+    reference: Tensor
+    quantized: Tensor
+
+
+def inverse_rms(hidden: Tensor, eps: float) -> Tensor:
+    """Return 1 / sqrt(mean_j hidden_tj^2 + eps), the frozen scale of an RMSNorm, for every token.
+
+    Args:
+        hidden: (..., m) input of the norm, any float dtype, not modified.
+        eps: the norm's own epsilon, in squared units of hidden.
+
+    Returns:
+        (T,) weights in float32 or float64, T the product of the leading dimensions. A zero token gets 1 / sqrt(eps).
+    """
+    flat = hidden.flatten(0, -2).to(compute_dtype(hidden))
+    return torch.rsqrt(flat.square().mean(dim=-1) + eps)
+
+
+def token_weights(rms_scale: RmsScale, hidden: Tensor, hidden_q: Tensor, *, eps: float) -> TokenWeights | None:
+    """Return the token weights of both streams for a reading of the norm-aware objective.
+
+    Args:
+        rms_scale: ``none`` (unweighted), ``common`` (both streams weighted by the full-precision scale) or ``split``
+            (each stream by its own scale).
+        hidden: (..., m) full-precision norm input: residual + linear output, bias included; not modified.
+        hidden_q: (..., m) the same in the quantized stream, the linear itself still unrounded; not modified.
+        eps: epsilon of the norm that follows the addition.
+
+    Returns:
+        None for ``none``, else one weight per token and stream.
+
+    Raises:
+        ConfigError: unknown rms_scale.
+    """
+    require_choice("rms_scale", rms_scale, ("none", "common", "split"))
+    if rms_scale == "none":
+        return None
+    if rms_scale == "common":
+        common = inverse_rms(hidden, eps)
+        return TokenWeights(common, common)
+    return TokenWeights(inverse_rms(hidden, eps), inverse_rms(hidden_q, eps))
+
+
+class Moments(NamedTuple):
+    """Per-token means: H (n, n), C (n, n) or None, G (n, m) or None; the moment arguments of ``corrected_target``."""
+
+    second_moment: Tensor
+    cross_moment: Tensor | None
+    residual_moment: Tensor | None
+
+
+class TargetMoments:
+    """Accumulate H, C and G over batches; the only state is the three sums and the token count.
+
+    One object serves every linear that reads the same input (q, k, v). For a linear that is added to a residual, give
+    ``out_features`` and pass both residual tensors to ``add``. **A bias belongs to the residual**: it cancels for
+    ``none`` and ``common`` but not for ``split``, where both residuals must contain it.
+
+    Folded form for wide inputs (down_proj): with ``cross=False`` pass ``alpha * X weight^T + beta * R`` and ``alpha *
+    X_q weight^T + beta * R_q`` as the residuals and call ``corrected_target`` with beta = 1; the (n, n) matrix C is
+    never built. The result is the same unless a channel is dead (there the folded form keeps that channel's drift).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        cross: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate zero sums.
+
+        Args:
+            in_features: n, the width of the linear's input.
+            out_features: m, the width of the residual; None if there is no residual term.
+            cross: accumulate C; False for statistics of a single stream or for the folded form.
+            dtype: accumulation dtype, float32 or float64; half precision overflows on sink tokens.
+            device: where the sums live.
+        """
+        self.n_tokens = 0
+        self.second_sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        self.cross_sum = torch.zeros_like(self.second_sum) if cross else None
+        self.residual_sum = None
+        if out_features is not None:
+            self.residual_sum = torch.zeros(in_features, out_features, dtype=dtype, device=device)
+
+    def add(
+        self,
+        inputs: Tensor,
+        inputs_q: Tensor,
+        residual: Tensor | None = None,
+        residual_q: Tensor | None = None,
+        weights: TokenWeights | None = None,
+    ) -> None:
+        """Add one token-aligned batch of both streams.
+
+        Args:
+            inputs: (..., n) full-precision inputs X, any float dtype, not modified.
+            inputs_q: (..., n) quantized-stream inputs X_q of the same shape, not modified.
+            residual: (..., m) R, required when ``out_features`` was given; not modified.
+            residual_q: (..., m) R_q, likewise.
+            weights: token weights of this batch; None weighs every token by 1. A constant common to both streams has
+                no effect on the target, one per stream does: never normalise the two separately.
+
+        Raises:
+            CalibrationError: the streams are not token-aligned, or a residual is missing or unexpected.
+        """
+        self._require_aligned(inputs, inputs_q, residual, residual_q, weights)
+        dtype = self.second_sum.dtype
+        left = _scaled(inputs_q, None if weights is None else weights.quantized, dtype)
+        self.second_sum.addmm_(left.T, left)
+        if self.cross_sum is not None:
+            # The drift is formed before the product: the difference of two second moments would cancel.
+            drift = _scaled(inputs, None if weights is None else weights.reference, dtype) - left
+            self.cross_sum.addmm_(left.T, drift)
+        if self.residual_sum is not None and residual is not None and residual_q is not None:
+            gap = _scaled(residual, None if weights is None else weights.reference, dtype)
+            gap = gap - _scaled(residual_q, None if weights is None else weights.quantized, dtype)
+            self.residual_sum.addmm_(left.T, gap)
+        self.n_tokens += left.shape[0]
+
+    def means(self) -> Moments:
+        """Return the sums divided by the token count, as new tensors.
+
+        The second moment is the one that rounding must use. It is *not* divided by the mean token weight.
+
+        Raises:
+            CalibrationError: nothing was added.
+            NumericalError: a sum holds NaN or infinity.
+        """
+        if self.n_tokens == 0:
+            raise CalibrationError("expected at least one calibration token, got none; call add before means")
+        cross = None if self.cross_sum is None else self.cross_sum / self.n_tokens
+        residual = None if self.residual_sum is None else self.residual_sum / self.n_tokens
+        moments = Moments(self.second_sum / self.n_tokens, cross, residual)
+        for name, moment in moments._asdict().items():
+            if moment is not None:
+                require_finite(name, moment)
+        return moments
+
+    def _require_aligned(
+        self,
+        inputs: Tensor,
+        inputs_q: Tensor,
+        residual: Tensor | None,
+        residual_q: Tensor | None,
+        weights: TokenWeights | None,
+    ) -> None:
+        expected = (*inputs_q.shape[:-1], self.second_sum.shape[0])
+        given: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+            ("inputs", inputs, expected),
+            ("inputs_q", inputs_q, expected),
+        ]
+        if self.residual_sum is not None:
+            wide = (*inputs_q.shape[:-1], self.residual_sum.shape[1])
+            given += [("residual", residual, wide), ("residual_q", residual_q, wide)]
+        elif residual is not None or residual_q is not None:
+            raise CalibrationError("expected no residual, got one; construct TargetMoments with out_features")
+        if weights is not None:
+            tokens = (inputs_q.shape[:-1].numel(),)
+            given += [(f"weights.{name}", value, tokens) for name, value in weights._asdict().items()]
+        for name, tensor, shape in given:
+            if tensor is None or tuple(tensor.shape) != shape:
+                got = None if tensor is None else tuple(tensor.shape)
+                raise CalibrationError(
+                    f"expected {name} of shape {shape}, got {got}; run both streams on the same batches in lock step"
+                )
+
+
+def corrected_target(
+    weight: Tensor,
+    second_moment: Tensor,
+    cross_moment: Tensor | None,
+    residual_moment: Tensor | None = None,
+    *,
+    alpha: float,
+    beta: float,
+    damping: float,
+) -> Tensor:
+    """Return weight + (alpha weight C^T + beta G^T) (H + lambda I)^-1, lambda = damping * mean diag H.
+
+    At alpha = beta = 1 it minimises || D_q (R_q + X_q V^T) - D (R + X weight^T) ||^2 + lambda || V - weight ||^2. Rows
+    are independent: linears that share their input may be stacked along the output dimension and solved at once.
+
+    Args:
+        weight: (m, n) weight, any float dtype, not modified.
+        second_moment: (n, n) H of the quantized stream, any common positive scaling with C and G; not modified.
+        cross_moment: (n, n) C, or None for none; not modified.
+        residual_moment: (n, m) G, or None for a linear without residual (beta is then without effect); not modified.
+        alpha: strength of the input-drift correction, 0 to 1.
+        beta: strength of the residual correction, 0 to 1.
+        damping: correction damping as a fraction of mean diag H; distinct from the damping of the rounding step.
+
+    Returns:
+        (m, n) target in float64 if an argument is float64, else float32. A correction whose right-hand side is exactly
+        zero (both strengths 0, or equal streams) returns the weight's values bit for bit, without a factorisation.
+        Dead channels (H_ii = 0) keep the weight's column; their row and column of C and row of G are ignored.
+
+    Raises:
+        ConfigError: a moment of the wrong shape.
+        NumericalError: NaN or infinity in an argument or the result, or H + lambda I singular to working precision.
+    """
+    out_features, n = weight.shape
+    given = [
+        ("weight", weight, (out_features, n)),
+        ("second_moment", second_moment, (n, n)),
+        ("cross_moment", cross_moment, (n, n)),
+        ("residual_moment", residual_moment, (n, out_features)),
+    ]
+    present = [(name, tensor, shape) for name, tensor, shape in given if tensor is not None]
+    for name, tensor, shape in present:
+        require_shape(name, tensor, shape)
+        require_finite(name, tensor)
+    dtype = compute_dtype(*(tensor for _, tensor, _ in present))
+    base, hessian = weight.to(dtype, copy=True), second_moment.to(dtype)
+    alive = hessian.diagonal() != 0
+    right = torch.zeros_like(base)  # (alpha C W + beta G)^T
+    if cross_moment is not None and alpha != 0:
+        right += alpha * (base * alive) @ cross_moment.to(dtype).T
+    if residual_moment is not None and beta != 0:
+        right += beta * residual_moment.to(dtype).T
+    right *= alive
+    if not bool(right.any()):
+        return base
+    factor = _damped_factor(hessian, alive, damping)
+    target = base + torch.cholesky_solve(right.T, factor).T
+    if not bool(torch.isfinite(target).all()):
+        raise NumericalError(f"the corrected target is not finite at damping {damping:g}; raise the correction damping")
+    return target
+
+
+def relative_correction(target: Tensor, weight: Tensor) -> float:
+    """Return ||target - weight|| / ||weight|| (Frobenius); 0 for two zero matrices, infinity if only weight is zero."""
+    change = float(torch.linalg.vector_norm(target.double() - weight.double()))
+    size = float(torch.linalg.vector_norm(weight.double()))
+    if size == 0:
+        return 0.0 if change == 0 else float("inf")
+    return change / size
+
+
+def _scaled(tensor: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    flat = tensor.flatten(0, -2).to(dtype)
+    return flat if weights is None else flat * weights.to(dtype).unsqueeze(1)
+
+
+def _damped_factor(hessian: Tensor, alive: Tensor, damping: float) -> Tensor:
+    """Return the lower Cholesky factor of H + lambda I, dead diagonal entries replaced by 1."""
+    ridge = damping * float(hessian.diagonal().mean())
+    damped = hessian.clone()
+    damped.diagonal().add_(ridge)
+    # A dead channel is decoupled and its right-hand side is zero, so any positive entry gives the same target.
+    damped.diagonal()[~alive] = 1.0
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(damped)
+    noise = _PIVOT_TOLERANCE * torch.finfo(damped.dtype).eps * damped.diagonal()
+    if int(info) != 0 or not bool((factor.diagonal().square() > noise).all()):
+        raise NumericalError(
+            f"second_moment: expected a positive definite matrix after damping, got a singular one of shape "
+            f"{list(hessian.shape)} with correction damping {damping:g} (lambda {ridge:.3g}); raise the correction "
+            "damping or use more calibration tokens"
+        )
+    return factor

@@ -1,0 +1,81 @@
+"""Where, when and with what a number was made: recorded in every attempt. Imports no torch unless it is already loaded."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("ptqbench", "torch", "transformers", "tokenizers", "safetensors", "datasets", "lm_eval", "hydra-core", "numpy")
+
+
+def collect() -> dict[str, Any]:
+    """Describe this process, its machine and its software as plain data."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": _versions(),
+        "git": git_state(),
+        "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_") and key.endswith("_ID")},
+        "gpu": _gpu(),
+    }
+
+
+@functools.cache
+def git_state() -> dict[str, str] | None:
+    """Commit of the checkout this package runs from, with a digest of uncommitted changes; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD").strip()
+        changes = _git(folder, "diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    dirty = {"dirty": hashlib.sha256(changes.encode()).hexdigest()[:12]} if changes else {}
+    return {"commit": commit} | dirty
+
+
+def peak_host_gib() -> float:
+    """Peak resident host memory of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_gpu_gib() -> float | None:
+    """Peak GPU memory allocated by this process so far, GiB; None without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return float(torch.cuda.max_memory_allocated()) / 2**30
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=20).stdout
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _gpu() -> dict[str, Any] | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return {"name": torch.cuda.get_device_name(), "count": torch.cuda.device_count(), "cuda": torch.version.cuda}

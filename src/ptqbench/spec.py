@@ -1,0 +1,241 @@
+"""The schema of a cell: one validated, frozen, JSON-able ``RunSpec``.
+
+A field is either *identity* (it can change the numbers, so it enters the run id) or *execution* (where and how the same
+numbers are produced, or a mere label). Both kinds are declared here and nowhere else; a test asserts that every field
+carries its role. Validation is pydantic's in strict mode; its errors are rewritten as one line that says what was expected,
+what was given, where, and the nearest valid name. Imports neither torch nor hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ptqbench.errors import ConfigError
+
+IDENTITY, EXECUTION = "identity", "execution"
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+UNTOUCHED_BITS = 16
+
+Bits = Annotated[int, Field(ge=2, le=UNTOUCHED_BITS)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Role = Literal["transform", "target", "solver", "refine"]
+ROLES: tuple[Role, ...] = ("transform", "target", "solver", "refine")
+
+T = TypeVar("T")
+
+
+def identity(**kwargs: Any) -> Any:
+    """Declare a field that enters the run id."""
+    return dataclasses.field(metadata={"role": IDENTITY}, **kwargs)
+
+
+def execution(**kwargs: Any) -> Any:
+    """Declare a field that does not change any number: a label, a place, a device, a degree of verbosity."""
+    return dataclasses.field(metadata={"role": EXECUTION}, **kwargs)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelSpec:
+    """A checkpoint. ``digest`` identifies its content; name, hub id and path only say where to find it.
+
+    ``outlier_channels`` > 0 multiplies that many norm gains by ``outlier_factor`` and divides the following weights by it:
+    the same function with outlier channels, for instruments too small to have their own.
+    """
+
+    name: str = execution()
+    hub_id: str | None = execution(default=None)
+    revision: str | None = execution(default=None)
+    path: str | None = execution(default=None)
+    digest: str | None = identity(default=None)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = identity(default="auto")
+    outlier_channels: Annotated[int, Field(ge=0)] = identity(default=0)
+    outlier_factor: Annotated[float, Field(gt=0)] = identity(default=1.0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class RoleSpec:
+    """One member of a role, by registered name, with every hyper-parameter it has."""
+
+    name: str = identity()
+    options: dict[str, Any] = identity(default_factory=dict)
+
+
+@dataclass(frozen=True, config=STRICT)
+class GridOptions:
+    """The integer grid that weights are rounded to, apart from its bits (see ``numerics.grid``)."""
+
+    scheme: Literal["asym", "sym_gptq", "sym_signed"] = identity(default="asym")
+    clip_search: bool = identity(default=False)
+    sym_nonnegative_row: Literal["symmetric", "as_code"] = identity(default="symmetric")
+
+
+@dataclass(frozen=True, config=STRICT)
+class MethodSpec:
+    """A method: four roles, the weight grid, and whether the linears of a block are rounded in sequence."""
+
+    name: str = execution()
+    transform: RoleSpec = identity()
+    target: RoleSpec = identity()
+    solver: RoleSpec = identity()
+    refine: RoleSpec = identity()
+    grid: GridOptions = identity()
+    true_sequential: bool = identity()
+
+
+@dataclass(frozen=True, config=STRICT)
+class BitwidthSpec:
+    """Bits of weights, activations, keys and values; 16 leaves a tensor untouched. ``group_size: null`` is one group per row."""
+
+    name: str = execution()
+    w_bits: Bits = identity()
+    a_bits: Bits = identity()
+    k_bits: Bits = identity()
+    v_bits: Bits = identity()
+    group_size: Positive | None = identity(default=None)
+
+
+@dataclass(frozen=True, config=STRICT)
+class TextSpec:
+    """A text: which data set and split, or which file, and which portion of its documents."""
+
+    dataset: str = identity()
+    split: str | None = identity(default=None)
+    revision: str | None = execution(default=None)
+    path: str | None = execution(default=None)
+    separator: str | None = identity(default=None)
+    portion: tuple[Fraction, Fraction] = identity(default=(0.0, 1.0))
+    digest: str | None = identity(default=None)
+
+
+@dataclass(frozen=True, config=STRICT)
+class CalibrationSpec(TextSpec):
+    """``n_samples`` windows of ``seq_len`` tokens, drawn from a text by ``sampling`` with the seed of the cell."""
+
+    n_samples: Positive = identity(default=128)
+    seq_len: Annotated[int, Field(ge=2)] = identity(default=2048)
+    sampling: Literal["joined_random", "document_random"] = identity(default="joined_random")
+
+
+@dataclass(frozen=True, config=STRICT)
+class PerplexitySpec(TextSpec):
+    """Perplexity of a text in non-overlapping windows of ``seq_len`` tokens; the remainder is dropped."""
+
+    seq_len: Annotated[int, Field(ge=2)] = identity(default=2048)
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluationSpec:
+    """What is measured: texts by label, and lm-eval tasks by name."""
+
+    name: str = execution()
+    texts: dict[str, PerplexitySpec] = identity(default_factory=dict)
+    tasks: tuple[str, ...] = identity(default=())
+    batch_size: Positive = identity(default=8)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ExecutionSpec:
+    """Where and how a cell runs. None of it may change a result."""
+
+    runs_dir: str = execution(default="runs")
+    device: Literal["auto", "cpu", "cuda"] = execution(default="auto")
+    threads: Positive | None = execution(default=None)
+    progress: bool = execution(default=True)
+    keep_codes: bool | None = execution(default=None)
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunSpec:
+    """One cell: model x method x bitwidth x calibration x evaluation x seed."""
+
+    model: ModelSpec = identity()
+    method: MethodSpec = identity()
+    bitwidth: BitwidthSpec = identity()
+    calibration: CalibrationSpec | None = identity()
+    evaluation: EvaluationSpec = identity()
+    seed: Annotated[int, Field(ge=0)] = identity()
+    execution: ExecutionSpec = execution(default_factory=ExecutionSpec)
+
+    @property
+    def quantizes(self) -> bool:
+        """Tell whether anything at all is below 16 bits."""
+        bits = self.bitwidth
+        return min(bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits) < UNTOUCHED_BITS
+
+
+def to_dict(value: Any) -> Any:
+    """Turn a spec (or any part of one) into plain JSON-able data."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """Validate plain data strictly against a dataclass.
+
+    Args:
+        cls: The dataclass to build; ``Annotated`` constraints on its fields are enforced.
+        data: Plain JSON-able data, not modified. A list is accepted for a tuple, an int for a float, nothing else.
+        where: Dotted prefix for error messages, e.g. ``"method.solver"``.
+
+    Returns:
+        The frozen instance.
+
+    Raises:
+        ConfigError: One line: expected, given, where, nearest valid name.
+    """
+    try:
+        text = json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where or cls.__name__}: expected plain finite values, got {data!r} ({error})") from None
+    adapter = TypeAdapter(cls if dataclasses.is_dataclass(cls) and hasattr(cls, "__pydantic_config__") else strict(cls))
+    try:
+        return adapter.validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(_one_line(cls, error, where)) from None
+
+
+def strict(cls: type[T]) -> type[T]:
+    """Give a standard-library dataclass (a role member) the same strict validation as the spec itself."""
+    return dataclass(cls, config=STRICT, frozen=True)  # type: ignore[call-overload, no-any-return]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Name the closest known word and list the known ones, for error messages."""
+    words = sorted(known)
+    close = difflib.get_close_matches(str(name), words, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(words) or '(none)'}"
+
+
+def _one_line(cls: type, error: ValidationError, where: str) -> str:
+    problem = error.errors(include_url=False)[0]
+    path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("tuple["))]
+    place = ".".join(str(part) for part in ([where] if where else []) + path)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        owner = _class_at(cls, path[:-1])
+        known = [f.name for f in dataclasses.fields(owner)] if owner else []
+        return f"unknown key {place!r} (given {problem['input']!r}); {nearest(str(path[-1]), known)}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"missing value for {place!r}: give {place}=..."
+    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+
+
+def _class_at(cls: type, path: list[Any]) -> type | None:
+    """Follow a path of field names through nested dataclasses (and the values of mappings)."""
+    current: Any = cls
+    for part in path:
+        hints = {f.name: str(f.type) for f in dataclasses.fields(current)} if dataclasses.is_dataclass(current) else {}
+        if part in hints:  # else a label inside a mapping of specs
+            current = next((c for name, c in _classes().items() if name in hints[part]), None)
+    return current if dataclasses.is_dataclass(current) and isinstance(current, type) else None
+
+
+def _classes() -> dict[str, type]:
+    return {name: value for name, value in globals().items() if isinstance(value, type) and dataclasses.is_dataclass(value)}

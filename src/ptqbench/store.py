@@ -1,0 +1,179 @@
+"""The run folder: where a cell lives on disk. Every path is a property, every write is atomic, the state is derived.
+
+    runs/<slug>-<run_id>/
+        spec.json                 the cell, complete
+        attempts/NNN/             meta.json (provenance), log.txt, heartbeat.json
+        state/                    finished blocks: the unit of resume
+        layers.parquet            one row per linear
+        result.json               written last: its existence *is* "done"
+        failure.json              class, message, traceback and log tail of the last failed attempt
+
+No file is ever appended to by two processes. Imports neither torch nor pandas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ptqbench.errors import ConfigError
+from ptqbench.fingerprint import RUN_ID_LENGTH, run_id, slug
+from ptqbench.spec import RunSpec, build, to_dict
+
+HEARTBEAT_INTERVAL_S = 10.0
+HEARTBEAT_EXPIRY_S = 90.0
+DONE, FAILED, RUNNING, INTERRUPTED, PENDING, DAMAGED = "done", "failed", "running", "interrupted", "pending", "damaged"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part: temporary, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically, sorted and indented for people, with NaN refused."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any | None:
+    """Read JSON; None where the file is missing, truncated or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """One cell on disk."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """The identity in the folder's name."""
+        return self.path.name[-RUN_ID_LENGTH:]
+
+    @property
+    def spec_path(self) -> Path:
+        """The cell as plain data."""
+        return self.path / "spec.json"
+
+    @property
+    def result_path(self) -> Path:
+        """Exists exactly when the cell is done."""
+        return self.path / "result.json"
+
+    @property
+    def failure_path(self) -> Path:
+        """Why the last attempt failed."""
+        return self.path / "failure.json"
+
+    @property
+    def layers_path(self) -> Path:
+        """One row per linear, Parquet."""
+        return self.path / "layers.parquet"
+
+    @property
+    def state_path(self) -> Path:
+        """Finished blocks."""
+        return self.path / "state"
+
+    @property
+    def attempts(self) -> list[Path]:
+        """Folders of all attempts, oldest first."""
+        folder = self.path / "attempts"
+        return sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+    def new_attempt(self) -> Path:
+        """Create the folder of the next attempt; two processes never get the same one."""
+        number = len(self.attempts) + 1
+        while True:
+            path = self.path / "attempts" / f"{number:03d}"
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+            else:
+                return path
+
+    def read_spec(self) -> RunSpec:
+        """Read the cell back.
+
+        Raises:
+            ConfigError: The file is missing or damaged, or does not describe the cell the folder is named after.
+        """
+        data = read_json(self.spec_path)
+        if not isinstance(data, dict):
+            raise ConfigError(f"{self.spec_path} is missing or not valid JSON; expected the spec of a cell")
+        spec = build(RunSpec, data)
+        if run_id(spec) != self.run_id:
+            raise ConfigError(f"{self.spec_path} describes cell {run_id(spec)}, not {self.run_id}: the folder was edited or copied")
+        return spec
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished cell, None if it is not finished or its file is damaged."""
+        data = read_json(self.result_path)
+        return data if isinstance(data, dict) and data.get("run_id") == self.run_id else None
+
+    def failure(self) -> dict[str, Any] | None:
+        """The failure of the last attempt, if it failed."""
+        data = read_json(self.failure_path)
+        return data if isinstance(data, dict) else None
+
+    def heartbeat(self) -> dict[str, Any] | None:
+        """The last sign of life of the newest attempt."""
+        attempts = self.attempts
+        data = read_json(attempts[-1] / "heartbeat.json") if attempts else None
+        return data if isinstance(data, dict) else None
+
+    def state(self, now: float | None = None) -> str:
+        """Derive the state from the files: done, failed, running, interrupted, damaged or pending."""
+        if self.result_path.exists():
+            return DONE if self.result() is not None else DAMAGED
+        beat = self.heartbeat()
+        if beat is not None and not beat.get("ended"):
+            age = (time.time() if now is None else now) - float(beat.get("time", 0))
+            return RUNNING if age < HEARTBEAT_EXPIRY_S else INTERRUPTED
+        return FAILED if self.failure_path.exists() else (INTERRUPTED if self.attempts else PENDING)
+
+
+def folder_of(spec: RunSpec) -> RunFolder:
+    """Find the folder of a cell under ``execution.runs_dir``; an existing one counts whatever its slug."""
+    root, identifier = Path(spec.execution.runs_dir), run_id(spec)
+    for path in sorted(root.glob(f"*-{identifier}")):
+        return RunFolder(path)
+    return RunFolder(root / f"{slug(spec)}-{identifier}")
+
+
+def create(spec: RunSpec) -> RunFolder:
+    """Create (or find) the folder of a cell and write its spec once."""
+    folder = folder_of(spec)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if read_json(folder.spec_path) is None:
+        write_json(folder.spec_path, to_dict(spec))
+    return folder
+
+
+def all_runs(root: Path) -> Iterator[RunFolder]:
+    """Yield every run folder under a root, sorted by name; anything else there is ignored."""
+    if not root.is_dir():
+        return
+    for path in sorted(root.iterdir()):
+        tail = path.name[-RUN_ID_LENGTH:]
+        if len(path.name) > RUN_ID_LENGTH and all(c in "0123456789abcdef" for c in tail) and (path / "spec.json").exists():
+            yield RunFolder(path)

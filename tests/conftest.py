@@ -1,0 +1,62 @@
+"""Fixtures: small random checkpoints of the supported architectures, real data where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+torch.set_num_threads(2)
+
+REAL_DATA = Path(os.environ.get("PTQBENCH_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def random_checkpoint(folder: Path, kind: str = "llama", seed: int = 0, **changes: object) -> Path:
+    """Save a random 2-block model of an architecture, with the tokenizer of the embedded model."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    from ptqbench.models.source import embedded_model_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_folder("tiny"))
+    settings: dict[str, object] = dict(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=76, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=False,
+        rms_norm_eps=1e-6, bos_token_id=0, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+    settings |= changes
+    config, model = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[kind]
+    if kind == "qwen2":
+        settings.pop("head_dim")
+    torch.manual_seed(seed)
+    built = model(config(**settings))
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)  # transformers starts biases at zero, which would hide a lost bias
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.15)
+    built.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A function that saves a random checkpoint in the test's folder: ``checkpoint("qwen3", head_dim=8)``."""
+    return lambda kind="llama", **changes: random_checkpoint(tmp_path / f"{kind}-model", kind, **changes)
+
+
+@pytest.fixture
+def real_data():
+    """The folder with a real pretrained model and real texts; skips where it is absent."""
+    if not (REAL_DATA / "models" / "stories260K" / "config.json").is_file():
+        pytest.skip(f"no real test data at {REAL_DATA} (set PTQBENCH_TEST_DATA)")
+    return REAL_DATA

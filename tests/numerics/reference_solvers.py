@@ -1,0 +1,152 @@
+"""Slow, obviously correct counterparts of the solvers: numpy, one row and one channel at a time, no factorisation.
+
+Nothing here is shared with the package. Every solver works on the remaining least-squares problem in its textbook
+form: rounding channel j changes the others by -e_j Hinv[j, rest] / Hinv[j, j] with Hinv the inverse of the Hessian of
+the channels that are left, recomputed from scratch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ptqbench.numerics.grid import GridSpec
+
+
+def fit_row(row: np.ndarray, spec: GridSpec, shrink: float = 1.0) -> tuple[float, float]:
+    """Return scale and zero point of one row, written out scheme by scheme."""
+    low, high = min(0.0, float(row.min())), max(0.0, float(row.max()))
+    b = spec.bits
+    if spec.scheme == "sym_signed":
+        return shrink * max(-low, high, 1e-5) / (2 ** (b - 1) - 1), 0.0
+    if spec.scheme == "sym_gptq":
+        largest = max(-low, high)
+        low = 0.0 if low == 0.0 and spec.sym_nonnegative_row == "as_code" else -largest
+        high = largest
+    if low == 0.0 and high == 0.0:
+        low, high = -1.0, 1.0
+    low, high = shrink * low, shrink * high
+    if spec.scheme == "ternary":
+        return high, low
+    scale = (high - low) / (2**b - 1)
+    return scale, float(2 ** (b - 1)) if spec.scheme == "sym_gptq" else float(np.round(-low / scale))
+
+
+def round_value(x: float, scale: float, zero: float, spec: GridSpec) -> tuple[int, float]:
+    """Return code and value of one number."""
+    if spec.scheme == "ternary":
+        code = 1 if x > scale / 2 else (-1 if x < zero / 2 else 0)
+        return code, {1: scale, -1: zero, 0: 0.0}[code]
+    signed = spec.scheme == "sym_signed"
+    low, high = (-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1) if signed else (0, 2**spec.bits - 1)
+    code = int(min(max(np.round(x / scale) + zero, low), high))
+    return code, scale * (code - zero)
+
+
+def fit_with_search(row: np.ndarray, spec: GridSpec) -> tuple[float, float, float, float]:
+    """Return p, scale, zero point and loss of the first best shrink factor of one row."""
+    best = (1.0, *fit_row(row, spec), float("inf"))
+    for i in range(80 if spec.clip_search else 1):
+        p = 1 - i / 100
+        scale, zero = fit_row(row, spec, p)
+        loss = sum(abs(round_value(float(x), scale, zero, spec)[1] - float(x)) ** 2.4 for x in row)
+        if loss < best[3]:
+            best = (p, scale, zero, loss)
+    return best
+
+
+def fit_group(row: np.ndarray, spec: GridSpec) -> tuple[float, float]:
+    """Return scale and zero point of one row, with the clip search where the grid asks for it."""
+    return fit_with_search(row, spec)[1:3]
+
+
+def rtn(weight: np.ndarray, spec: GridSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes and values of rounding to nearest."""
+    codes, values = np.zeros(weight.shape, dtype=int), np.zeros(weight.shape)
+    size = spec.group_size or weight.shape[1]
+    for r, row in enumerate(weight):
+        for start in range(0, len(row), size):
+            scale, zero = fit_group(row[start : start + size], spec)
+            for j in range(start, min(start + size, len(row))):
+                codes[r, j], values[r, j] = round_value(row[j], scale, zero, spec)
+    return codes, values
+
+
+def gptq(
+    weight: np.ndarray,
+    moment: np.ndarray,
+    spec: GridSpec,
+    damping: float = 0.01,
+    order: np.ndarray | None = None,
+    static: bool = False,
+    drift: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round by explicit inverse downdates; dynamic groups see fully updated weights (``group_refit`` fresh).
+
+    ``drift`` (n, n) in processing order is GPTAQ's strictly upper P: its row j is added times the current w_j.
+    """
+    n = weight.shape[1]
+    h = moment.copy()
+    dead = np.diag(h) == 0
+    mean = np.diag(h).mean()
+    h[np.diag_indices(n)] += damping * mean + dead * mean
+    order = np.arange(n) if order is None else order
+    codes, values = np.zeros(weight.shape, dtype=int), np.zeros(weight.shape)
+    for r in range(len(weight)):
+        w = np.where(dead, 0.0, weight[r])
+        whole = fit_group(weight[r], spec)
+        fixed = [fit_group(w[s : s + spec.group_size], spec) for s in range(0, n, spec.group_size or n)] if static else []
+        grid = whole
+        for step, j in enumerate(order):
+            rest = order[step:]
+            if spec.group_size and static:
+                grid = fixed[j // spec.group_size]
+            elif spec.group_size and step % spec.group_size == 0:
+                grid = fit_group(w[order[step : step + spec.group_size]], spec)
+            inverse = np.linalg.inv(h[np.ix_(rest, rest)])
+            before = w[j]
+            codes[r, j], values[r, j] = round_value(w[j], *grid, spec)
+            w[rest] -= (w[j] - values[r, j]) * inverse[0] / inverse[0, 0]
+            if drift is not None:
+                w[rest[1:]] += before * drift[step, step + 1 :]
+    return codes, values
+
+
+def gptaq_drift(moment: np.ndarray, cross: np.ndarray, damping: float) -> np.ndarray:
+    """Return P at strength 1 row by row: channel j's drift regressed on the channels after it.
+
+    P_j = d_j restricted to the channels > j, times the inverse of the damped Hessian of those channels, where d_j is
+    row j of (X - Xq)^T Xq.
+    """
+    n = len(moment)
+    h = moment + damping * np.diag(moment).mean() * np.eye(n)
+    p = np.zeros((n, n))
+    for j in range(n - 1):
+        p[j, j + 1 :] = cross.T[j, j + 1 :] @ np.linalg.inv(h[j + 1 :, j + 1 :])
+    return p
+
+
+def qronos(
+    weight: np.ndarray, xq: np.ndarray, x: np.ndarray, spec: GridSpec, damping: float = 0.01
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round by solving the two least-squares problems on the data, then GPTQ on the remaining channels.
+
+    The moments are sums over the rows of ``xq`` and ``x`` (T, n).
+    """
+    n = weight.shape[1]
+    lam = damping * (xq**2).sum() / n
+    codes, values = np.zeros(weight.shape, dtype=int), np.zeros(weight.shape)
+    for r, w in enumerate(weight):
+        grid = fit_group(w, spec)
+        target = x @ w
+        first = np.linalg.lstsq(xq[:, :1], target - xq[:, 1:] @ w[1:], rcond=None)[0][0]
+        codes[r, 0], values[r, 0] = round_value(first, *grid, spec)
+        # min ||xq_2 v - (target - xq_1 q_1)||^2 + lam ||v - w_2||^2 as one stacked least-squares problem
+        lhs = np.vstack([xq[:, 1:], np.sqrt(lam) * np.eye(n - 1)])
+        rhs = np.concatenate([target - xq[:, 0] * values[r, 0], np.sqrt(lam) * w[1:]])
+        v = np.linalg.lstsq(lhs, rhs, rcond=None)[0]
+        h = xq[:, 1:].T @ xq[:, 1:] + lam * np.eye(n - 1)
+        for j in range(1, n):
+            inverse = np.linalg.inv(h[j - 1 :, j - 1 :])
+            codes[r, j], values[r, j] = round_value(v[j - 1], *grid, spec)
+            v[j - 1 :] -= (v[j - 1] - values[r, j]) * inverse[0] / inverse[0, 0]
+    return codes, values
