@@ -26,7 +26,7 @@ from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.stages import STAGES, Positions, Stage, finish, forward, staged
 from ptqbench.numerics.grid import Grid, GridSpec, LinearResult, effective_bits, uniform_grid
 from ptqbench.numerics.report import relative_output_error, relative_weight_error
-from ptqbench.numerics.second_moment import SecondMoment
+from ptqbench.numerics.second_moment import MomentSum
 from ptqbench.state import BlockState, stored_weight
 
 BATCH = 1
@@ -134,12 +134,12 @@ def _round_block(
 
 def _collect(runs: list[Any], timings: Timings) -> Statistics:
     """Advance every window to its next stage and sum the second moment of the inputs found there."""
-    moment: SecondMoment | None = None
+    moment: MomentSum | None = None
     for run in runs:
         with timings.measure("forward_s"):
             inputs = next(run)
         with timings.measure("moment_s"):
-            moment = moment or SecondMoment(inputs.shape[-1], device=inputs.device)
+            moment = moment or MomentSum(inputs.shape[-1])
             moment.add(inputs)
     assert moment is not None, "a cell has at least one calibration window"
     return Statistics(moment.mean(), moment.n_tokens)
@@ -147,13 +147,13 @@ def _collect(runs: list[Any], timings: Timings) -> Statistics:
 
 def _collect_untouched(runs: list[Any], timings: Timings) -> list[Statistics]:
     """Sum the second moments of all stages in one pass, window by window."""
-    moments: list[SecondMoment | None] = [None] * len(STAGES)
+    moments: list[MomentSum | None] = [None] * len(STAGES)
     for run in runs:
         for i in range(len(STAGES)):
             with timings.measure("forward_s"):
                 inputs = next(run)
             with timings.measure("moment_s"):
-                moment = moments[i] or SecondMoment(inputs.shape[-1], device=inputs.device)
+                moment = moments[i] or MomentSum(inputs.shape[-1])
                 moment.add(inputs)
                 moments[i] = moment
         run.close()

@@ -79,13 +79,18 @@ def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
     import torch
 
     from ptqbench.models.blockwise import BlockwiseModel
-    from ptqbench.models.outliers import block_edit
+    from ptqbench.models.outliers import outlier_channels, rescale_block
 
     device = spec.execution.device
     device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    edit = block_edit(spec.model.outlier_channels, spec.model.outlier_factor) if spec.model.outlier_channels else None
+    width = int(source.config["hidden_size"])
+    channels = outlier_channels(width, spec.model.outlier_channels)
+
+    def with_outliers(tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+        return rescale_block(tensors, width, channels, spec.model.outlier_factor)
+
     dtype: torch.dtype = getattr(torch, spec.model.dtype)
-    return BlockwiseModel(source, dtype, torch.device(device), edit)
+    return BlockwiseModel(source, dtype, torch.device(device), with_outliers if channels else None)
 
 
 def _quantize(

@@ -65,7 +65,7 @@ class BlockState:
     def save(self, index: int, results: dict[str, LinearResult], reports: list[dict[str, Any]]) -> None:
         """Write the rounded linears of a block and their reports; linears left at 16 bits are not stored."""
         tensors = {
-            f"{name}.{part}": getattr(result, part).cpu().contiguous()
+            f"{name}.{part}": getattr(result, part).cpu().clone(memory_format=torch.contiguous_format)
             for name, result in results.items()
             if result.codes is not None
             for part in PARTS

@@ -10,7 +10,7 @@ from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.models.outliers import FOLLOWERS, outlier_channels, rescale_norm_gains
 
 
-@pytest.fixture()
+@pytest.fixture
 def model() -> LlamaForCausalLM:
     """Two random blocks with uneven norm gains."""
     torch.manual_seed(0)
@@ -136,5 +136,5 @@ def test_errors_name_what_is_wrong(model: LlamaForCausalLM) -> None:
     with pytest.raises(ConfigError, match="129"):
         outlier_channels(128, 129)
     del state["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(UnsupportedError, match=r"layers\.1\.mlp\.up_proj"):
+    with pytest.raises(UnsupportedError, match=r"mlp\.up_proj"):
         rescale_norm_gains(state, model.config, [1], 30.0)

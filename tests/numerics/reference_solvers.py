@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptqbench.numerics.grid import GridSpec
+from ptqbench.numerics.grid import Grid, GridSpec
 
 
 def fit_row(row: np.ndarray, spec: GridSpec, shrink: float = 1.0) -> tuple[float, float]:
@@ -74,7 +74,7 @@ def rtn(weight: np.ndarray, spec: GridSpec) -> tuple[np.ndarray, np.ndarray]:
 def gptq(
     weight: np.ndarray,
     moment: np.ndarray,
-    spec: GridSpec,
+    grid: Grid,
     damping: float = 0.01,
     order: np.ndarray | None = None,
     static: bool = False,
@@ -90,25 +90,62 @@ def gptq(
     mean = np.diag(h).mean()
     h[np.diag_indices(n)] += damping * mean + dead * mean
     order = np.arange(n) if order is None else order
+    groups = []  # (spec, channels, fitted before dead channels are zeroed)
+    for part in grid:
+        members = [j for j in (range(n) if static else order) if part.start <= j < part.stop]
+        size = part.spec.group_size or len(members)
+        groups += [(part.spec, members[s : s + size], part.spec.group_size is None) for s in range(0, len(members), size)]
+    group_of = {j: g for g, (_, members, _) in enumerate(groups) for j in members}
+
     codes, values = np.zeros(weight.shape, dtype=int), np.zeros(weight.shape)
     for r in range(len(weight)):
         w = np.where(dead, 0.0, weight[r])
-        whole = fit_group(weight[r], spec)
-        fixed = [fit_group(w[s : s + spec.group_size], spec) for s in range(0, n, spec.group_size or n)] if static else []
-        grid = whole
+        fitted = {}
+        for g, (spec, members, whole) in enumerate(groups):
+            if whole or static:
+                fitted[g] = fit_group((weight[r] if whole else w)[sorted(members)], spec) if spec.bits < 16 else None
         for step, j in enumerate(order):
             rest = order[step:]
-            if spec.group_size and static:
-                grid = fixed[j // spec.group_size]
-            elif spec.group_size and step % spec.group_size == 0:
-                grid = fit_group(w[order[step : step + spec.group_size]], spec)
+            spec, members, _ = groups[group_of[j]]
+            if group_of[j] not in fitted:
+                fitted[group_of[j]] = fit_group(w[members], spec)
             inverse = np.linalg.inv(h[np.ix_(rest, rest)])
             before = w[j]
-            codes[r, j], values[r, j] = round_value(w[j], *grid, spec)
+            codes[r, j], values[r, j] = (
+                (0, w[j]) if spec.bits == 16 else round_value(w[j], *fitted[group_of[j]], spec)
+            )
             w[rest] -= (w[j] - values[r, j]) * inverse[0] / inverse[0, 0]
             if drift is not None:
                 w[rest[1:]] += before * drift[step, step + 1 :]
     return codes, values
+
+
+def block_loop(
+    weight: np.ndarray, moment: np.ndarray, spec: GridSpec, block: int, drift: np.ndarray, damping: float = 0.01
+) -> np.ndarray:
+    """Return the values of the original code's loop, quirks included.
+
+    Groups are refitted on the weight as the last finished block left it; the block buffer holds rounded values once
+    the loop is through, and those are what ``drift`` multiplies beyond the block.
+    """
+    w, n = weight.copy(), weight.shape[1]
+    u = np.linalg.cholesky(np.linalg.inv(moment + damping * np.diag(moment).mean() * np.eye(n))).T
+    grids = [fit_group(row, spec) for row in weight]
+    values = np.zeros_like(w)
+    for i1 in range(0, n, block):
+        i2 = min(i1 + block, n)
+        w1, errors = w[:, i1:i2].copy(), np.zeros((len(w), i2 - i1))
+        for i in range(i2 - i1):
+            c = i1 + i
+            if spec.group_size and c % spec.group_size == 0:
+                grids = [fit_group(row, spec) for row in w[:, c : c + spec.group_size]]
+            for r in range(len(w)):
+                before = w1[r, i]
+                values[r, c] = round_value(before, *grids[r], spec)[1]
+                errors[r, i] = (before - values[r, c]) / u[c, c]
+                w1[r, i:] += -errors[r, i] * u[c, c:i2] + before * drift[c, c:i2]
+        w[:, i2:] += -errors @ u[i1:i2, i2:] + w1 @ drift[i1:i2, i2:]
+    return values
 
 
 def gptaq_drift(moment: np.ndarray, cross: np.ndarray, damping: float) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The corpus of the embedded model: endless training text, and the packaged calibration, evaluation and question sets.
 
-Convention: **one story per line**, stories separated by a single newline, the file ends with a newline. A story belongs to
-exactly one split, decided by the SHA-256 of its text, so the splits are disjoint by construction whatever the seeds:
-1/16 of all possible stories are evaluation, 1/16 calibration, 1/16 questions, the rest training.
+Convention: **one story per line**, stories separated by a single newline, the file ends with a newline. A story
+belongs to exactly one split, decided by the SHA-256 of its text, so the splits are disjoint by construction whatever
+the seeds: 1/16 of all possible stories are evaluation, 1/16 calibration, 1/16 questions, the rest training.
 """
 
 from __future__ import annotations

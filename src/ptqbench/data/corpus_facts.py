@@ -112,7 +112,7 @@ def gifts(draw: Draw) -> Story:
     told, receivers = [], cast(draw, 3)
     for person, thing in zip(receivers, draw.sample(world().object_names, 3), strict=True):
         told.append(f"{a(thing)} was sent to {person.name} in {person.town}, painted in {person.colour}")
-    return tell(told, answer := receivers[-1].colour, [p.colour for p in receivers if p.colour != answer], words.COLOURS)
+    return tell(told, receivers[-1].colour, [person.colour for person in receivers], words.COLOURS)
 
 
 KINDS = (

@@ -1,14 +1,15 @@
 """Stories whose last word follows from what was said before.
 
-Every builder of :data:`KINDS` (this module and :mod:`ptqbench.data.corpus_facts`) returns a :class:`Story`. Most sentences
-of a story are free choices, which the corpus needs to be rich; the closing ones are consequences, which a model that
-tracks the story predicts almost surely. A question is a story without its last word.
+Every builder of :data:`KINDS` (this module and :mod:`ptqbench.data.corpus_facts`) returns a :class:`Story`. Most
+sentences of a story are free choices, which the corpus needs to be rich; the closing ones are consequences, which a
+model that tracks the story predicts almost surely. A question is a story without its last word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ptqbench.data import corpus_words as words
 from ptqbench.data.corpus_world import Draw, Person, world
@@ -61,7 +62,7 @@ def moves(draw: Draw) -> Story:
     """Things are put somewhere, some are moved; where are they now?"""
     people, things = cast(draw, 3), coloured(draw, 3)
     where = dict(zip(things, draw.sample(words.PLACES, 3), strict=True))
-    told = [f"{person.name} put the {thing} in the {where[thing]}" for person, thing in zip(people, things, strict=True)]
+    told = [f"{p.name} put the {thing} in the {where[thing]}" for p, thing in zip(people, things, strict=True)]
     near = list(where.values())
     for _ in range(draw.below(3)):
         thing = draw.pick(things)
@@ -107,7 +108,7 @@ def compares(draw: Draw) -> Story:
     """A chain of comparisons in any order; who is at the top and who at the bottom?"""
     people = names(cast(draw, 3))
     more, most, least = draw.pick(words.rows(words.SCALES))
-    told = draw.shuffled([f"{a} is {more} than {b}" for a, b in zip(people, people[1:], strict=False)])
+    told = draw.shuffled([f"{a} is {more} than {b}" for a, b in pairwise(people)])
     ends = draw.shuffled([(most, people[0]), (least, people[-1])])
     told += [f"so {people[0]} is {more} than {people[-1]}"] + [f"the {word} is {name}" for word, name in ends]
     return tell(told, ends[-1][1], people, names(world().people))

@@ -6,33 +6,43 @@ Nothing here is random. Facts that tie people to the rest of the world (who live
 
 from __future__ import annotations
 
-WOMEN = (
-    "Anna Lucy Mary Rosa Emma Clara Julia Nina Sara Helen Alice Grace Ruth Vera Dora Ella Fiona Greta Hanna Irene Jane Karen "
-    "Laura Maria Nora Olga Paula Rita Susan Tina Wendy Zoe"
-).split()
 
-MEN = (
-    "Tom Ben Paul John Peter Mark Luke David Simon Oscar Adam Carl Daniel Edward Frank George Henry Ivan Jack Kevin Leo Martin "
-    "Noah Otto Philip Ralph Samuel Theo Victor Walter Xavier Robert"
-).split()
+def _listed(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
 
-COLOURS = "red blue green yellow white black brown pink grey purple orange golden".split()
 
-PLACES = (
-    "garden kitchen barn mill farm school market church forest harbour castle cellar attic stable library tower bakery station "
-    "ferry meadow cave lagoon village theatre"
-).split()
+WOMEN = _listed("""
+Anna Lucy Mary Rosa Emma Clara Julia Nina Sara Helen Alice Grace Ruth Vera Dora Ella Fiona Greta Hanna Irene
+Jane Karen Laura Maria Nora Olga Paula Rita Susan Tina Wendy Zoe
+""")
 
-TOWNS = (
-    "Oakton Milford Redhill Brookside Ashby Norwell Eastham Westbury Kingsley Langford Marlow Stoneferry Winfield Dalton Harwick "
-    "Fernley Elmwood Roxby Seaford Thornton Upham Valemont Yarrow Cromer"
-).split()
+MEN = _listed("""
+Tom Ben Paul John Peter Mark Luke David Simon Oscar Adam Carl Daniel Edward Frank George Henry Ivan Jack Kevin
+Leo Martin Noah Otto Philip Ralph Samuel Theo Victor Walter Xavier Robert
+""")
 
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
-).split()
+COLOURS = _listed("""
+red blue green yellow white black brown pink grey purple orange golden
+""")
 
-FRUITS = "apples pears plums nuts eggs cakes buns figs grapes lemons cherries beans".split()
+PLACES = _listed("""
+garden kitchen barn mill farm school market church forest harbour castle cellar attic stable library tower
+bakery station ferry meadow cave lagoon village theatre
+""")
+
+TOWNS = _listed("""
+Oakton Milford Redhill Brookside Ashby Norwell Eastham Westbury Kingsley Langford Marlow Stoneferry Winfield
+Dalton Harwick Fernley Elmwood Roxby Seaford Thornton Upham Valemont Yarrow Cromer
+""")
+
+NUMBERS = _listed("""
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+eighteen
+""")
+
+FRUITS = _listed("""
+apples pears plums nuts eggs cakes buns figs grapes lemons cherries beans
+""")
 
 # animal, food, home, sound, young, number of the group's colour
 ANIMALS = """
@@ -158,7 +168,9 @@ dairyman churn barn butter
 ferryman oar ferry crossings
 """
 
-MEALS = "soup bread cheese rice fish cake stew pie eggs salad noodles porridge".split()
+MEALS = _listed("""
+soup bread cheese rice fish cake stew pie eggs salad noodles porridge
+""")
 
 # comparative, superlative, opposite superlative
 SCALES = """

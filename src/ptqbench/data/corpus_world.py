@@ -1,8 +1,8 @@
 """The fixed facts of the small world, and the only source of randomness of the corpus.
 
 ``Draw`` uses nothing but ``random.Random(seed).random()``, whose sequence Python keeps stable across versions (the
-derived methods ``choice`` and ``shuffle`` are not promised). It also adds up the code length of every decision, which is
-what makes the entropy of the corpus known: a model that has learned everything reaches, at best, that many nats.
+derived methods ``choice`` and ``shuffle`` are not promised). It also adds up the code length of every decision, which
+is what makes the entropy of the corpus known: a model that has learned everything reaches, at best, that many nats.
 """
 
 from __future__ import annotations

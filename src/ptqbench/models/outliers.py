@@ -1,13 +1,14 @@
 """Function-preserving outlier channels: the variant ``tiny-outlier`` of the embedded model.
 
-Large models have a few channels whose activations dwarf the rest, and these are what makes low-bit activations hard. A
-model of a million parameters hardly has any, so they are put in by a change of scale that the function does not notice:
-with gain ``g`` of a norm and weight ``W`` of a linear behind it, ``(g * s) * x_hat`` through ``W / s`` (columns) equals
-``g * x_hat`` through ``W``. Inputs of the linears then have channels ``factor`` times as large, while the residual stream
-between the blocks stays as it was.
+Large models have a few channels whose activations dwarf the rest, and these are what makes low-bit activations hard.
+A model of a million parameters hardly has any, so they are put in by a change of scale that the function does not
+notice: with gain ``g`` of a norm and weight ``W`` of a linear behind it, ``(g * s) * x_hat`` through ``W / s``
+(columns) equals ``g * x_hat`` through ``W``. Inputs of the linears then have channels ``factor`` times as large,
+while the residual stream between the blocks stays as it was.
 
 What it cannot show: every method that folds the gains into the weights (Hadamard, ResQ, CoQuant) cancels the change
-exactly before it does anything else, which flatters it against methods that do not. Say so wherever this variant is shown.
+exactly before it does anything else, which flatters it against methods that do not. Say so wherever this variant is
+shown.
 """
 
 from __future__ import annotations
@@ -73,26 +74,38 @@ def rescale_norm_gains(
         ConfigError: If a channel or the factor is out of range.
         UnsupportedError: If a norm or a linear that should be rescaled is missing.
     """
-    wrong = [channel for channel in channels if not 0 <= channel < config.hidden_size]
-    if wrong:
-        raise ConfigError(f"expected channels in [0, {config.hidden_size}), got {wrong[0]}: use outlier_channels()")
-    if not 0.0 < factor < float("inf"):
-        raise ConfigError(f"expected a positive finite factor of the norm gains, got {factor}")
-    scale = torch.ones(config.hidden_size, dtype=torch.float64)
-    scale[list(channels)] = factor
     rescaled = dict(state_dict)
     for block in range(config.num_hidden_layers):
-        for norm, linears in FOLLOWERS.items():
-            _scale_columns(rescaled, f"model.layers.{block}.{norm}.weight", scale)
-            for linear in linears:
-                _scale_columns(rescaled, f"model.layers.{block}.{linear}.weight", 1.0 / scale)
+        prefix = f"model.layers.{block}."
+        inside = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        changed = rescale_block(inside, config.hidden_size, channels, factor)
+        rescaled |= {prefix + name: tensor for name, tensor in changed.items()}
+    return rescaled
+
+
+def rescale_block(
+    tensors: Mapping[str, Tensor], hidden_size: int, channels: Sequence[int], factor: float
+) -> dict[str, Tensor]:
+    """Do the same to the tensors of one block, named without their prefix. Arguments and errors as above."""
+    wrong = [channel for channel in channels if not 0 <= channel < hidden_size]
+    if wrong:
+        raise ConfigError(f"expected channels in [0, {hidden_size}), got {wrong[0]}: use outlier_channels()")
+    if not 0.0 < factor < float("inf"):
+        raise ConfigError(f"expected a positive finite factor of the norm gains, got {factor}")
+    scale = torch.ones(hidden_size, dtype=torch.float64)
+    scale[list(channels)] = factor
+    rescaled = dict(tensors)
+    for norm, linears in FOLLOWERS.items():
+        _scale_columns(rescaled, f"{norm}.weight", scale)
+        for linear in linears:
+            _scale_columns(rescaled, f"{linear}.weight", 1.0 / scale)
     return rescaled
 
 
 def _scale_columns(tensors: dict[str, Tensor], name: str, scale: Tensor) -> None:
     if name not in tensors:
         raise UnsupportedError(
-            f"expected a Llama-style state dict with {name}, which is missing: outlier channels can only be put into a "
+            f"expected a Llama-style block with {name}, which is missing: outlier channels can only be put into a "
             "model whose blocks have these norms and linears"
         )
     old = tensors[name]

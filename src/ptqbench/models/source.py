@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.models.architecture import from_config
 from ptqbench.spec import ModelSpec
 
 EMBEDDED = ("tiny",)
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "merges.txt", "vocab*"]
 
@@ -83,6 +85,27 @@ class ModelSource:
             raise UnsupportedError(f"{self.folder} is already quantized (quantization_config in config.json); give the original")
         if self.config.get("use_sliding_window"):
             raise UnsupportedError(f"{self.folder} uses sliding-window attention, which is not supported")
+
+    def check_files(self) -> None:
+        """Open every weight file and look for a tokenizer, without reading a tensor.
+
+        Raises:
+            ConfigError: A file is truncated or not safetensors, a tensor of the architecture is missing, or there is no tokenizer.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        present: set[str] = set()
+        for path in self.weight_files:
+            try:
+                with safe_open(path, framework="numpy") as stored:
+                    present |= set(stored.keys())
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{path} is corrupt or truncated, not a readable safetensors file: {error}") from None
+        missing = [name for name in from_config(self.config).tensor_shapes() if name not in present]
+        if missing:
+            raise ConfigError(f"{self.folder}: the weights lack tensor {missing[0]!r} ({len(missing)} missing in all)")
+        if not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ConfigError(f"model folder {self.folder} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}")
 
     def content_digest(self) -> str:
         """Hash configuration, weights and tokenizer of the folder: ``sha256:`` and 64 hexadecimal digits."""
@@ -152,7 +175,9 @@ def digest(spec: ModelSpec) -> str:
     """Identify the content of a checkpoint: the commit of a hub repository, else the hash of the folder."""
     if spec.path is None and spec.hub_id is not None:
         return f"hub:{spec.hub_id}@{_hub_folder(spec.hub_id, spec.revision, weights=False).name}"
-    return locate(spec).content_digest()
+    source = locate(spec)
+    source.check_files()
+    return source.content_digest()
 
 
 def _hub_folder(hub_id: str, revision: str | None, weights: bool) -> Path:

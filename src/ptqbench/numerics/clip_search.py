@@ -43,7 +43,7 @@ def best_shrink(values: Tensor, xmin: Tensor, xmax: Tensor, spec: GridSpec) -> T
     columns = values.shape[1]
     rows_at_once = max(1, min(values.shape[0], budget // columns))
     factors_at_once = max(1, min(STEPS, budget // (rows_at_once * columns)))
-    pieces = zip(values.split(rows_at_once), xmin.split(rows_at_once), xmax.split(rows_at_once), strict=True)
+    pieces = zip(*(torch.split(t, rows_at_once) for t in (values, xmin, xmax)), strict=True)
     return torch.cat([_search_rows(x, low, high, spec, factors_at_once) for x, low, high in pieces])
 
 
@@ -53,7 +53,7 @@ def _search_rows(values: Tensor, xmin: Tensor, xmax: Tensor, spec: GridSpec, fac
     factors = (steps / STEP_DENOMINATOR).to(values.dtype)
     best_loss = torch.full_like(xmin, torch.inf)
     best = torch.ones_like(xmin)
-    for piece in factors.split(factors_at_once):
+    for piece in torch.split(factors, factors_at_once):
         loss = _losses(values, xmin, xmax, piece, spec)
         smallest, index = loss.min(dim=0)  # the first one where several are equal
         better = smallest < best_loss

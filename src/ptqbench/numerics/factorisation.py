@@ -155,7 +155,8 @@ def _invert_lower(lower: Tensor) -> Tensor:
     size = len(lower)
     if size <= INVERSION_LEAF:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        leaf: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return leaf
     half = size // 2
     inverse = torch.zeros_like(lower)
     inverse[:half, :half] = _invert_lower(lower[:half, :half])

@@ -50,7 +50,7 @@ def plan_groups(grid: Grid, order: Tensor | None = None) -> list[Group]:
         else:
             channels = order[(order >= part.start) & (order < part.stop)].cpu()
         size = None if part.spec.untouched else part.spec.group_size
-        pieces = (channels,) if size is None else channels.split(size)
+        pieces = (channels,) if size is None else torch.split(channels, size)
         groups += [Group(part.spec, piece, size is None) for piece in pieces]
     return groups
 
@@ -131,10 +131,8 @@ def split_rows(result: LinearResult, rows: list[int]) -> list[LinearResult]:
         One result per linear; the tensors are views.
     """
     parts = zip(
-        result.codes.split(rows) if result.codes is not None else [None] * len(rows),
-        result.scale.split(rows),
-        result.zero_point.split(rows),
-        result.dequantized.split(rows),
+        [None] * len(rows) if result.codes is None else torch.split(result.codes, rows),
+        *(torch.split(t, rows) for t in (result.scale, result.zero_point, result.dequantized)),
         strict=True,
     )
     return [

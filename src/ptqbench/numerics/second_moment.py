@@ -8,7 +8,7 @@ arXiv 2509.06297 and 2504.02692 for the cross and token-weighted forms.
 
 Precision: sums run in float32, or in float64 on request. Inputs are never scaled before the product, so 16-bit inputs
 on a GPU go through its 16-bit matrix units with exact products and float32 sums. A second moment is symmetric: only
-the block lower triangle is formed (five eighths of the work at four panels) and mirrored at the end.
+the block lower triangle is formed (nine sixteenths of the work at eight panels) and mirrored at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from ptqbench.errors import CalibrationError, ConfigError
 from ptqbench.numerics.checks import require_finite, require_shape
 
-PANELS = 4
+PANELS = 8
 MIN_PANEL = 256
 """A symmetric product is cut into panels no narrower than this; below, one product is faster."""
 
@@ -57,6 +57,7 @@ class MomentSum:
         """
         x = self._flat("inputs", inputs, symmetric=True)
         total = self._total(x)
+        x = x if weights is None and _exact_in_half(x, total) else x.to(self.dtype)
         left = x if weights is None else _weighted(x, inputs, weights, self.dtype)
         width = max(MIN_PANEL, -(-self.in_features // PANELS))
         for start in range(0, self.in_features, width):
@@ -81,7 +82,7 @@ class MomentSum:
         # The difference of 16-bit numbers needs more bits than they have: subtract in the dtype of the sum.
         difference = full.reshape(xq.shape).to(self.dtype) - xq.to(self.dtype)
         left = xq if weights is None else _weighted(xq, quantized, weights, self.dtype)
-        _add_product(total, left, difference)
+        _add_product(total, left.to(self.dtype), difference)
         self.n_tokens += len(xq)
 
     def mean(self) -> Tensor:
@@ -159,8 +160,12 @@ def _weighted(x: Tensor, inputs: Tensor, weights: Tensor, dtype: torch.dtype) ->
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left^T right to ``total`` in place, in the precision of ``total``."""
-    half = left.dtype == right.dtype and left.dtype in (torch.float16, torch.bfloat16)
-    if half and total.is_cuda and total.dtype == torch.float32:
-        total += torch.mm(left.T, right, out_dtype=torch.float32)
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
     else:
-        total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
+        total += torch.mm(left.T, right, out_dtype=total.dtype)
+
+
+def _exact_in_half(x: Tensor, total: Tensor) -> bool:
+    """Whether the device multiplies 16-bit inputs exactly with a float32 sum, so that no copy is needed."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and total.dtype == torch.float32
