@@ -122,27 +122,28 @@ def one_line(error: Exception, words: list[str]) -> str:
     if missing_choice:
         group, _, name = missing_choice[1].rpartition("/")
         return f"unknown {group or 'configuration'} {name!r}; {nearest(name, group_names(group))}"
-    override = re.search(r"Could not override '([^']+)'|Error merging override ([^\s]+)", text)
-    bad_key = re.search(r"Key '([^']+)' (?:is not in struct|not in)", text)
-    if bad_key:
-        full = re.search(r"full_key: (\S+)", text)
-        place = full[1] if full else (override[1] or override[2] if override else bad_key[1])
-        return f"unknown key {place!r}; {nearest(bad_key[1], _siblings(place, words))}"
-    if override and "No match in the defaults list" in text or (override and "Did you mean" in text):
+    override = re.search(r"Could not override '([^']+)'", text)
+    if override and "/" in override[1]:
         groups = sorted(path.relative_to(conf_folder()).as_posix() for path in conf_folder().rglob("*") if path.is_dir())
-        return f"unknown group {override[1]!r}; {nearest(str(override[1]), groups)}"
-    return f"{text.removesuffix('.')} (in: {' '.join(words)})"
+        return f"unknown group {override[1]!r}; {nearest(override[1], groups)}"
+    bad_key = re.search(r"Key '([^']+)' (?:is not in struct|not in)", text)
+    full = re.search(r"full_key: (\S+)", text)
+    place = override[1] if override else full[1] if full else bad_key[1] if bad_key else None
+    if place is not None:
+        return f"unknown key {place!r}; {nearest(place.rpartition('.')[2], _siblings(place, words))}"
+    grammar = re.sub(r" See https?://\S+ for details", "", text).removesuffix(".")
+    return f"{grammar} (in: {' '.join(words)})"
 
 
 def _siblings(place: str, words: list[str]) -> list[str]:
     """Keys that exist beside a mistyped one, from the configuration without the override that names it."""
     parent = place.rpartition(".")[0]
-    kept = [word for word in words if place.split("=")[0] not in word]
+    kept = [word for word in words if place not in word]
     try:
         node: Any = compose_data(kept)
         for part in parent.split(".") if parent else []:
             node = node[part]
-        return sorted(map(str, node))
+        return sorted({*map(str, node), *([] if parent else ["method"])})
     except (PtqbenchError, KeyError, TypeError):
         return []
 

@@ -82,14 +82,17 @@ def comparison(frame: pd.DataFrame) -> pd.DataFrame:
     order = known[index].drop_duplicates()
     done = known.dropna(subset=["metric"])
     seeds = known.groupby(index, sort=False)["seed"].nunique().rename("n_seeds")
-    grouped = done.groupby([*index, "metric"], sort=False)
-    counts = grouped["seed"].nunique().unstack("metric")
-    values = grouped["value"].mean().unstack("metric")
-    complete = counts.eq(seeds.reindex(counts.index), axis=0)
-    values = values.where(complete).reindex(columns=list(done["metric"].drop_duplicates()))
-    bits = done.groupby(index, sort=False)["effective_w_bits"].mean()
-    table = pd.concat([bits, seeds, values], axis=1)
+    table = pd.DataFrame({"effective_w_bits": done.groupby(index, sort=False)["effective_w_bits"].mean(), "n_seeds": seeds})
+    for metric in sorted(done["metric"].unique(), key=_metric_order):
+        grouped = done[done["metric"] == metric].groupby(index, sort=False)
+        with_metric = grouped["seed"].nunique()
+        table[metric] = grouped["value"].mean().where(with_metric == seeds.reindex(with_metric.index))
     return table.reindex(pd.MultiIndex.from_frame(order))
+
+
+def _metric_order(metric: str) -> tuple[bool, bool, str]:
+    """Perplexities first, then acc, then acc_norm."""
+    return not metric.endswith("/perplexity"), metric.endswith("/acc_norm"), metric
 
 
 def missing(frame: pd.DataFrame) -> list[str]:

@@ -94,7 +94,8 @@ def gptq(
     for part in grid:
         members = [j for j in (range(n) if static else order) if part.start <= j < part.stop]
         size = part.spec.group_size or len(members)
-        groups += [(part.spec, members[s : s + size], part.spec.group_size is None) for s in range(0, len(members), size)]
+        whole = part.spec.group_size is None
+        groups += [(part.spec, members[s : s + size], whole) for s in range(0, len(members), size)]
     group_of = {j: g for g, (_, members, _) in enumerate(groups) for j in members}
 
     codes, values = np.zeros(weight.shape, dtype=int), np.zeros(weight.shape)

@@ -84,7 +84,7 @@ def test_bad_moments_are_named() -> None:
     moment[1, 3] = torch.nan
     with pytest.raises(NumericalError, match=r"second_moment.*\[1, 3\]"):
         factorise(moment)
-    with pytest.raises(NumericalError, match="diagonal >= 0, got -1.0 at index 2"):
+    with pytest.raises(NumericalError, match=r"diagonal >= 0, got -1\.0 at index 2"):
         factorise(torch.diag(torch.tensor([1.0, 1.0, -1.0])))
     with pytest.raises(NumericalError, match="zeros only"):
         factorise(torch.zeros(3, 3))

@@ -58,7 +58,9 @@ def test_worked_example() -> None:
 @pytest.mark.parametrize("dead", [[], [3, 12, 28]], ids=["all live", "dead channels"])
 @pytest.mark.parametrize("mode", ["plain", "act_order", "static", "act_order static"])
 @pytest.mark.parametrize("name", GRIDS)
-def test_equals_explicit_inverse_downdates(name: str, mode: str, dead: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_explicit_inverse_downdates(
+    name: str, mode: str, dead: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(column_loop, "PANEL", 5)
     monkeypatch.setitem(compensated.ROW_CHUNK, "cpu", 3)
     weight, moment = random_weight(4, D, seed=1), MOMENT.clone()
@@ -81,7 +83,8 @@ def test_equals_explicit_inverse_downdates(name: str, mode: str, dead: list[int]
 
 @pytest.mark.parametrize("size", [300, 4])
 def test_downdates_at_the_sizes_of_the_notes(size: int) -> None:
-    x, weight, grid = correlated_inputs(4 * size, size, seed=2), random_weight(2, size, seed=3), uniform_grid(size, GridSpec(3))
+    x, weight = correlated_inputs(4 * size, size, seed=2), random_weight(2, size, seed=3)
+    grid = uniform_grid(size, GridSpec(3))
     codes, _ = reference.gptq(weight.numpy(), (x.T @ x).numpy(), grid)
     assert np.array_equal(gptq(weight, x.T @ x, grid).codes.numpy(), codes)
 

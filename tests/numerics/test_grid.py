@@ -102,6 +102,14 @@ def test_clip_search_matches_the_scalar_search_for_every_chunking(
     assert not torch.equal(scale, fit(weight, GridSpec(3, scheme))[0])
 
 
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_clip_search_keeps_the_first_of_equal_losses(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(clip_search.CHUNK_ELEMENTS, "cpu", budget)
+    zeros = torch.zeros(3, 4, dtype=F64)
+    for scheme in ("asym", "sym_gptq", "sym_signed"):
+        assert torch.equal(fit(zeros, GridSpec(3, scheme, clip_search=True))[0], fit(zeros, GridSpec(3, scheme))[0])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), min_size=1, max_size=9),
@@ -259,7 +267,9 @@ def test_ternary_with_clip_search_is_unsupported() -> None:
         GridSpec(2, "ternary", clip_search=True)
 
 
-@pytest.mark.parametrize("ranges", [[(0, 4), (5, 8)], [(0, 5), (4, 8)], [(1, 8)], [(0, 7)], [(0, 9)], [(0, 0), (0, 8)], []])
+@pytest.mark.parametrize(
+    "ranges", [[(0, 4), (5, 8)], [(0, 5), (4, 8)], [(1, 8)], [(0, 7)], [(0, 9)], [(0, 0), (0, 8)], []], ids=str
+)
 def test_gaps_and_overlaps_are_rejected(ranges: list[tuple[int, int]]) -> None:
     grid = tuple(ColumnRange(a, b, GridSpec(4)) for a, b in ranges)
     with pytest.raises(ConfigError, match="grid"):

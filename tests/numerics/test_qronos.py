@@ -12,6 +12,7 @@ from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.numerics.gptq import gptq
 from ptqbench.numerics.grid import ColumnRange, Grid, GridSpec, uniform_grid
 from ptqbench.numerics.qronos import eigenvalue_damping, qronos
+from ptqbench.numerics.rtn import round_to_nearest
 
 D = 26
 XQ = correlated_inputs(300, D, seed=0)
@@ -41,7 +42,7 @@ def test_worked_example() -> None:
     assert result.codes.tolist() == [[3, 0, 2, 0], [1, 3, 0, 1]]
 
 
-@pytest.mark.parametrize("spec", [GridSpec(2), GridSpec(4), GridSpec(3, "sym_signed"), GridSpec(2, "ternary")], ids=repr)
+@pytest.mark.parametrize("spec", [GridSpec(2), GridSpec(4), GridSpec(3, "sym_signed"), GridSpec(2, "ternary")], ids=str)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_equals_least_squares_on_the_data(spec: GridSpec, act_order: bool) -> None:
     weight = random_weight(4, D, seed=2)
@@ -105,6 +106,22 @@ def test_dead_channels_are_dropped(dead: int) -> None:
         )  # fmt: skip
         if dead or act_order:
             assert torch.equal(result.codes[:, kept], smaller.codes)
+
+
+def test_the_correction_of_a_dead_channel_is_ignored() -> None:
+    weight, moment, cross = random_weight(3, D, seed=6), MOMENT.clone(), CROSS.clone()
+    moment[9] = moment[:, 9] = 0
+    result = qronos(weight, moment, cross, uniform_grid(D, GridSpec(3)))
+    cross[9] = cross[:, 9] = 0
+    assert torch.equal(result.codes, qronos(weight, moment, cross, uniform_grid(D, GridSpec(3))).codes)
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_grids_can_come_from_another_weight(size: int | None) -> None:
+    weight, other = random_weight(3, D, seed=9), 1.7 * random_weight(3, D, seed=10)
+    grid = uniform_grid(D, GridSpec(3, group_size=size))
+    result = qronos(weight, MOMENT, CROSS, grid, grid_weight=other)
+    assert torch.equal(result.scale, round_to_nearest(other, grid).scale)
 
 
 def test_an_untouched_first_range_takes_the_correction_whole() -> None:

@@ -70,11 +70,10 @@ def scale_from_range(xmin: Tensor, xmax: Tensor, spec: GridSpec) -> tuple[Tensor
     if spec.scheme == "ternary":
         return xmax.clone(), xmin.clone()
     low, high = code_limits(spec)
-    tiny = torch.finfo(xmin.dtype).tiny
     if spec.scheme == "sym_signed":
-        scale = (xmax / high).clamp(min=tiny)
+        scale = xmax / high
         return scale, torch.zeros_like(scale)
-    scale = ((xmax - xmin) / (high - low)).clamp(min=tiny)
+    scale = ((xmax - xmin) / (high - low)).clamp(min=torch.finfo(xmin.dtype).tiny)
     if spec.scheme == "sym_gptq":
         return scale, torch.full_like(scale, float(2 ** (spec.bits - 1)))
     return scale, torch.round(-xmin / scale)
