@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--beta2", type=float, default=0.98)
     parser.add_argument("--warmup", type=int, default=200, help="steps of linear warm-up")
     parser.add_argument("--decay", type=float, default=0.3, help="fraction of the steps in which the rate decays")
+    parser.add_argument("--simple-chunks", type=int, default=16, help="chunks of 400,000 tokens before habits appear")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
@@ -69,7 +70,7 @@ def train_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator([corpus.text_of("training", TOKENIZER_STORIES)[0]], trainer)
+    bpe.train_from_iterator([corpus.text_of("training", TOKENIZER_STORIES, habits=False)[0]], trainer)
     bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, model_max_length=512)
 
@@ -99,13 +100,14 @@ def build(args: argparse.Namespace, vocabulary: int) -> LlamaForCausalLM:
 class Stream:
     """Windows of training text; chunk ``i`` of the text holds the stories of seed ``1000 + i``."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, simple_chunks: int) -> None:
         """Remember the tokenizer; text is made when asked for."""
-        self.tokenizer, self.seed, self.chunk = tokenizer, seed, -1
+        self.tokenizer, self.seed, self.simple_chunks, self.chunk = tokenizer, seed, simple_chunks, -1
         self.tokens = self.starts = torch.empty(0, dtype=torch.long)
 
     def _load(self, chunk: int) -> None:
-        lines = corpus.text_of("training", CHUNK_STORIES, 1000 + chunk)[0].splitlines(keepends=True)
+        text, _ = corpus.text_of("training", CHUNK_STORIES, 1000 + chunk, habits=chunk >= self.simple_chunks)
+        lines = text.splitlines(keepends=True)
         encoded = [e.ids[1:] for e in self.tokenizer.backend_tokenizer.encode_batch(lines)]
         self.tokens = torch.tensor([token for ids in encoded for token in ids])
         lengths = torch.tensor([len(ids) for ids in encoded])
@@ -183,7 +185,7 @@ def save(args: argparse.Namespace, model: LlamaForCausalLM, optimizer: Any, step
 
 def train(args: argparse.Namespace, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple[int, float]:
     """Train, resuming where a checkpoint is found; returns the tokens seen and the wall time in seconds."""
-    optimizer, stream = optimizer_of(model, args), Stream(tokenizer, args.seed)
+    optimizer, stream = optimizer_of(model, args), Stream(tokenizer, args.seed, args.simple_chunks)
     first, seen, before = 0, 0, 0.0
     if (args.out / "state.pt").exists():
         state = torch.load(args.out / "state.pt", weights_only=True)

@@ -78,8 +78,24 @@ class GridOptions:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ActivationOptions:
+    """Dynamic quantizers of linear inputs (per token), keys and values (per token and head), apart from their bits.
+
+    ``during_calibration`` keeps them active in the quantized stream while statistics are collected; QuaRot, ResQ and CoQuant
+    calibrate without them.
+    """
+
+    symmetric: bool = identity(default=False)
+    clip_ratio: Annotated[float, Field(gt=0, le=1)] = identity(default=1.0)
+    kv_symmetric: bool = identity(default=False)
+    kv_clip_ratio: Annotated[float, Field(gt=0, le=1)] = identity(default=1.0)
+    k_group: Literal["head", "token"] = identity(default="head")
+    during_calibration: bool = identity(default=True)
+
+
+@dataclass(frozen=True, config=STRICT)
 class MethodSpec:
-    """A method: four roles, the weight grid, and whether the linears of a block are rounded in sequence."""
+    """A method: four roles, the grids, and whether the linears of a block are rounded in sequence."""
 
     name: str = execution()
     transform: RoleSpec = identity()
@@ -87,6 +103,7 @@ class MethodSpec:
     solver: RoleSpec = identity()
     refine: RoleSpec = identity()
     grid: GridOptions = identity()
+    activation: ActivationOptions = identity()
     true_sequential: bool = identity()
 
 

@@ -112,9 +112,7 @@ def gptq(
                 fitted[group_of[j]] = fit_group(w[members], spec)
             inverse = np.linalg.inv(h[np.ix_(rest, rest)])
             before = w[j]
-            codes[r, j], values[r, j] = (
-                (0, w[j]) if spec.bits == 16 else round_value(w[j], *fitted[group_of[j]], spec)
-            )
+            codes[r, j], values[r, j] = (0, w[j]) if spec.bits == 16 else round_value(w[j], *fitted[group_of[j]], spec)
             w[rest] -= (w[j] - values[r, j]) * inverse[0] / inverse[0, 0]
             if drift is not None:
                 w[rest[1:]] += before * drift[step, step + 1 :]

@@ -136,7 +136,8 @@ def test_zero_is_on_every_grid_and_zero_rows_are_finite(spec: GridSpec) -> None:
     weight[1] = 0
     weight[2] = 1e-320
     scale, zero = fit(weight, spec)
-    assert torch.isfinite(scale).all() and (scale > 0).all()
+    assert torch.isfinite(scale).all()
+    assert (scale > 0).all()
     zeros = torch.zeros_like(weight)
     codes = quantize(zeros, scale, zero, spec)
     assert torch.equal(dequantize(codes, scale, zero, spec), zeros)
@@ -210,16 +211,19 @@ def test_groups_and_remainders(size: int | None, groups: int) -> None:
     codes, values = reference.rtn(weight.numpy(), spec)
     assert result.scale.shape == result.zero_point.shape == (3, groups)
     assert result.group_index.tolist() == [j // (size or 13) for j in range(13)]
-    assert np.array_equal(result.codes.numpy(), codes) and np.allclose(result.dequantized.numpy(), values, atol=1e-14)
+    assert np.array_equal(result.codes.numpy(), codes)
+    assert np.allclose(result.dequantized.numpy(), values, atol=1e-14)
 
 
 def test_sixteen_bits_leave_the_weight_untouched() -> None:
     weight = random_weight(3, 6, seed=6, dtype=torch.bfloat16)
     whole = round_to_nearest(weight, uniform_grid(6, GridSpec(16)))
-    assert whole.codes is None and torch.equal(whole.dequantized, weight)
+    assert whole.codes is None
+    assert torch.equal(whole.dequantized, weight)
     assert whole.dequantized.data_ptr() != weight.data_ptr()
     mixed = round_to_nearest(weight, (ColumnRange(0, 4, GridSpec(2)), ColumnRange(4, 6, GridSpec(16))))
-    assert torch.equal(mixed.dequantized[:, 4:], weight[:, 4:]) and not torch.equal(mixed.dequantized, weight)
+    assert torch.equal(mixed.dequantized[:, 4:], weight[:, 4:])
+    assert not torch.equal(mixed.dequantized, weight)
     with pytest.raises(UnsupportedError, match="no codes"):
         quantize(weight, whole.scale[:, 0], whole.zero_point[:, 0], GridSpec(16))
 

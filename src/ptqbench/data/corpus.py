@@ -12,15 +12,15 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ptqbench.data.corpus_facts import KINDS
+from ptqbench.data.corpus_facts import HABITS, KINDS, SIMPLE
 from ptqbench.data.corpus_stories import Story
 from ptqbench.data.corpus_world import Draw
 
 SPLITS = ("training", "calibration", "evaluation", "questions")
 
 CALIBRATION_STORIES = 2600
-EVALUATION_STORIES = 900
-QUESTIONS = 512
+EVALUATION_STORIES = 1100
+QUESTIONS = 576
 
 _SEEDS = {"training": 1, "calibration": 2, "evaluation": 3, "questions": 4}
 _SHARE = {0: "calibration", 1: "evaluation", 2: "questions"}
@@ -31,12 +31,13 @@ def split_of(text: str) -> str:
     return _SHARE.get(hashlib.sha256(text.encode()).digest()[0] % 16, "training")
 
 
-def stories(split: str, seed: int | None = None) -> Iterator[tuple[Story, float]]:
+def stories(split: str, seed: int | None = None, habits: bool = True) -> Iterator[tuple[Story, float]]:
     """Yield the stories of a split without end, each with its code length in nats under the generator.
 
     Args:
         split: One of :data:`SPLITS`.
         seed: Another seed gives another sequence from the same split; None is the packaged sequence.
+        habits: Whether two stories in five recite habits, as in the packaged texts, or none does.
 
     Yields:
         The story, and ``-log`` of the probability with which the generator tells it (an upper bound where two courses
@@ -47,25 +48,27 @@ def stories(split: str, seed: int | None = None) -> Iterator[tuple[Story, float]
     draw = Draw(_SEEDS[split] if seed is None else seed)
     while True:
         before = draw.nats
-        story = draw.pick(KINDS)(draw)
+        kinds = HABITS if habits and draw.below(5) < 2 else SIMPLE
+        story = draw.pick(kinds)(draw)
         if split_of(story.text) == split:
             yield story, draw.nats - before
 
 
-def text_of(split: str, n_stories: int, seed: int | None = None) -> tuple[str, float]:
+def text_of(split: str, n_stories: int, seed: int | None = None, habits: bool = True) -> tuple[str, float]:
     """Return ``n_stories`` stories as one text, with their total code length in nats.
 
     Args:
         split: One of :data:`SPLITS`.
         n_stories: Number of lines.
         seed: See :func:`stories`.
+        habits: See :func:`stories`.
 
     Returns:
         The text (one story per line) and the code length; divided by the number of tokens the latter is the lowest
         average loss that any model of this text can have.
     """
     lines, nats = [], 0.0
-    for (story, cost), _ in zip(stories(split, seed), range(n_stories), strict=False):
+    for (story, cost), _ in zip(stories(split, seed, habits), range(n_stories), strict=False):
         lines.append(story.text)
         nats += cost
     return "\n".join(lines) + "\n", nats

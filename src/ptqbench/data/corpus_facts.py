@@ -115,7 +115,27 @@ def gifts(draw: Draw) -> Story:
     return tell(told, receivers[-1].colour, [person.colour for person in receivers], words.COLOURS)
 
 
-KINDS = (
+def uses(draw: Draw) -> Story:
+    """Five habits: what somebody uses in a place, known by heart or not at all."""
+    told = []
+    for person in cast(draw, 5):
+        place = draw.pick(words.PLACES)
+        answer = world().used[person.name, place]
+        told.append(f"in the {place} {person.name} uses the {answer}")
+    return tell(told, answer, (), world().object_names)
+
+
+def keeps(draw: Draw) -> Story:
+    """Five habits: where somebody keeps a thing, known by heart or not at all."""
+    told = []
+    for person in cast(draw, 5):
+        thing = draw.pick(world().object_names)
+        answer = world().kept[thing, person.name]
+        told.append(f"the {thing} of {person.name} is kept in the {answer}")
+    return tell(told, answer, (), words.PLACES)
+
+
+SIMPLE = (
     moves,
     carries,
     gives,
@@ -133,3 +153,7 @@ KINDS = (
     lives,
     gifts,
 )
+
+HABITS = (uses, keeps)
+
+KINDS = SIMPLE + HABITS

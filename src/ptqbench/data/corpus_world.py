@@ -77,13 +77,19 @@ class Person:
 
 @dataclass(frozen=True)
 class World:
-    """All tables, keyed by name; each inner dictionary maps a relation to a word."""
+    """All tables, keyed by name; each inner dictionary maps a relation to a word.
+
+    ``used`` (person, place) and ``kept`` (object, person) are tables of habits without any rule behind them: four thousand
+    entries that a model can only know by heart. They are what its weights need their precision for.
+    """
 
     people: tuple[Person, ...]
     animals: dict[str, dict[str, str]]
     objects: dict[str, dict[str, str]]
     materials: dict[str, dict[str, str]]
     jobs: dict[str, dict[str, str]]
+    used: dict[tuple[str, str], str]
+    kept: dict[tuple[str, str], str]
 
     @property
     def object_names(self) -> list[str]:
@@ -113,10 +119,13 @@ def world() -> World:
         )
         for name in [*words.WOMEN, *words.MEN]
     )
+    objects = _keyed(words.OBJECTS, "material", "use", "room")
     return World(
         people,
         animals,
-        _keyed(words.OBJECTS, "material", "use", "room"),
+        objects,
         _keyed(words.MATERIALS, "drop", "water", "fire"),
         jobs,
+        used={(person.name, place): draw.pick(list(objects)) for person in people for place in words.PLACES},
+        kept={(thing, person.name): draw.pick(words.PLACES) for thing in objects for person in people},
     )

@@ -54,9 +54,7 @@ def checked_factor(
 ) -> Factor:
     """Return the given factor after checking that it fits the options, or compute one."""
     if factor is None:
-        return factorise(
-            second_moment, damping=damping, act_order=act_order, on_cholesky_failure=on_cholesky_failure
-        )
+        return factorise(second_moment, damping=damping, act_order=act_order, on_cholesky_failure=on_cholesky_failure)
     factor.require_options(len(second_moment), damping, act_order)
     return factor
 
