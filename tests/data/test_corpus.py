@@ -45,6 +45,9 @@ def test_draw_is_pinned_to_golden_decisions() -> None:
     assert draw.nats == pytest.approx(5 * math.log(1000))
     assert sorted(draw.shuffled("abcd")) == list("abcd")
     assert draw.nats == pytest.approx(5 * math.log(1000) + math.log(24))
+    draw = Draw(7)
+    assert [draw.chance(2, 5) for _ in range(5)] == [True, True, False, True, False]
+    assert draw.nats == pytest.approx(-3 * math.log(0.4) - 2 * math.log(0.6))
 
 
 def test_splits_are_disjoint(questions: list[dict[str, Any]]) -> None:
@@ -144,6 +147,29 @@ def test_facts_are_those_of_the_world(questions: list[dict[str, Any]]) -> None:
         assert world().materials[world().objects[thing]["material"]][harm] == answer
     for context, answer in _of_kind(questions, "objects"):
         assert answer in world().objects[re.search(r"The (\w+)", context.rsplit(". ", 1)[1])[1]].values()  # type: ignore[index]
+
+
+def test_habits_are_those_of_the_world(questions: list[dict[str, Any]]) -> None:
+    for context, answer in _of_kind(questions, "uses"):
+        place, name = re.search(r"In the (\w+) (\w+) uses the$", context).groups()  # type: ignore[union-attr]
+        assert world().used[name, place] == answer
+    for context, answer in _of_kind(questions, "keeps"):
+        thing, name = re.search(r"The (\w+) of (\w+) is kept in the$", context).groups()  # type: ignore[union-attr]
+        assert world().kept[thing, name] == answer
+
+
+def test_training_can_leave_habits_out() -> None:
+    text, _ = corpus.text_of("training", 500, habits=False)
+    assert not re.search(r" uses the \w+\. In the | of \w+ is kept", text)
+    share = sum(bool(re.match(r"In the \w+ \w+ uses|The \w+ of", line)) for line in lines_of("evaluation.txt"))
+    assert 0.35 < share / corpus.EVALUATION_STORIES < 0.5
+
+
+def test_code_length_is_that_of_the_decisions() -> None:
+    _, nats = corpus.text_of("calibration", 50)
+    costs = [cost for (_, cost), _ in zip(corpus.stories("calibration"), range(50), strict=False)]
+    assert nats == pytest.approx(sum(costs))
+    assert 15 < nats / 50 < 60
 
 
 def test_every_material_of_an_object_has_consequences() -> None:

@@ -48,7 +48,7 @@ def stories(split: str, seed: int | None = None, habits: bool = True) -> Iterato
     draw = Draw(_SEEDS[split] if seed is None else seed)
     while True:
         before = draw.nats
-        kinds = HABITS if habits and draw.below(5) < 2 else SIMPLE
+        kinds = HABITS if habits and draw.chance(2, 5) else SIMPLE
         story = draw.pick(kinds)(draw)
         if split_of(story.text) == split:
             yield story, draw.nats - before

@@ -25,7 +25,7 @@ class Draw:
     """Seeded uniform decisions with their accumulated code length.
 
     Attributes:
-        nats: Sum of ``log(n)`` over all decisions among ``n`` alternatives so far.
+        nats: Sum of ``-log`` of the probability of every decision so far.
     """
 
     def __init__(self, seed: int) -> None:
@@ -37,6 +37,12 @@ class Draw:
         """Return an integer in ``[0, n)``."""
         self.nats += math.log(n)
         return int(self._random() * n)
+
+    def chance(self, k: int, n: int) -> bool:
+        """Return True ``k`` times in ``n``."""
+        happens = int(self._random() * n) < k
+        self.nats -= math.log((k if happens else n - k) / n)
+        return happens
 
     def pick(self, items: Sequence[T]) -> T:
         """Return one of ``items``."""
@@ -79,8 +85,8 @@ class Person:
 class World:
     """All tables, keyed by name; each inner dictionary maps a relation to a word.
 
-    ``used`` (person, place) and ``kept`` (object, person) are tables of habits without any rule behind them: four thousand
-    entries that a model can only know by heart. They are what its weights need their precision for.
+    ``used`` (person, place) and ``kept`` (object, person) are tables of habits without any rule behind them: four
+    thousand entries that a model can only know by heart. They are what its weights need their precision for.
     """
 
     people: tuple[Person, ...]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from importlib import resources
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from ptqbench.errors import CalibrationError, ConfigError
 from ptqbench.spec import TextSpec, nearest
 
 EMBEDDED_SPLITS = ("calibration", "evaluation")
-EMBEDDED_SEPARATOR = "\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +69,7 @@ def load_text(spec: TextSpec) -> Text:
             content = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"text file {path} is not UTF-8: {error}") from None
-        separator = EMBEDDED_SEPARATOR if spec.dataset == "tiny" else spec.separator
-        pieces = [piece.strip() for piece in content.split(separator)] if separator else [content]
+        pieces = [piece.strip() for piece in content.split(spec.separator)] if spec.separator else [content]
         text = Text(tuple(piece for piece in pieces if piece), None)
     return _portion(text, spec)
 
@@ -103,12 +100,6 @@ def check_disjoint(calibration: TextSpec, evaluation: TextSpec, label: str) -> N
 def embedded_folder() -> Path:
     """The folder of the texts that ship with the package."""
     return Path(str(resources.files("ptqbench"))) / "data" / "embedded"
-
-
-def embedded_questions() -> list[dict[str, object]]:
-    """The packaged multiple-choice questions: ``context``, four ``choices``, index of the ``answer``."""
-    lines = (embedded_folder() / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def _local_path(spec: TextSpec) -> Path:

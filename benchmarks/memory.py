@@ -1,0 +1,145 @@
+"""Peak memory of quantizing a model that does not fit: ``python benchmarks/memory.py [--model-gib 4] [--allowed-gib 1]``.
+
+Writes a random Llama checkpoint of the given size in shards, then quantizes it (RTN and, with ``--method gptq``, GPTQ) and
+measures its perplexity in a child process whose private memory the kernel limits (RLIMIT_DATA) to the allowance plus what the
+interpreter and its libraries take before any weight is read. A child that loaded the whole model is run as the baseline under
+the same limit: it must fail, or the limit proves nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+GIB = 2**30
+
+
+def build(folder: Path, gib: float) -> dict[str, float]:
+    """Write a random checkpoint of about ``gib`` GiB in float32, one shard per block."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    from ptqbench.models.architecture import from_config
+    from ptqbench.models.source import embedded_model_folder
+
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=64, num_hidden_layers=1, max_position_embeddings=512, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+        dtype="float32",
+    )  # fmt: skip
+    block_bytes = 4 * from_config(config.to_dict()).linear_params
+    config.num_hidden_layers = max(2, round(gib * GIB / block_bytes))
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((embedded_model_folder("tiny") / name).read_bytes())
+    shapes = from_config(json.loads((folder / "config.json").read_text())).tensor_shapes()
+    files: dict[str, list[str]] = {}
+    for name in shapes:
+        files.setdefault(name.split(".")[2] if ".layers." in name else "rest", []).append(name)
+    weight_map = {}
+    for index, names in files.items():
+        tensors = {n: torch.ones(shapes[n]) if "norm" in n else torch.randn(shapes[n]) * 0.02 for n in names}
+        file = f"model-{index}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    return {"model_gib": size / GIB, "blocks": config.num_hidden_layers, "block_gib": block_bytes / GIB}
+
+
+def anonymous_gib() -> float:
+    """Private memory of this process that no file backs, GiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 2**20
+
+
+class Peak(threading.Thread):
+    """Samples ``anonymous_gib`` a hundred times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.value, self.stop = 0.0, threading.Event()
+
+    def run(self) -> None:
+        while not self.stop.wait(0.01):
+            self.value = max(self.value, anonymous_gib())
+
+
+def child(folder: Path, allowed_gib: float, what: str) -> None:
+    """Do the work under the limit and print the figures as JSON."""
+    import torch
+
+    from ptqbench.evaluate.perplexity import perplexity
+    from ptqbench.methods.refinements import NoRefinement
+    from ptqbench.methods.solvers import Gptq, RoundToNearest
+    from ptqbench.methods.targets import Weight
+    from ptqbench.models.blockwise import BlockwiseModel
+    from ptqbench.models.source import ModelSource
+    from ptqbench.numerics.grid import GridSpec
+    from ptqbench.pipeline import Method, Timings, quantize
+    from ptqbench.state import BlockState
+
+    torch.set_num_threads(1)
+    torch.linalg.cholesky(torch.eye(8) @ torch.eye(8))  # libraries that load late are not the model's memory
+    model = BlockwiseModel(ModelSource(folder), torch.float32, torch.device("cpu"))
+    data = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+    before = anonymous_gib()
+    limit = data + int(allowed_gib * GIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    peak, start = Peak(), time.perf_counter()
+    peak.start()
+    windows = torch.randint(0, 1024, (4, 128), generator=torch.Generator().manual_seed(0))
+    if what == "whole":
+        model.materialise()
+    else:
+        solver = Gptq() if what == "gptq" else RoundToNearest()
+        state = BlockState(folder.parent / f"state-{what}", "0" * 12)
+        quantize(model, Method(Weight(), solver, NoRefinement(), GridSpec(4), True), windows, state, Timings())
+        perplexity(model, windows, state.overlay, batch_size=1)
+    peak.stop.set()
+    print(json.dumps({"peak_gib": peak.value - before, "seconds": time.perf_counter() - start}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-gib", type=float, default=4.0)
+    parser.add_argument("--allowed-gib", type=float, default=1.0)
+    parser.add_argument("--method", choices=["rtn", "gptq"], action="append", help="default: rtn")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(Path(args.child[0]), args.allowed_gib, args.child[1])
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        facts = build(folder, args.model_gib)
+        print(f"model {facts['model_gib']:.2f} GiB, {facts['blocks']} blocks of {facts['block_gib']:.3f} GiB")
+        print(f"allowed {args.allowed_gib:.2f} GiB, a {facts['model_gib'] / args.allowed_gib:.1f}th of the model")
+        for what in ["whole", *(args.method or ["rtn"])]:
+            command = [sys.executable, __file__, "--allowed-gib", str(args.allowed_gib), "--child", str(folder), what]
+            done = subprocess.run(command, capture_output=True, text=True)
+            name = "load the whole model" if what == "whole" else f"{what}, then perplexity"
+            if done.returncode:
+                print(f"{name:28} out of memory ({done.stderr.strip().splitlines()[-1][:90]})")
+                if what != "whole":
+                    return 1
+                continue
+            figures = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name:28} peak {figures['peak_gib']:.3f} GiB, {figures['seconds']:.0f} s")
+            if what == "whole":
+                print("the baseline fitted: the limit proves nothing")
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
