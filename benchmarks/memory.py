@@ -70,6 +70,7 @@ class Peak(threading.Thread):
         self.value, self.stop = 0.0, threading.Event()
 
     def run(self) -> None:
+        """Sample until stopped."""
         while not self.stop.wait(0.01):
             self.value = max(self.value, anonymous_gib())
 
@@ -110,6 +111,7 @@ def child(folder: Path, allowed_gib: float, what: str) -> None:
 
 
 def main() -> int:
+    """Build the model, run the baseline and the methods under the limit, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-gib", type=float, default=4.0)
     parser.add_argument("--allowed-gib", type=float, default=1.0)

@@ -15,7 +15,15 @@ REAL_DATA = Path(os.environ.get("PTQBENCH_TEST_DATA", Path(__file__).parents[2] 
 
 def random_checkpoint(folder: Path, kind: str = "llama", seed: int = 0, **changes: object) -> Path:
     """Save a random 2-block model of an architecture, with the tokenizer of the embedded model."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     from ptqbench.models.source import embedded_model_folder
 

@@ -22,8 +22,26 @@ RANK = {
     "provenance": 1, "resolve": 4, "sweep": 4, "state": 4, "attempt": 4, "evaluate": 4, "pipeline": 5,
     "tables": 4, "picture": 4, "show": 5, "run": 6, "foreground": 7, "compose": 8, "cli": 9, "__main__": 10, "__init__": 0,
 }  # fmt: skip
-ONLY_IMPORTER = {"lm_eval": "evaluate/zero_shot.py", "hydra": "compose.py", "wandb": "tracking.py", "submitit": "launch"}
-NO_TORCH = ["spec", "fingerprint", "registry", "store", "sweep", "resolve", "tables", "cli", "compose", "confdir", "show", "provenance"]
+ONLY_IMPORTER = {
+    "lm_eval": "evaluate/zero_shot.py",
+    "hydra": "compose.py",
+    "wandb": "tracking.py",
+    "submitit": "launch",
+}
+NO_TORCH = [
+    "spec",
+    "fingerprint",
+    "registry",
+    "store",
+    "sweep",
+    "resolve",
+    "tables",
+    "cli",
+    "compose",
+    "confdir",
+    "show",
+    "provenance",
+]
 
 
 def imports(path, top_level_only=False):
@@ -45,7 +63,11 @@ def part(path):
 def test_import_direction(path):
     for name in imports(path):
         pieces = name.split(".")
-        if pieces[0] == "ptqbench" and len(pieces) > 1 and (SOURCE / pieces[1]).with_suffix(".py").exists() | (SOURCE / pieces[1]).is_dir():
+        if (
+            pieces[0] == "ptqbench"
+            and len(pieces) > 1
+            and (SOURCE / pieces[1]).with_suffix(".py").exists() | (SOURCE / pieces[1]).is_dir()
+        ):
             assert RANK[pieces[1]] <= RANK[part(path)], f"{part(path)} must not import {name}"
 
 
@@ -61,7 +83,15 @@ def test_numerics_is_pure():
     for path in (SOURCE / "numerics").glob("*.py"):
         ours = {name for name in imports(path) if name.startswith("ptqbench")}
         assert all(name.startswith(("ptqbench.errors", "ptqbench.numerics")) for name in ours), path.name
-        foreign = {name.split(".")[0] for name in imports(path)} & {"logging", "yaml", "json", "os", "pathlib", "transformers", "pandas"}
+        foreign = {name.split(".")[0] for name in imports(path)} & {
+            "logging",
+            "yaml",
+            "json",
+            "os",
+            "pathlib",
+            "transformers",
+            "pandas",
+        }
         assert not foreign, f"{path.name} imports {foreign}"
 
 
@@ -97,5 +127,10 @@ def test_every_yaml_file_parses():
 def test_repository_names_no_machine_path():
     bad = ("/" + "work/", "/" + "root/", "/" + "opt/")
     for path in ROOT.rglob("*"):
-        if path.suffix in {".py", ".yaml", ".md", ".toml", ".txt", ".cff"} and not {".venv", ".git", "demo", "runs"} & set(path.parts):
+        if path.suffix in {".py", ".yaml", ".md", ".toml", ".txt", ".cff"} and not {
+            ".venv",
+            ".git",
+            "demo",
+            "runs",
+        } & set(path.parts):
             assert not any(word in path.read_text(errors="replace") for word in bad), path

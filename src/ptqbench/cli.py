@@ -42,7 +42,12 @@ shell completion: eval "$(python -m ptqbench -sc install=bash)"
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    commands: dict[str, Callable[[list[str]], int]] = {"sweep": _sweep, "status": _status, "table": _table, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "sweep": _sweep,
+        "status": _status,
+        "table": _table,
+        "doctor": _doctor,
+    }
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(HELP, end="")
@@ -73,8 +78,12 @@ def main(arguments: list[str]) -> int:
 
 def _parser(command: str, description: str, sweep: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m ptqbench {command}", description=description)
-    parser.add_argument("sweep", nargs=None if sweep == "required" else "?", help="name of a shipped sweep, or a YAML file")
-    parser.add_argument("overrides", nargs="*", help="extra overrides for every cell, e.g. seed=1 execution.runs_dir=FOLDER")
+    parser.add_argument(
+        "sweep", nargs=None if sweep == "required" else "?", help="name of a shipped sweep, or a YAML file"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="extra overrides for every cell, e.g. seed=1 execution.runs_dir=FOLDER"
+    )
     parser.add_argument("--runs-dir", default=None, help="folder of run folders (default: runs)")
     return parser
 
@@ -84,14 +93,18 @@ def _sweep(arguments: list[str]) -> int:
     from ptqbench.foreground import run_cells
     from ptqbench.sweep import load_sweep
 
-    options = _parser("sweep", "Run the cells of a sweep that are not done yet.", "required").parse_intermixed_args(arguments)
+    options = _parser("sweep", "Run the cells of a sweep that are not done yet.", "required").parse_intermixed_args(
+        arguments
+    )
     return run_cells(cells(load_sweep(options.sweep), _overrides(options)))
 
 
 def _status(arguments: list[str]) -> int:
     from ptqbench.show import print_status
 
-    options = _parser("status", "State of every cell, derived from the run folders.", "optional").parse_intermixed_args(arguments)
+    options = _parser("status", "State of every cell, derived from the run folders.", "optional").parse_intermixed_args(
+        arguments
+    )
     print_status(_folders(options))
     return 0
 
@@ -116,7 +129,8 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
-    return options.overrides + ([f"execution.runs_dir={options.runs_dir}"] if options.runs_dir else [])
+    given: list[str] = options.overrides
+    return given + ([f"execution.runs_dir={options.runs_dir}"] if options.runs_dir else [])
 
 
 def _folders(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | None]]:
@@ -129,5 +143,3 @@ def _folders(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | Non
     from ptqbench.sweep import load_sweep
 
     return [(folder_of(spec), spec) for spec in cells(load_sweep(options.sweep), _overrides(options))]
-
-

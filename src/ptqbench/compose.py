@@ -18,7 +18,20 @@ from ptqbench.resolve import resolve
 from ptqbench.spec import RunSpec, nearest
 from ptqbench.sweep import Sweep, expand, overrides
 
-VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--info", "-i")
+VALUE_FLAGS = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--info",
+    "-i",
+)
 
 
 def rewrite(arguments: list[str]) -> list[str]:
@@ -81,7 +94,7 @@ def run_hydra(arguments: list[str]) -> int:
     session = Session(many=any(flag in arguments for flag in ("-m", "--multirun")))
     stopped: list[PtqbenchError] = []
 
-    @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
+    @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")  # type: ignore[untyped-decorator]
     def task(config: DictConfig) -> None:
         try:
             session.run(resolve(OmegaConf.to_container(config, resolve=True)))  # type: ignore[arg-type]
@@ -124,7 +137,9 @@ def one_line(error: Exception, words: list[str]) -> str:
         return f"unknown {group or 'configuration'} {name!r}; {nearest(name, group_names(group))}"
     override = re.search(r"Could not override '([^']+)'", text)
     if override and "/" in override[1]:
-        groups = sorted(path.relative_to(conf_folder()).as_posix() for path in conf_folder().rglob("*") if path.is_dir())
+        groups = sorted(
+            path.relative_to(conf_folder()).as_posix() for path in conf_folder().rglob("*") if path.is_dir()
+        )
         return f"unknown group {override[1]!r}; {nearest(override[1], groups)}"
     bad_key = re.search(r"Key '([^']+)' (?:is not in struct|not in)", text)
     full = re.search(r"full_key: (\S+)", text)
@@ -146,7 +161,6 @@ def _siblings(place: str, words: list[str]) -> list[str]:
         return sorted({*map(str, node), *([] if parent else ["method"])})
     except (PtqbenchError, KeyError, TypeError):
         return []
-
 
 
 def cells(sweep: Sweep, extra: list[str]) -> list[RunSpec]:

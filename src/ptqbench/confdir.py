@@ -34,4 +34,6 @@ def _shipped(name: str, witness: str) -> Path:
     for folder in (PACKAGE / name, PACKAGE.parents[1] / name):
         if (folder / witness).is_file():
             return folder
-    raise ConfigError(f"{name}/ was found neither in the package ({PACKAGE}) nor beside it: the installation is damaged")
+    raise ConfigError(
+        f"{name}/ was found neither in the package ({PACKAGE}) nor beside it: the installation is damaged"
+    )

@@ -26,7 +26,13 @@ class Bar:
             title: Words before the bar.
             enabled: Whether it is drawn at all.
         """
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=console, transient=True, disable=not enabled)
         self._title, self._task = title, self._progress.add_task(title, total=None)
 

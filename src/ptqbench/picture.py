@@ -27,7 +27,9 @@ def draw(table: pd.DataFrame, path: str) -> None:
     from matplotlib import pyplot
 
     metrics = [column for column in table.columns if "/" in column and not column.endswith("acc_norm")]
-    figure, axes = pyplot.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 3.8), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(metrics), figsize=(4.6 * len(metrics), 3.8), squeeze=False, layout="constrained"
+    )
     for axis, metric in zip(axes[0], metrics, strict=True):
         _panel(axis, table, metric)
     axes[0][0].legend(fontsize=8)
@@ -38,7 +40,7 @@ def draw(table: pd.DataFrame, path: str) -> None:
 
 def _panel(axis: Axes, table: pd.DataFrame, metric: str) -> None:
     styles = itertools.cycle(zip(itertools.cycle(MARKERS), itertools.cycle(LINES), itertools.cycle(GREYS)))
-    for (model, method), rows in table.groupby(level=["model", "method"], sort=False):
+    for (_, method), rows in table.groupby(level=["model", "method"], sort=False):
         marker, line, grey = next(styles)
         points = rows[["effective_w_bits", metric]].dropna().sort_values("effective_w_bits")
         if points.empty:
@@ -46,7 +48,9 @@ def _panel(axis: Axes, table: pd.DataFrame, metric: str) -> None:
         if (points["effective_w_bits"] >= 16).all():
             axis.axhline(points[metric].iloc[0], color="0.5", linewidth=1, linestyle=":", label=f"{method} (16 bits)")
             continue
-        axis.plot(points["effective_w_bits"], points[metric], marker + line, color=grey, label=str(method), markersize=6)
+        axis.plot(
+            points["effective_w_bits"], points[metric], marker + line, color=grey, label=str(method), markersize=6
+        )
     if metric.endswith("/perplexity"):
         axis.set_yscale("log")
     axis.set_xlabel("true bits per weight (codes, scales and zero points)")

@@ -14,7 +14,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("ptqbench", "torch", "transformers", "tokenizers", "safetensors", "datasets", "lm_eval", "hydra-core", "numpy")
+PACKAGES = (
+    "ptqbench",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "lm_eval",
+    "hydra-core",
+    "numpy",
+)
 
 
 def collect() -> dict[str, Any]:

@@ -53,5 +53,5 @@ def complete(role: Role, options: Mapping[str, Any]) -> RoleSpec:
     name = given.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(f"method.{role}: expected a mapping with a name, got {dict(options)!r}; {nearest('', MEMBERS[role])}")
-    member = build(member_class(role, name), given, f"method.{role}")
+    member: Any = build(member_class(role, name), given, f"method.{role}")
     return RoleSpec(name=name, options=to_dict(member))

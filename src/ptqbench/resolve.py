@@ -70,11 +70,15 @@ def _validated(config: Mapping[str, Any]) -> RunSpec:
     for role in ROLES:
         given = method.get(role)
         if not isinstance(given, Mapping):
-            raise ConfigError(f"method.{role}: expected a mapping with a name, got {given!r}; choose one with method/{role}=NAME")
+            raise ConfigError(
+                f"method.{role}: expected a mapping with a name, got {given!r}; choose one with method/{role}=NAME"
+            )
         method[role] = dataclasses.asdict(complete(role, given))
     unknown = sorted(set(data) - {f.name for f in dataclasses.fields(RunSpec)})
     if unknown:
-        raise ConfigError(f"unknown key {unknown[0]!r}; {nearest(unknown[0], [f.name for f in dataclasses.fields(RunSpec)])}")
+        raise ConfigError(
+            f"unknown key {unknown[0]!r}; {nearest(unknown[0], [f.name for f in dataclasses.fields(RunSpec)])}"
+        )
     return build(RunSpec, data)
 
 
@@ -90,12 +94,16 @@ def _pin(spec: RunSpec) -> RunSpec:
     stored = str(found.config.get("dtype") or found.config.get("torch_dtype") or "float32")
     dtype = spec.model.dtype if spec.model.dtype != "auto" else stored
     if dtype not in DTYPES:
-        raise UnsupportedError(f"the checkpoint stores {dtype!r}; expected one of {', '.join(DTYPES)}: give model.dtype=...")
+        raise UnsupportedError(
+            f"the checkpoint stores {dtype!r}; expected one of {', '.join(DTYPES)}: give model.dtype=..."
+        )
     model = dataclasses.replace(spec.model, digest=source.digest(spec.model), dtype=dtype)  # type: ignore[arg-type]
     calibration = None
     if spec.quantizes and spec.calibration is not None:
         calibration = dataclasses.replace(spec.calibration, digest=text_digest(spec.calibration))
-    texts = {label: dataclasses.replace(text, digest=text_digest(text)) for label, text in spec.evaluation.texts.items()}
+    texts = {
+        label: dataclasses.replace(text, digest=text_digest(text)) for label, text in spec.evaluation.texts.items()
+    }
     for label, text in texts.items():
         if calibration is not None:
             check_disjoint(calibration, text, label)

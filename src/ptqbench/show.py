@@ -54,7 +54,9 @@ def print_status(cells: Cells) -> None:
         state, beat, failure = folder.state(), folder.heartbeat() or {}, folder.failure() or {}
         counts[state] += 1
         progress = f"{beat.get('stage')} {beat.get('done')}/{beat.get('total')}" if state == "running" else ""
-        table.add_row(folder.path.name, state, progress or (str(failure.get("message", "")) if state == "failed" else ""))
+        table.add_row(
+            folder.path.name, state, progress or (str(failure.get("message", "")) if state == "failed" else "")
+        )
     console.print(table)
     console.print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no run folders")
 

@@ -220,7 +220,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
 def strict(cls: type[T]) -> type[T]:
     """Give a standard-library dataclass (a role member) the same strict validation as the spec itself."""
-    return dataclass(cls, config=STRICT, frozen=True)  # type: ignore[call-overload, no-any-return]
+    return dataclass(cls, config=STRICT, frozen=True)  # type: ignore[call-overload, no-any-return, return-value]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -255,4 +255,6 @@ def _class_at(cls: type, path: list[Any]) -> type | None:
 
 
 def _classes() -> dict[str, type]:
-    return {name: value for name, value in globals().items() if isinstance(value, type) and dataclasses.is_dataclass(value)}
+    return {
+        name: value for name, value in globals().items() if isinstance(value, type) and dataclasses.is_dataclass(value)
+    }

@@ -59,7 +59,9 @@ class BlockState:
         except SafetensorError:
             return None
         if metadata.get("run_id") != self.run_id:
-            raise ConfigError(f"{path} belongs to cell {metadata.get('run_id')}, not {self.run_id}; remove the folder to start anew")
+            raise ConfigError(
+                f"{path} belongs to cell {metadata.get('run_id')}, not {self.run_id}; remove the folder to start anew"
+            )
         return metadata
 
     def save(self, index: int, results: dict[str, LinearResult], reports: list[dict[str, Any]]) -> None:

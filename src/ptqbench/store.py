@@ -122,7 +122,9 @@ class RunFolder:
             raise ConfigError(f"{self.spec_path} is missing or not valid JSON; expected the spec of a cell")
         spec = build(RunSpec, data)
         if run_id(spec) != self.run_id:
-            raise ConfigError(f"{self.spec_path} describes cell {run_id(spec)}, not {self.run_id}: the folder was edited or copied")
+            raise ConfigError(
+                f"{self.spec_path} describes cell {run_id(spec)}, not {self.run_id}: the folder was edited or copied"
+            )
         return spec
 
     def result(self) -> dict[str, Any] | None:
@@ -175,5 +177,9 @@ def all_runs(root: Path) -> Iterator[RunFolder]:
         return
     for path in sorted(root.iterdir()):
         tail = path.name[-RUN_ID_LENGTH:]
-        if len(path.name) > RUN_ID_LENGTH and all(c in "0123456789abcdef" for c in tail) and (path / "spec.json").exists():
+        if (
+            len(path.name) > RUN_ID_LENGTH
+            and all(c in "0123456789abcdef" for c in tail)
+            and (path / "spec.json").exists()
+        ):
             yield RunFolder(path)

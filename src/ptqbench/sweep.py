@@ -87,10 +87,14 @@ def _points(grid: dict[str, Any], where: str) -> Iterator[dict[str, Value]]:
     paired = "zip" in grid
     axes = grid["zip"] if paired else grid
     if not isinstance(axes, dict) or not axes or (paired and len(grid) > 1):
-        raise ConfigError(f"sweep {where}: expected a grid such as {{method: [rtn, gptq]}} or {{zip: {{...}}}}, got {grid!r}")
+        raise ConfigError(
+            f"sweep {where}: expected a grid such as {{method: [rtn, gptq]}} or {{zip: {{...}}}}, got {grid!r}"
+        )
     lists = {axis: values if isinstance(values, list) else [values] for axis, values in axes.items()}
     if paired and len({len(values) for values in lists.values()}) > 1:
-        raise ConfigError(f"sweep {where}: zip needs lists of one length, got {({a: len(v) for a, v in lists.items()})}")
+        raise ConfigError(
+            f"sweep {where}: zip needs lists of one length, got { ({a: len(v) for a, v in lists.items()}) }"
+        )
     combine = zip(*lists.values(), strict=True) if paired else itertools.product(*lists.values())
     for values in combine:
         yield dict(zip(lists, values, strict=True))

@@ -29,7 +29,7 @@ def tidy(cells: Iterable[tuple[RunFolder, RunSpec | None]]) -> pd.DataFrame:
         Columns ``KEYS``, ``effective_w_bits``, ``packed_bytes``, ``quantize_s``, ``metric``, ``value``, ``stderr``, ``state``
         and ``reason``; ``metric`` and ``value`` are missing where the cell has no result. Order of the input is kept.
     """
-    rows = []
+    rows: list[dict[str, object]] = []
     for folder, known in cells:
         try:
             spec = known or folder.read_spec()
@@ -82,7 +82,9 @@ def comparison(frame: pd.DataFrame) -> pd.DataFrame:
     order = known[index].drop_duplicates()
     done = known.dropna(subset=["metric"])
     seeds = known.groupby(index, sort=False)["seed"].nunique().rename("n_seeds")
-    table = pd.DataFrame({"effective_w_bits": done.groupby(index, sort=False)["effective_w_bits"].mean(), "n_seeds": seeds})
+    table = pd.DataFrame(
+        {"effective_w_bits": done.groupby(index, sort=False)["effective_w_bits"].mean(), "n_seeds": seeds}
+    )
     for metric in sorted(done["metric"].unique(), key=_metric_order):
         grouped = done[done["metric"] == metric].groupby(index, sort=False)
         with_metric = grouped["seed"].nunique()
@@ -97,11 +99,13 @@ def _metric_order(metric: str) -> tuple[bool, bool, str]:
 
 def missing(frame: pd.DataFrame) -> list[str]:
     """One line per cell without a result: what it is and why."""
-    absent = frame[frame["metric"].isna()]
-    return [
-        f"{row.model} {row.method} {row.bitwidth} seed {row.seed}: {row.reason}" if pd.notna(row.model) else f"{row.run_id}: {row.reason}"
-        for row in absent.itertuples()
-    ]
+    absent = frame[frame["metric"].isna()].astype({"seed": "Int64"})
+    lines = []
+    for row in absent.to_dict("records"):
+        named = pd.notna(row["model"])
+        cell = f"{row['model']} {row['method']} {row['bitwidth']} seed {row['seed']}" if named else str(row["run_id"])
+        lines.append(f"{cell}: {row['reason']}")
+    return lines
 
 
 def best(table: pd.DataFrame) -> pd.DataFrame:

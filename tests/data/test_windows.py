@@ -15,7 +15,9 @@ class CharacterTokenizer:
         self.bos_token_id = bos
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
-        encode = lambda t: ([self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []) + [ord(c) for c in t]
+        encode = lambda t: (
+            ([self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []) + [ord(c) for c in t]
+        )
         return type("Encoding", (), {"input_ids": encode(text) if isinstance(text, str) else [encode(t) for t in text]})
 
 
@@ -31,11 +33,20 @@ def file_spec(path, cls=TextSpec, **more):
 
 
 def test_documents_are_separated_and_stripped(story_file):
-    assert texts.load_text(file_spec(story_file, separator="|")).documents == ("alpha", "beta", "gamma", "delta", "epsilon")
+    assert texts.load_text(file_spec(story_file, separator="|")).documents == (
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+    )
 
 
 def test_portions_partition_the_documents(story_file):
-    parts = [texts.load_text(file_spec(story_file, separator="|", portion=p)).documents for p in [(0.0, 0.4), (0.4, 0.8), (0.8, 1.0)]]
+    parts = [
+        texts.load_text(file_spec(story_file, separator="|", portion=p)).documents
+        for p in [(0.0, 0.4), (0.4, 0.8), (0.8, 1.0)]
+    ]
     assert [len(p) for p in parts] == [2, 2, 1]
     assert sum(parts, ()) == texts.load_text(file_spec(story_file, separator="|")).documents
 
@@ -82,7 +93,10 @@ def test_golden_calibration_draw(story_file):
 def test_document_random_crops_stay_inside_long_documents(story_file):
     spec = file_spec(story_file, CalibrationSpec, separator="|", seq_len=5, n_samples=20, sampling="document_random")
     drawn = {"".join(map(chr, w)) for w in windows.calibration_windows(spec, CharacterTokenizer(), 200, 3).tolist()}
-    assert drawn == {"epsil", "psilo"}  # only "epsilon" is longer than 5, and starts are 0 and 1 (strictly more than seq_len)
+    assert drawn == {
+        "epsil",
+        "psilo",
+    }  # only "epsilon" is longer than 5, and starts are 0 and 1 (strictly more than seq_len)
 
 
 @pytest.mark.parametrize("sampling", ["joined_random", "document_random"])
@@ -94,7 +108,9 @@ def test_too_short_calibration_text(story_file, sampling):
 
 def test_too_short_evaluation_text_says_how_long_it_is(story_file):
     with pytest.raises(CalibrationError, match=r"has 26 tokens, fewer than one window of seq_len=100"):
-        windows.evaluation_windows(file_spec(story_file, PerplexitySpec, separator="|", seq_len=100), CharacterTokenizer(), 200)
+        windows.evaluation_windows(
+            file_spec(story_file, PerplexitySpec, separator="|", seq_len=100), CharacterTokenizer(), 200
+        )
 
 
 def test_foreign_tokenizer_is_detected(story_file):

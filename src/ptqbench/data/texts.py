@@ -105,7 +105,9 @@ def embedded_folder() -> Path:
 def _local_path(spec: TextSpec) -> Path:
     if spec.dataset == "tiny":
         if spec.split not in EMBEDDED_SPLITS:
-            raise ConfigError(f"dataset 'tiny' has no split {spec.split!r}; {nearest(str(spec.split), EMBEDDED_SPLITS)}")
+            raise ConfigError(
+                f"dataset 'tiny' has no split {spec.split!r}; {nearest(str(spec.split), EMBEDDED_SPLITS)}"
+            )
         return embedded_folder() / f"{spec.split}.txt"
     if spec.dataset != "file":
         raise ConfigError(f"unknown dataset {spec.dataset!r}; {nearest(spec.dataset, DATASETS)}")
@@ -136,10 +138,14 @@ def _hub_text(spec: TextSpec) -> Text:
     files = None
     if hub.files is not None:
         if spec.split not in hub.files:
-            raise ConfigError(f"dataset {spec.dataset!r} has no split {spec.split!r}; {nearest(str(spec.split), hub.files)}")
+            raise ConfigError(
+                f"dataset {spec.dataset!r} has no split {spec.split!r}; {nearest(str(spec.split), hub.files)}"
+            )
         files = {str(spec.split): hub.files[spec.split]}
     try:
-        rows = datasets.load_dataset(hub.repository, hub.configuration, data_files=files, split=spec.split, revision=spec.revision)
+        rows = datasets.load_dataset(
+            hub.repository, hub.configuration, data_files=files, split=spec.split, revision=spec.revision
+        )
     except Exception as error:  # the library raises many types for one fact: it cannot get the data
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -94,7 +94,9 @@ def _document_crop(text: Text, seq_len: int, tokenizer: Any, vocab_size: int, rn
         if len(row) > seq_len:
             start = _below(rng, len(row) - seq_len)
             return row[start : start + seq_len]
-    raise CalibrationError(f"no document of more than {seq_len} tokens in {MAX_DRAWS} draws; use calibration.sampling=joined_random")
+    raise CalibrationError(
+        f"no document of more than {seq_len} tokens in {MAX_DRAWS} draws; use calibration.sampling=joined_random"
+    )
 
 
 def evaluation_windows(spec: PerplexitySpec, tokenizer: Any, vocab_size: int) -> Tensor:

@@ -77,10 +77,14 @@ def perplexity(
                 hidden[i] = forward(block, states.to(model.device), positions).cpu()
         on_block(index)
     with model.head() as head:
-        nll = torch.cat([_window_nll(head, h.to(model.device), w.to(model.device)) for h, w in zip(hidden, batches, strict=True)])
+        nll = torch.cat(
+            [_window_nll(head, h.to(model.device), w.to(model.device)) for h, w in zip(hidden, batches, strict=True)]
+        )
     if not bool(torch.isfinite(nll).all()):
         bad = int((~torch.isfinite(nll)).nonzero()[0, 0])
-        raise NumericalError(f"the loss of evaluation window {bad} is not finite: the model overflows (dtype {model.dtype})")
+        raise NumericalError(
+            f"the loss of evaluation window {bad} is not finite: the model overflows (dtype {model.dtype})"
+        )
     n_tokens = windows.shape[0] * (windows.shape[1] - 1)
     mean = float(nll.sum()) / n_tokens
     return Perplexity(math.exp(min(mean, 700.0)), nll, n_tokens)
@@ -92,6 +96,7 @@ def _window_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor
     vocabulary = head(states[:1]).shape[-1]
     step = max(1, CHUNK_ELEMENTS // vocabulary)
     losses = [
-        functional.cross_entropy(head(s), y, reduction="none") for s, y in zip(states.split(step), labels.split(step), strict=True)
+        functional.cross_entropy(head(s), y, reduction="none")
+        for s, y in zip(states.split(step), labels.split(step), strict=True)
     ]
     return torch.cat(losses).view(tokens.shape[0], -1).double().sum(1).cpu()

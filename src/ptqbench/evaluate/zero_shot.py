@@ -68,7 +68,9 @@ def zero_shot(model: Any, tokenizer: Any, tasks: tuple[str, ...], batch_size: in
         batch_size=batch_size,
         max_length=model.config.max_position_embeddings,
     )
-    report = evaluator.evaluate(lm=wrapped, task_dict=manager.load(own + others), bootstrap_iters=1000, verbosity="ERROR")
+    report = evaluator.evaluate(
+        lm=wrapped, task_dict=manager.load(own + others), bootstrap_iters=1000, verbosity="ERROR"
+    )
     return _metrics(report, batch_size, lm_eval.__version__)
 
 

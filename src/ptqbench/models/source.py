@@ -41,7 +41,9 @@ class ModelSource:
         try:
             data: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError:
-            raise ConfigError(f"model folder {self.folder} has no config.json; expected a Hugging Face checkpoint") from None
+            raise ConfigError(
+                f"model folder {self.folder} has no config.json; expected a Hugging Face checkpoint"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
         return data
@@ -61,7 +63,9 @@ class ModelSource:
                 raise ConfigError(f"{index} is not a valid safetensors index: {error!r}") from None
             missing = sorted({file for file in names.values() if not (self.folder / file).is_file()})
             if missing:
-                raise ConfigError(f"{index} names {missing[0]}, which is not in {self.folder}: the download is incomplete")
+                raise ConfigError(
+                    f"{index} names {missing[0]}, which is not in {self.folder}: the download is incomplete"
+                )
             return {name: self.folder / file for name, file in names.items()}
         if (self.folder / SINGLE).is_file():
             return {"*": self.folder / SINGLE}
@@ -80,9 +84,13 @@ class ModelSource:
         """
         kind = self.config.get("model_type")
         if kind not in ARCHITECTURES:
-            raise UnsupportedError(f"model_type {kind!r} in {self.folder} is not supported; known: {', '.join(ARCHITECTURES)}")
+            raise UnsupportedError(
+                f"model_type {kind!r} in {self.folder} is not supported; known: {', '.join(ARCHITECTURES)}"
+            )
         if self.config.get("quantization_config"):
-            raise UnsupportedError(f"{self.folder} is already quantized (quantization_config in config.json); give the original")
+            raise UnsupportedError(
+                f"{self.folder} is already quantized (quantization_config in config.json); give the original"
+            )
         if self.config.get("use_sliding_window"):
             raise UnsupportedError(f"{self.folder} uses sliding-window attention, which is not supported")
 
@@ -105,12 +113,17 @@ class ModelSource:
         if missing:
             raise ConfigError(f"{self.folder}: the weights lack tensor {missing[0]!r} ({len(missing)} missing in all)")
         if not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
-            raise ConfigError(f"model folder {self.folder} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}")
+            raise ConfigError(
+                f"model folder {self.folder} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}"
+            )
 
     def content_digest(self) -> str:
         """Hash configuration, weights and tokenizer of the folder: ``sha256:`` and 64 hexadecimal digits."""
         total = hashlib.sha256()
-        extras = [self.folder / n for n in ("config.json", INDEX, "tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+        extras = [
+            self.folder / n
+            for n in ("config.json", INDEX, "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        ]
         for path in sorted({*self.weight_files, *(p for p in extras if p.is_file())}):
             total.update(path.name.encode() + b"\0" + file_digest(path).encode() + b"\n")
         return f"sha256:{total.hexdigest()}"
@@ -163,7 +176,9 @@ def locate(spec: ModelSpec, *, weights: bool = True) -> ModelSource:
     elif spec.name.removesuffix("-outlier") in EMBEDDED:
         folder = embedded_model_folder(spec.name.removesuffix("-outlier"))
     else:
-        raise ConfigError(f"model {spec.name!r} needs a folder: give model.path=FOLDER (or model.hub_id=ORGANISATION/NAME)")
+        raise ConfigError(
+            f"model {spec.name!r} needs a folder: give model.path=FOLDER (or model.hub_id=ORGANISATION/NAME)"
+        )
     source = ModelSource(folder)
     source.check_architecture()
     if weights:
