@@ -36,7 +36,7 @@ commands:
   table [SWEEP]    comparison table of finished cells
   doctor           what is installed and where things are looked for
 
-shell completion: eval "$(python -m ptqbench -sc install=bash)"
+shell completion: eval "$(ptqbench -sc install=bash)"
 """
 
 
@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
         "table": _table,
         "doctor": _doctor,
     }
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one progress bar, ours, instead of one per library
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(HELP, end="")

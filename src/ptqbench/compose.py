@@ -107,7 +107,7 @@ def run_hydra(arguments: list[str]) -> int:
     before, sys.argv = sys.argv, ["ptqbench", *arguments]
     try:
         task()
-    except PtqbenchError:
+    except (PtqbenchError, BrokenPipeError):
         raise
     except SystemExit as stop:
         return int(stop.code or 0)

@@ -1,0 +1,83 @@
+"""One cell from its folder, with no Hydra; attempts and their records."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ptqbench import attempt as attempt_module
+from ptqbench import store
+from ptqbench.attempt import Silent, attempt
+from ptqbench.compose import compose_cell
+from ptqbench.errors import RunFailed
+
+SMALL = ["bitwidth=w3", "calibration.n_samples=2", "calibration.seq_len=32", "evaluation.tasks=[]"]
+
+
+def make(tmp_path, *words):
+    return store.create(compose_cell(["+method=gptq", *SMALL, f"execution.runs_dir={tmp_path}", *words]))
+
+
+def test_run_folder_reruns_with_no_configuration(tmp_path):
+    folder = make(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "ptqbench.run", str(folder.path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tiny/perplexity = " in done.stdout
+    result = json.loads(folder.result_path.read_text())
+    assert result["run_id"] == folder.run_id
+    assert 3 < result["bits"]["effective_w_bits"] < 4
+    assert result["peak_host_gib"] > 0
+    assert {"forward_s", "moment_s", "round_s", "perplexity_s"} <= set(result["timings"])
+    (first,) = folder.attempts
+    meta = json.loads((first / "meta.json").read_text())
+    assert meta["packages"]["torch"] != "not installed"
+    assert json.loads((first / "heartbeat.json").read_text())["ended"] == "done"
+    assert "stage quantize" in (first / "log.txt").read_text()
+    import pandas
+
+    layers = pandas.read_parquet(folder.layers_path)
+    assert len(layers) == 7 * layers["block"].nunique()
+
+
+def test_misuse_of_the_run_module(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "ptqbench.run", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_failed_attempt_is_recorded_and_a_later_success_clears_it(tmp_path):
+    folder = make(tmp_path)
+    with pytest.raises(RunFailed, match=r"ValueError: two lines.*failure\.json"), attempt(folder, Silent()):
+        raise ValueError("two\nlines")
+    assert folder.state() == store.FAILED
+    assert folder.failure()["class"] == "ValueError"
+    assert folder.failure()["expected"] is False
+    with attempt(folder, Silent()):
+        pass
+    assert not folder.failure_path.exists()
+    assert len(folder.attempts) == 2
+
+
+def test_heartbeat_beats_and_says_where_the_cell_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt_module, "HEARTBEAT_INTERVAL_S", 0.02)
+    folder = make(tmp_path)
+    with attempt(folder, Silent()) as current:
+        current.stage("quantize", 4)
+        current.advance()
+        first = folder.heartbeat()["time"]
+        deadline = time.time() + 20
+        while folder.heartbeat()["time"] == first or folder.heartbeat()["stage"] != "quantize":
+            assert time.time() < deadline
+            time.sleep(0.01)
+        assert folder.state() == store.RUNNING
+        assert (folder.heartbeat()["done"], folder.heartbeat()["total"]) == (1, 4)
+
+
+def test_interrupted_attempt_is_neither_failed_nor_running(tmp_path):
+    folder = make(tmp_path)
+    with pytest.raises(KeyboardInterrupt), attempt(folder, Silent()):
+        raise KeyboardInterrupt
+    assert not folder.failure_path.exists()
+    assert folder.state() == store.INTERRUPTED

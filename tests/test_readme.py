@@ -1,0 +1,73 @@
+"""The README's commands are run (or, where they need a large model, composed and validated), and its table is true."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ptqbench.confdir import conf_folder, group_names
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.match(r"\.venv/bin/python -m ptqbench (.*)", line.strip())
+            if found:
+                yield found[1]
+
+
+COMMANDS = list(commands())
+
+
+def test_readme_has_commands():
+    assert len(COMMANDS) >= 8
+    assert "make demo" in README
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "FOLDER" not in c and "qwen" not in c and "llama" not in c])
+def test_command_runs(command, tmp_path, monkeypatch, capfd):
+    from ptqbench.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    if any("method" in word for word in words):  # shorter, but the same path through the code
+        words += ["calibration.n_samples=4", "evaluation.tasks=[]"]
+        words = [word for i, word in enumerate(words) if "n_samples" not in word or i == len(words) - 2]
+    assert main(words) == 0, capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "FOLDER" in c or "qwen" in c or "llama" in c])
+def test_command_composes(command):
+    from ptqbench.compose import compose_data
+    from ptqbench.resolve import _validated
+
+    assert _validated(compose_data([word for word in shlex.split(command) if word != "-m"])).method.name
+
+
+def test_example_method_of_the_readme_composes(tmp_path, monkeypatch):
+    import shutil
+
+    from ptqbench.compose import compose_cell
+
+    (example,) = [block for block in re.findall(r"```yaml\n(.*?)```", README, flags=re.S) if "defaults:" in block]
+    shutil.copytree(conf_folder(), tmp_path / "conf")
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text(example)
+    monkeypatch.setenv("PTQBENCH_CONF", str(tmp_path / "conf"))
+    assert compose_cell(["+method=mine"]).method.name == yaml.safe_load(example)["name"]
+
+
+@pytest.mark.parametrize("group", ["method", "bitwidth"])
+def test_every_choice_is_in_the_readme(group):
+    for name in group_names(group):
+        assert re.search(rf"`[^`]*\b{re.escape(name)}\b[^`]*`", README), f"{group} {name} is not mentioned in README.md"
+
+
+def test_paths_in_the_readme_exist():
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"^\| `([\w/.]+)`", README, flags=re.M):
+        assert (ROOT / path).exists() or (ROOT / "src" / "ptqbench" / path).exists() or path in group_names("bitwidth"), path
