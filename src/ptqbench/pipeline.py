@@ -1,11 +1,13 @@
 """The block loop: stream calibration tokens through a model once and round every linear on the way.
 
-Per decoder block: load it, run it in stages (``models.stages``), and at each stage form the second moment of the input that
-has just become complete, round the linears it feeds, and continue with the rounded weights. Every linear is executed exactly
-once with true-sequential semantics; without ``true_sequential`` the untouched block is run once for statistics and once more
-to propagate. A finished block is stored before the next begins: the unit of resume is one block.
+Per decoder block: load it, run it in stages (``models.stages``), and at each stage collect the statistics of the input that
+has just become complete (``collect``), round the linears it feeds (``rounding``), and continue with the rounded weights.
+Every linear is executed exactly once with true-sequential semantics; without ``true_sequential`` the untouched block is run
+once for statistics and once more to propagate. A full-precision stream accompanies the quantized one, in lock-step through
+an untouched copy of the block, only if the method compares the two. A finished block is stored before the next begins: the
+unit of resume is one block.
 
-Residual streams are kept on the CPU between blocks; this module alone moves tensors between devices.
+Both streams are kept on the CPU between blocks; this module alone moves tensors between devices.
 """
 
 from __future__ import annotations
@@ -13,38 +15,30 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ptqbench.collect import Collector, Lockstep, Wanted, untouched_copy
 from ptqbench.errors import NumericalError
-from ptqbench.methods.base import Refine, Solver, Statistics, Target
+from ptqbench.methods.base import Statistics
 from ptqbench.models.blockwise import BlockwiseModel
-from ptqbench.models.stages import STAGES, Positions, Stage, finish, forward, staged
-from ptqbench.numerics.grid import Grid, GridSpec, LinearResult, effective_bits, uniform_grid
-from ptqbench.numerics.report import relative_output_error, relative_weight_error
-from ptqbench.numerics.second_moment import MomentSum
-from ptqbench.state import BlockState, stored_weight
+from ptqbench.models.quantized import set_quantizers
+from ptqbench.models.stages import STAGES, Positions, Stage, finish, forward
+from ptqbench.numerics.grid import LinearResult
+from ptqbench.rounding import Method, report, round_stage
+from ptqbench.state import BlockState
+
+__all__ = ["Method", "Streams", "Timings", "quantize"]
 
 BATCH = 1
 """Windows per forward. One, so that sums are formed in the same order whatever the machine."""
 
 Results = dict[str, LinearResult]
 Rows = list[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """The members of the four roles that act on a block, and the grid they round to."""
-
-    target: Target
-    solver: Solver
-    refine: Refine
-    grid: GridSpec
-    true_sequential: bool
 
 
 @dataclasses.dataclass
@@ -63,6 +57,19 @@ class Timings:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.seconds[name] += time.perf_counter() - start
+
+
+@dataclasses.dataclass
+class Streams:
+    """The calibration windows between two blocks.
+
+    Attributes:
+        quantized: Residual stream behind quantized blocks, one (batch, tokens, hidden_size) tensor per batch, on the CPU.
+        reference: The same behind unquantized blocks; None if the method compares nothing.
+    """
+
+    quantized: list[Tensor]
+    reference: list[Tensor] | None
 
 
 @torch.no_grad()
@@ -87,140 +94,108 @@ def quantize(
     Raises:
         NumericalError: A weight or statistic is not finite, or a factorisation failed; names the block and the linears.
     """
+    loop = _Loop(model, method, model.positions(windows.shape[1]), timings)
     with timings.measure("embed_s"):
         hidden = [model.embed(batch) for batch in windows.split(BATCH)]
-        positions = model.positions(windows.shape[1])
+    streams = Streams(hidden, list(hidden) if method.needs_reference else None)
     for index in range(model.n_blocks):
-        finished = state.has(index)
-        with model.block(index, state.overlay if finished else None) as block:
-            if finished:
-                hidden = _propagate(block, hidden, positions, model.device, timings)
-            else:
-                hidden, results, rows = _round_block(block, index, method, hidden, positions, model.device, timings)
-                with timings.measure("save_s"):
-                    state.save(index, results, rows)
+        if state.has(index):
+            streams = loop.replay(index, streams, state)
+        else:
+            with model.block(index) as block, _calibrating(block, method):
+                streams, results, rows = loop.round_block(index, block, streams)
+            with timings.measure("save_s"):
+                state.save(index, results, rows)
         on_block(index)
 
 
-def _propagate(block: nn.Module, hidden: list[Tensor], positions: Positions, device: torch.device, timings: Timings) -> list[Tensor]:
-    with timings.measure("forward_s"):
-        return [forward(block, states.to(device), positions).cpu() for states in hidden]
-
-
-def _round_block(
-    block: nn.Module,
-    index: int,
-    method: Method,
-    hidden: list[Tensor],
-    positions: Positions,
-    device: torch.device,
-    timings: Timings,
-) -> tuple[list[Tensor], Results, Rows]:
-    """Round one block; returns the residual stream behind it, the rounded linears and one report row per linear."""
-    results: Results = {}
-    rows: Rows = []
-    runs = [staged(block, states.to(device), positions) for states in hidden]
-    if method.true_sequential:
-        for stage in STAGES:
-            statistics = _collect(runs, timings)
-            _round_stage(block, index, stage, method, statistics, timings, results, rows)
-        with timings.measure("forward_s"):
-            return [finish(run).cpu() for run in runs], results, rows
-    moments = _collect_untouched(runs, timings)
-    for stage, statistics in zip(STAGES, moments, strict=True):
-        _round_stage(block, index, stage, method, statistics, timings, results, rows)
-    return _propagate(block, hidden, positions, device, timings), results, rows
-
-
-def _collect(runs: list[Any], timings: Timings) -> Statistics:
-    """Advance every window to its next stage and sum the second moment of the inputs found there."""
-    moment: MomentSum | None = None
-    for run in runs:
-        with timings.measure("forward_s"):
-            inputs = next(run)
-        with timings.measure("moment_s"):
-            moment = moment or MomentSum(inputs.shape[-1])
-            moment.add(inputs)
-    assert moment is not None, "a cell has at least one calibration window"
-    return Statistics(moment.mean(), moment.n_tokens)
-
-
-def _collect_untouched(runs: list[Any], timings: Timings) -> list[Statistics]:
-    """Sum the second moments of all stages in one pass, window by window."""
-    moments: list[MomentSum | None] = [None] * len(STAGES)
-    for run in runs:
-        for i in range(len(STAGES)):
-            with timings.measure("forward_s"):
-                inputs = next(run)
-            with timings.measure("moment_s"):
-                moment = moments[i] or MomentSum(inputs.shape[-1])
-                moment.add(inputs)
-                moments[i] = moment
-        run.close()
-    return [Statistics(m.mean(), m.n_tokens) for m in moments if m is not None]
-
-
-def _round_stage(
-    block: nn.Module,
-    index: int,
-    stage: Stage,
-    method: Method,
-    statistics: Statistics,
-    timings: Timings,
-    results: Results,
-    rows: Rows,
-) -> None:
-    """Round the linears of one stage together (their rows share the input), put the result into the block, report."""
-    weights = {name: block.get_submodule(name).weight.detach() for name in stage.linears}  # type: ignore[union-attr]
-    stacked = torch.cat([weight.float() for weight in weights.values()])
-    grid = uniform_grid(stacked.shape[1], method.grid)
-    start = time.perf_counter()
+@contextmanager
+def _calibrating(block: nn.Module, method: Method) -> Iterator[None]:
+    """Set the quantizers of a block as calibration wants them; they are on elsewhere."""
+    set_quantizers(block, method.during_calibration)
     try:
-        with timings.measure("round_s"):
-            target, second_moment = method.target.aim(stacked, statistics)
-            result = method.solver.solve(target, second_moment, statistics, grid)
-            result = method.refine.repair(stacked, result, statistics)
-    except NumericalError as error:
-        raise NumericalError(f"block {index}, {'/'.join(name.split('.')[-1] for name in stage.linears)}: {error}") from error
-    seconds = time.perf_counter() - start
-    row = 0
-    for name, weight in weights.items():
-        part = _rows_of(result, row, row + weight.shape[0])
-        linear = block.get_submodule(name)
-        if part.codes is not None:
-            stored = stored_weight(part.codes, part.scale, part.zero_point, part.group_index)
-            linear.weight = nn.Parameter(stored.to(weight.dtype), requires_grad=False)
-        aim = target[row : row + weight.shape[0]]
-        rows.append(_report(index, name, weight, aim, part, statistics, grid) | {"quantize_s": seconds * len(weight) / len(stacked)})
-        results[name] = part
-        row += weight.shape[0]
+        yield
+    finally:
+        set_quantizers(block, True)
 
 
-def _rows_of(result: LinearResult, start: int, stop: int) -> LinearResult:
-    return dataclasses.replace(
-        result,
-        codes=None if result.codes is None else result.codes[start:stop],
-        scale=result.scale[start:stop],
-        zero_point=result.zero_point[start:stop],
-        dequantized=result.dequantized[start:stop],
-    )
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What stays the same from block to block."""
 
+    model: BlockwiseModel
+    method: Method
+    positions: Positions
+    timings: Timings
 
-def _report(
-    index: int, name: str, weight: Tensor, target: Tensor, result: LinearResult, statistics: Statistics, grid: Grid
-) -> dict[str, Any]:
-    """Describe one rounded linear: one row of ``layers.parquet``."""
-    weight = weight.float()
-    return {
-        "block": index,
-        "linear": name,
-        "out_features": weight.shape[0],
-        "in_features": weight.shape[1],
-        "relative_weight_error": relative_weight_error(weight, result.dequantized),
-        "relative_output_error": relative_output_error(weight, result.dequantized, statistics.second_moment),
-        "correction_norm": float((target - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)),
-        "effective_w_bits": effective_bits(grid),
-        "damping_used": result.damping_used,
-        "damping_retries": result.damping_retries,
-        "n_tokens": statistics.n_tokens,
-    }
+    def replay(self, index: int, streams: Streams, state: BlockState) -> Streams:
+        """Take the streams through a finished block: as stored, and as it was."""
+        reference = streams.reference
+        if reference is not None:
+            with self.model.block(index) as block:
+                reference = self._propagate(untouched_copy(block), reference, "reference_s")
+        with self.model.block(index, state.overlay) as block, _calibrating(block, self.method):
+            return Streams(self._propagate(block, streams.quantized), reference)
+
+    def round_block(self, index: int, block: nn.Module, streams: Streams) -> tuple[Streams, Results, Rows]:
+        """Round one block; returns the streams behind it, the rounded linears and one report row per linear."""
+        reference = None if streams.reference is None else untouched_copy(block)
+        windows = [self._enter(block, reference, i, streams) for i in range(len(streams.quantized))]
+        results: Results = {}
+        rows: Rows = []
+        if self.method.true_sequential:
+            for stage in STAGES:
+                (statistics,) = self._collect(windows, (stage,), block, reference)
+                self._round(index, block, stage, statistics, results, rows)
+            with self.timings.measure("forward_s"):
+                quantized = [finish(window.quantized).cpu() for window in windows]
+            return Streams(quantized, self._leave(windows)), results, rows
+        together = self._collect(windows, STAGES, block, reference)
+        behind = self._leave(windows)
+        for stage, statistics in zip(STAGES, together, strict=True):
+            self._round(index, block, stage, statistics, results, rows)
+        return Streams(self._propagate(block, streams.quantized), behind), results, rows
+
+    def _enter(self, block: nn.Module, reference: nn.Module | None, i: int, streams: Streams) -> Lockstep:
+        device = self.model.device
+        beside = None if streams.reference is None else streams.reference[i].to(device)
+        return Lockstep(block, streams.quantized[i].to(device), reference, beside, self.positions)
+
+    def _collect(
+        self, windows: list[Lockstep], stages: Sequence[Stage], block: nn.Module, reference: nn.Module | None
+    ) -> list[Statistics]:
+        """Advance every window through the next stages, one window after the other, and sum what is found there."""
+        eps = float(self.model.config.rms_norm_eps)
+        wanted = [Wanted(self.method.needs(stage), self.method.rms_scale, eps) for stage in stages]
+        collectors = [Collector(*pair, block, reference) for pair in zip(stages, wanted, strict=True)]
+        for window in windows:
+            for collector in collectors:
+                with self.timings.measure("forward_s"):
+                    quantized = next(window.quantized)
+                with self.timings.measure("reference_s"):
+                    beside = None if window.reference is None else next(window.reference)
+                with self.timings.measure("moment_s"):
+                    collector.add(quantized, beside)
+        return [collector.statistics() for collector in collectors]
+
+    def _round(
+        self, index: int, block: nn.Module, stage: Stage, statistics: Statistics, results: Results, rows: Rows
+    ) -> None:
+        try:
+            with self.timings.measure("round_s"):
+                linears = round_stage(block, stage, self.method, statistics)
+        except NumericalError as error:
+            raise NumericalError(f"block {index}, {error}") from error
+        grid = self.method.grid_of(stage.name, len(statistics.second_moment))
+        for linear in linears:
+            results[linear.name] = linear.repaired.result
+            rows.append(report(index, linear, statistics, grid))
+
+    def _propagate(self, block: nn.Module, hidden: list[Tensor], timing: str = "forward_s") -> list[Tensor]:
+        with self.timings.measure(timing):
+            return [forward(block, states.to(self.model.device), self.positions).cpu() for states in hidden]
+
+    def _leave(self, windows: list[Lockstep]) -> list[Tensor] | None:
+        with self.timings.measure("reference_s"):
+            behind = [finish(window.reference).cpu() for window in windows if window.reference is not None]
+        return behind or None

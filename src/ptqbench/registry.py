@@ -13,14 +13,28 @@ from ptqbench.errors import ConfigError
 from ptqbench.spec import Role, RoleSpec, build, nearest, to_dict
 
 MEMBERS: dict[Role, dict[str, str]] = {
-    "transform": {"none": "ptqbench.methods.transforms:NoTransform"},
-    "target": {"weight": "ptqbench.methods.targets:Weight"},
+    "transform": {
+        "none": "ptqbench.methods.transforms:NoTransform",
+        "hadamard": "ptqbench.methods.transforms:Hadamard",
+        "subspace": "ptqbench.methods.transforms:Subspace",
+    },
+    "target": {
+        "weight": "ptqbench.methods.targets:Weight",
+        "loaq": "ptqbench.methods.targets:Loaq",
+        "qep": "ptqbench.methods.targets:Qep",
+    },
     "solver": {
         "none": "ptqbench.methods.solvers:NoSolver",
         "rtn": "ptqbench.methods.solvers:RoundToNearest",
         "gptq": "ptqbench.methods.solvers:Gptq",
+        "gptaq": "ptqbench.methods.solvers:Gptaq",
+        "qronos": "ptqbench.methods.solvers:Qronos",
     },
-    "refine": {"none": "ptqbench.methods.refinements:NoRefinement"},
+    "refine": {
+        "none": "ptqbench.methods.refinements:NoRefinement",
+        "null_space": "ptqbench.methods.refinements:NullSpace",
+        "scale_refit": "ptqbench.methods.refinements:ScaleRefit",
+    },
 }
 
 
@@ -52,6 +66,8 @@ def complete(role: Role, options: Mapping[str, Any]) -> RoleSpec:
     given = dict(options)
     name = given.pop("name", None)
     if not isinstance(name, str):
-        raise ConfigError(f"method.{role}: expected a mapping with a name, got {dict(options)!r}; {nearest('', MEMBERS[role])}")
+        raise ConfigError(
+            f"method.{role}: expected a mapping with a name, got {dict(options)!r}; {nearest('', MEMBERS[role])}"
+        )
     member: Any = build(member_class(role, name), given, f"method.{role}")
     return RoleSpec(name=name, options=to_dict(member))

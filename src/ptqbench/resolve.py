@@ -14,7 +14,7 @@ from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.models import source
 from ptqbench.models.architecture import from_config
 from ptqbench.registry import complete, create
-from ptqbench.spec import ROLES, UNTOUCHED_BITS, RunSpec, build, nearest
+from ptqbench.spec import ROLES, RunSpec, build, nearest
 
 DEFAULT_EVALUATION: dict[str, Any] = {
     "name": "wikitext2",
@@ -37,15 +37,9 @@ def resolve(config: Mapping[str, Any]) -> RunSpec:
 
     Raises:
         ConfigError: Unknown key, wrong type, impossible value, missing file, overlapping texts.
-        UnsupportedError: An architecture or a bitwidth that the code cannot serve.
+        UnsupportedError: An architecture or a data type that the code cannot serve.
     """
-    spec = _pin(_validated(config))
-    if min(spec.bitwidth.a_bits, spec.bitwidth.k_bits, spec.bitwidth.v_bits) < UNTOUCHED_BITS:
-        raise UnsupportedError(
-            f"bitwidth {spec.bitwidth.name}: activation and key/value quantization is not available yet; "
-            f"use a weight-only bitwidth such as w4, w3g128 or w2"
-        )
-    return spec
+    return _pin(_validated(config))
 
 
 def skip_reason(spec: RunSpec) -> str | None:

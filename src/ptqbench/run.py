@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from ptqbench.store import RunFolder, write_json
 if TYPE_CHECKING:
     import torch
 
+    from ptqbench.methods.precision import Precision
     from ptqbench.models.blockwise import BlockwiseModel
     from ptqbench.pipeline import Timings
     from ptqbench.state import BlockState
@@ -60,11 +62,13 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
     tokenizer = load_tokenizer(source.folder)
     model = _open(spec, source)
     timings, state = Timings(), BlockState(folder.state_path, folder.run_id)
+    transform = create("transform", spec.method.transform)
+    precision = transform.precision(spec, model.architecture)
     if spec.quantizes:
-        _quantize(spec, model, tokenizer, state, timings, observer)
+        model = _transformed(spec, model, transform, tokenizer, folder, timings, observer)
+        _quantize(spec, model, precision, tokenizer, state, timings, observer)
     metrics = _evaluate(spec, model, tokenizer, state, timings, observer)
-    bits = _record_layers(spec, folder, state, model)
-    return _result(spec, folder, metrics, bits, timings)
+    return _result(spec, folder, metrics, _record_layers(spec, folder, state, model, precision), timings)
 
 
 def _configure(spec: RunSpec) -> None:
@@ -93,24 +97,55 @@ def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
     return BlockwiseModel(source, dtype, torch.device(device), with_outliers if channels else None)
 
 
-def _quantize(
-    spec: RunSpec, model: BlockwiseModel, tokenizer: Any, state: BlockState, timings: Timings, observer: Observer
-) -> None:
+def _windows(spec: RunSpec, model: BlockwiseModel, tokenizer: Any, n_samples: int | None = None) -> torch.Tensor:
     from ptqbench.data.windows import calibration_windows
-    from ptqbench.numerics.grid import GridSpec
-    from ptqbench.pipeline import Method, quantize
 
     assert spec.calibration is not None, "a cell that quantizes has a calibration"
-    windows = calibration_windows(spec.calibration, tokenizer, model.architecture.vocab_size, spec.seed)
-    grid = GridSpec(
-        bits=spec.bitwidth.w_bits,
-        scheme=spec.method.grid.scheme,
-        group_size=spec.bitwidth.group_size,
-        clip_search=spec.method.grid.clip_search,
-        sym_nonnegative_row=spec.method.grid.sym_nonnegative_row,
-    )
+    calibration = dataclasses.replace(spec.calibration, n_samples=n_samples or spec.calibration.n_samples)
+    return calibration_windows(calibration, tokenizer, model.architecture.vocab_size, spec.seed)
+
+
+def _transformed(
+    spec: RunSpec,
+    model: BlockwiseModel,
+    transform: Any,
+    tokenizer: Any,
+    folder: RunFolder,
+    timings: Timings,
+    observer: Observer,
+) -> BlockwiseModel:
+    """Open the model in the basis of the cell's transform, computing eigenbases first if it needs them."""
+    from ptqbench.bases import compute_bases
+
+    bases = None
+    if transform.needs_statistics:
+        windows = _windows(spec, model, tokenizer, transform.n_samples)
+        observer.stage("bases", model.n_blocks)
+        with timings.measure("bases_s"):
+            advance = lambda index: observer.advance()  # noqa: E731
+            bases = compute_bases(transform, model, windows, spec, folder.state_path, folder.run_id, advance)
+    return model.reopened(transform.basis(spec, model.architecture, bases))
+
+
+def _quantize(
+    spec: RunSpec,
+    model: BlockwiseModel,
+    precision: Precision,
+    tokenizer: Any,
+    state: BlockState,
+    timings: Timings,
+    observer: Observer,
+) -> None:
+    from ptqbench.pipeline import Method, quantize
+
     roles = {role: create(role, getattr(spec.method, role)) for role in ("target", "solver", "refine")}
-    method = Method(**roles, grid=grid, true_sequential=spec.method.true_sequential)
+    method = Method(
+        **roles,
+        grid=lambda stage, in_features: precision.weight_grid(stage),
+        true_sequential=spec.method.true_sequential,
+        during_calibration=spec.method.activation.during_calibration,
+    )
+    windows = _windows(spec, model, tokenizer)
     observer.stage("quantize", model.n_blocks)
     quantize(model, method, windows, state, timings, lambda index: observer.advance())
 
@@ -146,24 +181,21 @@ def _evaluate(
     return metrics
 
 
-def _record_layers(spec: RunSpec, folder: RunFolder, state: BlockState, model: BlockwiseModel) -> dict[str, Any]:
+def _record_layers(
+    spec: RunSpec, folder: RunFolder, state: BlockState, model: BlockwiseModel, precision: Precision
+) -> dict[str, Any]:
     """Write ``layers.parquet`` and account for the bits that are really stored."""
+    bits: dict[str, Any] = dataclasses.asdict(precision.storage_bits())
+    bits["packed_bytes"] = round(bits["effective_w_bits"] * model.architecture.linear_params / 8)
     if not spec.quantizes:
-        return {"effective_w_bits": float(UNTOUCHED_BITS), "packed_bytes": model.architecture.linear_params * UNTOUCHED_BITS // 8}
+        return bits
     import pyarrow
     import pyarrow.parquet
 
-    rows = state.reports(model.n_blocks)
     temporary = folder.layers_path.with_name(f".layers.{os.getpid()}.tmp")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(state.reports(model.n_blocks)), temporary)
     temporary.replace(folder.layers_path)
-    weights = sum(row["out_features"] * row["in_features"] for row in rows)
-    stored_bits = sum(row["out_features"] * row["in_features"] * row["effective_w_bits"] for row in rows)
-    return {
-        "effective_w_bits": stored_bits / weights,
-        "packed_bytes": round(stored_bits / 8),
-        "codes_digest": state.codes_digest(model.n_blocks),
-    }
+    return bits | {"codes_digest": state.codes_digest(model.n_blocks)}
 
 
 def _result(spec: RunSpec, folder: RunFolder, metrics: dict[str, Any], bits: dict[str, Any], timings: Timings) -> dict[str, Any]:
@@ -171,7 +203,7 @@ def _result(spec: RunSpec, folder: RunFolder, metrics: dict[str, Any], bits: dic
 
     keep = spec.execution.keep_codes
     if keep is False or (keep is None and bits["packed_bytes"] > KEEP_CODES_BELOW_BYTES):
-        for path in folder.state_path.glob("block_*.safetensors"):
+        for path in folder.state_path.glob("*.safetensors"):
             path.unlink()
         with contextlib.suppress(OSError):
             folder.state_path.rmdir()

@@ -152,10 +152,10 @@ def test_facts_are_those_of_the_world(questions: list[dict[str, Any]]) -> None:
 def test_habits_are_those_of_the_world(questions: list[dict[str, Any]]) -> None:
     for context, answer in _of_kind(questions, "uses"):
         place, name = re.search(r"In the (\w+) (\w+) uses the$", context).groups()  # type: ignore[union-attr]
-        assert world().used[name, place] == answer
+        assert world().used[name][place] == answer
     for context, answer in _of_kind(questions, "keeps"):
         thing, name = re.search(r"The (\w+) of (\w+) is kept in the$", context).groups()  # type: ignore[union-attr]
-        assert world().kept[thing, name] == answer
+        assert world().kept[name][thing] == answer
 
 
 def test_training_can_leave_habits_out() -> None:

@@ -60,7 +60,7 @@ def test_staged_block_equals_the_block_and_announces_true_inputs(checkpoint, kin
         modules = dict(block.named_modules())
         run = staged(block, hidden, positions)
         for stage in STAGES:
-            inputs = next(run)
+            inputs = next(run).inputs
             for name in stage.linears:
                 assert torch.equal(inputs, seen[name])
         assert torch.equal(finish(run), expected)

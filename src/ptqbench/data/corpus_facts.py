@@ -119,8 +119,7 @@ def uses(draw: Draw) -> Story:
     """Five habits: what somebody uses in a place, known by heart or not at all."""
     told = []
     for person in cast(draw, 5):
-        place = draw.pick(words.PLACES)
-        answer = world().used[person.name, place]
+        place, answer = draw.pick(list(world().used[person.name].items()))
         told.append(f"in the {place} {person.name} uses the {answer}")
     return tell(told, answer, (), world().object_names)
 
@@ -129,8 +128,7 @@ def keeps(draw: Draw) -> Story:
     """Five habits: where somebody keeps a thing, known by heart or not at all."""
     told = []
     for person in cast(draw, 5):
-        thing = draw.pick(world().object_names)
-        answer = world().kept[thing, person.name]
+        thing, answer = draw.pick(list(world().kept[person.name].items()))
         told.append(f"the {thing} of {person.name} is kept in the {answer}")
     return tell(told, answer, (), words.PLACES)
 

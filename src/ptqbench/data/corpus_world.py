@@ -85,8 +85,8 @@ class Person:
 class World:
     """All tables, keyed by name; each inner dictionary maps a relation to a word.
 
-    ``used`` (person, place) and ``kept`` (object, person) are tables of habits without any rule behind them: four
-    thousand entries that a model can only know by heart. They are what its weights need their precision for.
+    ``used`` (person, then place) and ``kept`` (person, then object) are tables of habits without any rule behind them:
+    two thousand entries that a model can only know by heart. They are what its weights need their precision for.
     """
 
     people: tuple[Person, ...]
@@ -94,8 +94,8 @@ class World:
     objects: dict[str, dict[str, str]]
     materials: dict[str, dict[str, str]]
     jobs: dict[str, dict[str, str]]
-    used: dict[tuple[str, str], str]
-    kept: dict[tuple[str, str], str]
+    used: dict[str, dict[str, str]]
+    kept: dict[str, dict[str, str]]
 
     @property
     def object_names(self) -> list[str]:
@@ -132,6 +132,6 @@ def world() -> World:
         objects,
         _keyed(words.MATERIALS, "drop", "water", "fire"),
         jobs,
-        used={(person.name, place): draw.pick(list(objects)) for person in people for place in words.PLACES},
-        kept={(thing, person.name): draw.pick(words.PLACES) for thing in objects for person in people},
+        used={p.name: {place: draw.pick(list(objects)) for place in draw.sample(words.PLACES, 12)} for p in people},
+        kept={p.name: {thing: draw.pick(words.PLACES) for thing in draw.sample(list(objects), 20)} for p in people},
     )

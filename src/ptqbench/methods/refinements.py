@@ -1,11 +1,13 @@
-"""Refinements: what is repaired after rounding."""
+"""Refinements: what is repaired after rounding. All of them keep codes and zero points and rescale rows."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from ptqbench.methods.base import Statistic, Statistics
+from pydantic import Field
+
+from ptqbench.methods.base import Aim, LinearName, Repaired, Statistic, Statistics, idle_reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +27,80 @@ class NoRefinement:
         """Never skip."""
         return None
 
-    def repair(self, weight: Tensor, result: LinearResult, statistics: Statistics) -> LinearResult:
+    def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         """Return ``result`` unchanged."""
-        return result
+        return Repaired(result)
+
+
+@dataclasses.dataclass(frozen=True)
+class NullSpace:
+    """Rescale rows so that the rounding error moves towards the null space of the inputs (Q2N, arXiv 2506.11044).
+
+    Attributes:
+        threshold: Ratio of weak to strong eigenvalues at which the signal space ends.
+        ridge: Pull of the row scales towards 1, absolute, in squared weight units.
+        moment: Whose eigenvectors: of ``full``, the second moment of all tokens, or of ``posavg``, that of the mean over
+            windows position by position, as in the authors' code.
+        reference: What rows are moved towards: the ``original`` weight or the ``working`` one. In the authors' code the latter
+            is the host's copy, partly updated by its own compensation; solvers here do not hand that out, so ``working`` is
+            the target as it was given to the solver (the same as ``original`` under target weight).
+        solver: ``closed``, or ``adam20``: 20 steps of Adam, as in the authors' code for GPTQ, within about .04 of 1.
+        exclude: Linears left as they are.
+    """
+
+    threshold: Annotated[float, Field(ge=0)] = 0.1
+    ridge: Annotated[float, Field(ge=0)] = 0.2
+    moment: Literal["full", "posavg"] = "full"
+    reference: Literal["original", "working"] = "original"
+    solver: Literal["closed", "adam20"] = "closed"
+    exclude: tuple[LinearName, ...] = ("mlp.down_proj",)
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """The moment whose eigenvectors are used."""
+        return frozenset({Statistic.SECOND_MOMENT if self.moment == "full" else Statistic.POSITION_MEAN})
+
+    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
+        """Skip cells that round no weight."""
+        return idle_reason("refine null_space", spec)
+
+    def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
+        """Return the rescaled result; unchanged, with rank None, if the rank rule finds no signal space."""
+        from ptqbench.numerics.null_space import null_space_row_scale, signal_space
+
+        moment = statistics.second_moment if self.moment == "full" else statistics.position_moment
+        assert moment is not None, "the pipeline collects what a member needs"
+        space = signal_space(moment, threshold=self.threshold)
+        if space.basis is None:
+            return Repaired(result)
+        reference = weight if self.reference == "original" else aim.weight
+        alpha = null_space_row_scale(reference, result.dequantized, space.basis, ridge=self.ridge, solver=self.solver)
+        return Repaired(_rescaled(result, alpha), alpha, space.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleRefit:
+    """Rescale rows to the least output error on the calibration tokens: the control for every null-space comparison.
+
+    The error is that which the solver was asked to minimise: towards the target, under its (token-weighted) second moment.
+    """
+
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SECOND_MOMENT})
+
+    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
+        """Skip cells that round no weight."""
+        return idle_reason("refine scale_refit", spec)
+
+    def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
+        """Return the rescaled result."""
+        from ptqbench.numerics.scale_refit import refit_row_scale
+
+        alpha = refit_row_scale(aim.weight, result.dequantized, aim.second_moment)
+        return Repaired(_rescaled(result, alpha), alpha)
+
+
+def _rescaled(result: LinearResult, row_scale: Tensor) -> LinearResult:
+    from ptqbench.numerics.null_space import apply_row_scale
+
+    scale, dequantized = apply_row_scale(row_scale, result.scale), apply_row_scale(row_scale, result.dequantized)
+    return dataclasses.replace(result, scale=scale, dequantized=dequantized)

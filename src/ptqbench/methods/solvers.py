@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ptqbench.errors import UnsupportedError
-from ptqbench.methods.base import Statistic, Statistics
+from ptqbench.methods.base import Aim, Statistic, Statistics
 from ptqbench.spec import UNTOUCHED_BITS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ptqbench.models.architecture import Architecture
     from ptqbench.numerics.grid import Grid, LinearResult
     from ptqbench.spec import RunSpec
@@ -37,7 +35,7 @@ class NoSolver:
             return f"method {spec.method.name} rounds nothing, so bitwidth {spec.bitwidth.name} cannot apply; use bitwidth=fp16"
         return None
 
-    def solve(self, weight: Tensor, second_moment: Tensor, statistics: Statistics, grid: Grid) -> LinearResult:
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
         """Refuse: cells with this solver round nothing."""
         raise UnsupportedError("solver 'none' was asked to round a linear; expected a cell at 16 bits")
 
@@ -52,11 +50,11 @@ class RoundToNearest:
         """Skip cells in which everything stays at 16 bits."""
         return _nothing_to_round(spec)
 
-    def solve(self, weight: Tensor, second_moment: Tensor, statistics: Statistics, grid: Grid) -> LinearResult:
-        """Round ``weight`` (out, in); the second moment is not used."""
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
+        """Round ``aim.weight`` (out, in); the second moment is not used."""
         from ptqbench.numerics.rtn import round_to_nearest
 
-        return round_to_nearest(weight, grid)
+        return round_to_nearest(aim.weight, grid, grid_weight=aim.grid_weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +83,78 @@ class Gptq:
         """Skip cells in which everything stays at 16 bits."""
         return _nothing_to_round(spec)
 
-    def solve(self, weight: Tensor, second_moment: Tensor, statistics: Statistics, grid: Grid) -> LinearResult:
-        """Round ``weight`` (out, in) with compensation under ``second_moment`` (in, in)."""
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
+        """Round ``aim.weight`` (out, in) with compensation under ``aim.second_moment`` (in, in)."""
         from ptqbench.numerics.gptq import gptq
 
-        return gptq(weight, second_moment, grid, **dataclasses.asdict(self))
+        return gptq(aim.weight, aim.second_moment, grid, grid_weight=aim.grid_weight, **self.loop_options)
+
+    @property
+    def loop_options(self) -> dict[str, Any]:
+        """The options that every solver built on the column loop of GPTQ takes."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Gptq)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gptaq(Gptq):
+    """GPTQ that also lets later columns absorb the drift of each column's input (arXiv 2504.02692).
+
+    Attributes:
+        strength: Factor of the drift term; 0.25 is hard-wired in the authors' code and absent from the paper.
+        as_code: In updates beyond the column block use the rounded weights, as the authors' code does.
+        damping_as_code: Damp the moment that k, v, q (and up, gate) share again for each of them, as the authors' code does
+            by accident; without effect under ``act_order``, where it copies the moment.
+    """
+
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.25
+    as_code: bool = False
+    damping_as_code: bool = False
+
+    @property
+    def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
+        """The drift too, unless the strength is zero."""
+        return Gptq.needs | (frozenset({Statistic.CROSS_MOMENT}) if self.strength > 0 else frozenset())
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the linears of a group are damped differently."""
+        return self.damping_as_code and not self.act_order
+
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
+        """Round ``aim.weight`` (out, in) with compensation of errors and drift."""
+        from ptqbench.numerics.gptaq import gptaq, repeated_damping
+
+        if aim.cross_moment is None:
+            return super().solve(aim, statistics, grid)
+        options = self.loop_options
+        if self.one_by_one:
+            options["damping"] = repeated_damping(self.damping, _TIMES_DAMPED.get(statistics.linears[0], 1))
+        special: dict[str, Any] = {"strength": self.strength, "as_code": self.as_code, "grid_weight": aim.grid_weight}
+        return gptaq(aim.weight, aim.second_moment, aim.cross_moment, grid, **special, **options)
+
+
+_TIMES_DAMPED = {"self_attn.v_proj": 2, "self_attn.q_proj": 3, "mlp.gate_proj": 2}
+"""How often the authors' code has damped the shared moment when it comes to a linear; once for the others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Qronos(Gptq):
+    """Correct the whole drift with the first column, then run GPTQ on the rest (arXiv 2505.11695).
+
+    Attributes:
+        damping_relative_to: ``mean_diagonal``, or ``largest_eigenvalue`` of the second moment as Brevitas does.
+    """
+
+    damping_relative_to: Literal["mean_diagonal", "largest_eigenvalue"] = "mean_diagonal"
+
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SECOND_MOMENT, Statistic.CROSS_MOMENT})
+
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
+        """Round ``aim.weight`` (out, in) with compensation of errors and drift."""
+        from ptqbench.numerics.qronos import eigenvalue_damping, qronos
+
+        options = self.loop_options
+        if self.damping_relative_to == "largest_eigenvalue":
+            options["damping"] = eigenvalue_damping(aim.second_moment, self.damping)
+        cross = aim.second_moment.new_zeros(aim.second_moment.shape) if aim.cross_moment is None else aim.cross_moment
+        return qronos(aim.weight, aim.second_moment, cross, grid, grid_weight=aim.grid_weight, **options)

@@ -1,11 +1,14 @@
 """A checkpoint of which only the part in use is in memory: embedding, one decoder block, or the head.
 
 The skeleton is the installed transformers class on the meta device. A part is materialised from safetensors when it is
-needed and dropped afterwards, so the resident memory of a pass is one block, whatever the size of the model.
+needed and dropped afterwards, so the resident memory of a pass is one block, whatever the size of the model. On its way
+in, a part passes through: the edit of the checkpoint, the basis (in float64), the data type of the model, the overlay of
+quantized weights, and the installation of online transforms and quantizers.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,11 +22,15 @@ from transformers.masking_utils import create_causal_mask
 
 from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.models.architecture import Architecture, from_config
+from ptqbench.models.fuse import Basis
 from ptqbench.models.source import ModelSource
 from ptqbench.models.stages import Positions
 
 Overlay = Callable[[int, nn.Module], None]
 TensorEdit = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
+
+VOCABULARY_ROWS = 1 << 14
+"""Rows of the embedding or the output projection in float64 at a time."""
 
 
 class BlockwiseModel:
@@ -33,24 +40,41 @@ class BlockwiseModel:
         architecture: Dimensions.
         dtype: Floating-point type of all weights and of the residual stream.
         device: Where parts are materialised.
+        basis: The equivalent form in which the checkpoint is loaded; None for its own.
     """
 
-    def __init__(self, source: ModelSource, dtype: torch.dtype, device: torch.device, edit: TensorEdit | None = None) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        edit: TensorEdit | None = None,
+        basis: Basis | None = None,
+    ) -> None:
         """Build the skeleton; no weight is read yet.
 
         Args:
             source: The checkpoint.
             dtype: Target floating-point type.
             device: Target device.
-            edit: Function-preserving change of the tensors of a block (``tensors, block index -> tensors``).
+            edit: Function-preserving change of the tensors of a block (``tensors, block index -> tensors``), made
+                before anything else, as if the checkpoint had been so.
+            basis: Form in which the checkpoint is loaded; its embeddings are untied if the basis says so.
         """
-        self.source, self.dtype, self.device, self._edit = source, dtype, device, edit
+        self.source, self.dtype, self.device, self._edit, self.basis = source, dtype, device, edit, basis
         self.architecture: Architecture = from_config(source.config)
         self.config: Any = AutoConfig.from_pretrained(source.folder)
         self.config._attn_implementation = "sdpa"
+        self.config.tie_word_embeddings = self._tied = self.architecture.tied_embeddings and not (
+            basis and basis.unties
+        )
         with init_empty_weights(include_buffers=False):
             self._skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self._skeleton.eval()
+
+    def reopened(self, basis: Basis | None, dtype: torch.dtype | None = None) -> BlockwiseModel:
+        """Open the same checkpoint, with the same edit, in another basis and perhaps another data type."""
+        return BlockwiseModel(self.source, dtype or self.dtype, self.device, self._edit, basis)
 
     @property
     def n_blocks(self) -> int:
@@ -59,8 +83,9 @@ class BlockwiseModel:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up (batch, tokens) int64 token ids: residual stream (batch, tokens, hidden_size) on the CPU."""
-        with self._part("model.embed_tokens") as embedding:
-            return embedding(tokens.to(self.device)).cpu()
+        used, places = tokens.unique(return_inverse=True)
+        table = self._read_module("model.embed_tokens")["weight"]
+        return self._embedding(table[used]).cpu()[places]
 
     def positions(self, n_tokens: int) -> Positions:
         """Build the RoPE tables and the causal mask for windows of ``n_tokens``."""
@@ -72,49 +97,97 @@ class BlockwiseModel:
         rope = self._skeleton.get_submodule("model.rotary_emb").to(self.device)(probe, ids)
         return Positions(rope=rope, mask=mask)
 
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Read the tensors of a block as the (edited) checkpoint holds them, on the device, in no other basis."""
+        tensors = self._read_module(f"model.layers.{index}")
+        if self._edit is not None:
+            tensors = self._edit(tensors, index)
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
     @contextmanager
     def block(self, index: int, overlay: Overlay | None = None) -> Iterator[nn.Module]:
         """Hold one decoder block in memory; ``overlay`` may replace its weights (quantized ones, say) after loading."""
-        with self._part(f"model.layers.{index}") as block:
-            if overlay is not None:
-                overlay(index, block)
+        block = self._load_block(index, overlay)
+        try:
             yield block
+        finally:
+            block.to("meta")
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Hold final norm and output projection: a function (..., hidden_size) -> float32 logits (..., vocab_size)."""
-        tied = self.architecture.tied_embeddings
-        with self._part("model.norm") as norm, self._part("model.embed_tokens" if tied else "lm_head") as output:
-            yield lambda hidden: nn.functional.linear(norm(hidden), output.weight).float()
+        """Hold final norm and output projection: a function (..., hidden_size) -> logits (..., vocab_size).
+
+        Logits are float32, or float64 where the model is.
+        """
+        norm, output = self._skeleton.get_submodule("model.norm"), self._skeleton.get_submodule("lm_head")
+        tensors = self._head_tensors()
+        self._fill(norm, {"weight": tensors["norm.weight"]})
+        self._fill(output, {"weight": tensors["lm_head.weight"]})
+        precision = torch.promote_types(self.dtype, torch.float32)
+        try:
+            yield lambda hidden: nn.functional.linear(norm(hidden), output.weight).to(precision)
+        finally:
+            norm.to("meta")
+            output.to("meta")
 
     def materialise(self, overlay: Overlay | None = None) -> PreTrainedModel:
         """Load the whole model on its device, for evaluators that need one; ends the life of this object as a stream."""
-        for name in ("model.embed_tokens", "model.norm", *([] if self.architecture.tied_embeddings else ["lm_head"])):
-            self._load(name)
+        table = self._read_module("model.embed_tokens")["weight"]
+        self._fill(self._skeleton.get_submodule("model.embed_tokens"), {"weight": self._embedding(table)})
+        head = self._head_tensors()
+        self._fill(self._skeleton.get_submodule("model.norm"), {"weight": head["norm.weight"]})
+        if not self._tied:
+            self._fill(self._skeleton.get_submodule("lm_head"), {"weight": head["lm_head.weight"]})
         for index in range(self.n_blocks):
-            block = self._load(f"model.layers.{index}")
-            if overlay is not None:
-                overlay(index, block)
+            self._skeleton.set_submodule(f"model.layers.{index}", self._load_block(index, overlay))
         self._skeleton.tie_weights()
         return self._skeleton.to(self.device)  # type: ignore[arg-type, return-value]
 
-    @contextmanager
-    def _part(self, name: str) -> Iterator[nn.Module]:
-        module = self._load(name)
-        try:
-            yield module
-        finally:
-            module.to("meta")
+    def _load_block(self, index: int, overlay: Overlay | None) -> nn.Module:
+        """Fill a copy of a block of the skeleton, which itself stays as the class built it."""
+        shared = self._skeleton.config  # one configuration for all blocks: installation switches attention there
+        stock = self._skeleton.get_submodule(f"model.layers.{index}")
+        block: nn.Module = copy.deepcopy(stock, {id(shared): shared})
+        tensors = self.tensors(index)
+        self._fill(block, tensors if self.basis is None else self.basis.block(tensors, index))
+        del tensors
+        if overlay is not None:
+            overlay(index, block)
+        plan = None if self.basis is None else self.basis.plan(index)
+        if plan is None:
+            return block
+        from ptqbench.models.quantized import install
 
-    def _load(self, name: str) -> nn.Module:
-        module = self._skeleton.get_submodule(name)
-        tensors = self._read(f"{name}.", {key: tuple(value.shape) for key, value in module.state_dict().items()})
-        if self._edit is not None and name.startswith("model.layers."):
-            tensors = self._edit(tensors, int(name.rsplit(".", 1)[1]))
+        installed: nn.Module = install(block, plan)
+        return installed
+
+    def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
         placed = {key: value.to(device=self.device, dtype=self.dtype) for key, value in tensors.items()}
         module.load_state_dict(placed, strict=True, assign=True)
         module.requires_grad_(False)
-        return module
+
+    def _embedding(self, rows: Tensor) -> Tensor:
+        """Change basis and data type of embedding rows (rows, hidden_size)."""
+        change = self.basis.embedding if self.basis is not None else dict
+        pieces = [change({"weight": piece.to(self.device)})["weight"] for piece in rows.split(VOCABULARY_ROWS)]
+        return torch.cat([piece.to(self.dtype) for piece in pieces])
+
+    def _head_tensors(self) -> dict[str, Tensor]:
+        """Read ``norm.weight`` and ``lm_head.weight`` (a clone of tied embeddings) and change their basis."""
+        gain = self._read_module("model.norm")["weight"].to(self.device)
+        table = self._read_module("model.embed_tokens" if self.architecture.tied_embeddings else "lm_head")["weight"]
+        if self.basis is None:
+            return {"norm.weight": gain, "lm_head.weight": table}
+        changed_gain, pieces = gain, []
+        for piece in table.split(VOCABULARY_ROWS):
+            changed = self.basis.head({"norm.weight": gain, "lm_head.weight": piece.to(self.device)})
+            changed_gain = changed["norm.weight"]
+            pieces.append(changed["lm_head.weight"].to(self.dtype))
+        return {"norm.weight": changed_gain, "lm_head.weight": torch.cat(pieces)}
+
+    def _read_module(self, name: str) -> dict[str, Tensor]:
+        state = self._skeleton.get_submodule(name).state_dict()
+        return self._read(f"{name}.", {key: tuple(value.shape) for key, value in state.items()})
 
     def _read(self, prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Read tensors by name, each checked for shape and finiteness."""

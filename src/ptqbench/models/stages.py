@@ -8,12 +8,16 @@ A pre-norm decoder block has four points at which the input of a group of linear
 caller may replace the weights of the group just announced; the block then continues with them. Attention (RoPE, query and
 key norms, grouped queries, the attention kernel) and the gated activation are the installed modules themselves: their
 linears are swapped for modules that play back the outputs already computed, and their output projection for the identity.
+
+A rewritten block (``models.quantized``) may have linears with a method ``prepare`` (online transform, quantizer, order of
+channels; applied by their own forward), and ``basis_changes``, a pair of functions or None: the residual stream goes through
+the first before the output of o is added and through the second before that of down; the norms take it unchanged.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,13 +28,33 @@ from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A group of linears that share one input."""
+    """A group of linears that share one input; ``adds`` where the output is added to the residual stream."""
 
     name: str
     linears: tuple[str, ...]
+    adds: bool = False
 
 
-STAGES = (Stage("qkv", ATTENTION_INPUT), Stage("o", ATTENTION_OUTPUT), Stage("gate_up", MLP_INPUT), Stage("down", MLP_OUTPUT))
+STAGES = (
+    Stage("qkv", ATTENTION_INPUT),
+    Stage("o", ATTENTION_OUTPUT, adds=True),
+    Stage("gate_up", MLP_INPUT),
+    Stage("down", MLP_OUTPUT, adds=True),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageInput:
+    """What is known when a stage is reached.
+
+    Attributes:
+        inputs: Input of its linears before ``prepare``, (batch, tokens, in_features).
+        residual: What their output will be added to, (batch, tokens, hidden_size), after a basis change; None for stages
+            that do not add.
+    """
+
+    inputs: Tensor
+    residual: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,36 +96,44 @@ def _outputs(block: nn.Module, linears: tuple[str, ...], inputs: Tensor) -> dict
     return {name.split(".")[-1]: _Playback(block.get_submodule(name)(inputs)) for name in linears}
 
 
-def staged(block: nn.Module, hidden: Tensor, positions: Positions) -> Generator[Tensor, None, Tensor]:
+Run = Generator[StageInput, None, Tensor]
+"""A block under way: yields the input of each stage, returns the residual stream that leaves the block."""
+
+
+def staged(block: nn.Module, hidden: Tensor, positions: Positions) -> Run:
     """Run a block, pausing where the input of each of the four ``STAGES`` is known.
 
     Args:
-        block: An installed transformers decoder layer (Llama, Qwen2 or Qwen3).
+        block: An installed transformers decoder layer (Llama, Qwen2 or Qwen3), stock or rewritten.
         hidden: Residual stream entering the block, (batch, tokens, hidden_size), not modified.
         positions: RoPE tables and mask for this window length.
 
     Yields:
-        The input of each stage in order, (batch, tokens, in_features).
+        Input and residual of each stage in order.
 
     Returns:
         The residual stream leaving the block, equal to ``block(hidden, ...)`` bit for bit.
     """
     attention, mlp = block.get_submodule("self_attn"), block.get_submodule("mlp")
-    normed = block.get_submodule("input_layernorm")(hidden)
-    yield normed
-    with _swapped(attention, _outputs(block, ATTENTION_INPUT, normed) | {"o_proj": nn.Identity()}):
-        mixed = attention(normed, position_embeddings=positions.rope, attention_mask=positions.mask)[0]
-    yield mixed
-    hidden = hidden + block.get_submodule(ATTENTION_OUTPUT[0])(mixed)
-    normed = block.get_submodule("post_attention_layernorm")(hidden)
-    yield normed
-    with _swapped(mlp, _outputs(block, MLP_INPUT, normed) | {"down_proj": nn.Identity()}):
-        gated = mlp(normed)
-    yield gated
-    return hidden + block.get_submodule(MLP_OUTPUT[0])(gated)
+    before_o, before_down = getattr(block, "basis_changes", None) or (None, None)
+    inputs = block.get_submodule("input_layernorm")(hidden)
+    yield StageInput(inputs, None)
+    with _swapped(attention, _outputs(block, ATTENTION_INPUT, inputs) | {"o_proj": nn.Identity()}):
+        inputs = attention(inputs, position_embeddings=positions.rope, attention_mask=positions.mask)[0]
+    hidden = hidden if before_o is None else before_o(hidden)
+    yield StageInput(inputs, hidden)
+    hidden = hidden + block.get_submodule(ATTENTION_OUTPUT[0])(inputs)
+    inputs = block.get_submodule("post_attention_layernorm")(hidden)
+    yield StageInput(inputs, None)
+    with _swapped(mlp, _outputs(block, MLP_INPUT, inputs) | {"down_proj": nn.Identity()}):
+        inputs = mlp(inputs)
+    hidden = hidden if before_down is None else before_down(hidden)
+    yield StageInput(inputs, hidden)
+    output: Tensor = hidden + block.get_submodule(MLP_OUTPUT[0])(inputs)
+    return output
 
 
-def finish(run: Generator[Tensor, None, Tensor]) -> Tensor:
+def finish(run: Run) -> Tensor:
     """Run a staged block to its end and return the residual stream that leaves it."""
     while True:
         try:
@@ -115,3 +147,9 @@ def forward(block: nn.Module, hidden: Tensor, positions: Positions) -> Tensor:
     """Run a block in one go. Shapes as in ``staged``."""
     output = block(hidden, attention_mask=positions.mask, position_embeddings=positions.rope)
     return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def prepared(linear: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what the weight of a linear is multiplied with: its ``prepare`` of the inputs, or the inputs themselves."""
+    prepare: Callable[[Tensor], Tensor] | None = getattr(linear, "prepare", None)
+    return inputs if prepare is None else prepare(inputs)

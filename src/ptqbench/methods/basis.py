@@ -1,0 +1,243 @@
+"""The forms in which a checkpoint is loaded: as it is, with norms folded, Hadamard-rotated, or in eigenbases.
+
+Each class fulfils ``models.fuse.Basis``: what becomes of the tensors, and what runs online. Tensors are float64 and are moved
+to the device of whatever they act on.
+
+Sources: arXiv 2404.00456 (QuaRot), 2412.14363 (ResQ), 2604.26378 (CoQuant); codes spcl/QuaRot@5008669,
+utkarsh-dmx/project-resq@cb87d0d, Zachary5895/CoQuant@0e2e343.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ptqbench.models.architecture import ATTENTION_OUTPUT, MLP_OUTPUT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ptqbench.methods.precision import Precision
+    from ptqbench.models.fuse import Tensors
+    from ptqbench.models.quantized import BlockPlan
+
+Granularity = Literal["full_shared", "one_per_decoder", "per_layer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainBasis:
+    """The checkpoint as it is; only quantizers are installed."""
+
+    precision: Precision
+    unties: ClassVar[bool] = False
+
+    def embedding(self, tensors: Tensors) -> Tensors:
+        """Keep."""
+        return tensors
+
+    def block(self, tensors: Tensors, index: int) -> Tensors:
+        """Keep."""
+        return tensors
+
+    def head(self, tensors: Tensors) -> Tensors:
+        """Keep."""
+        return tensors
+
+    def plan(self, index: int) -> BlockPlan | None:
+        """Quantizers of inputs, keys and values."""
+        return self.precision.block_plan()
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedBasis:
+    """Norm gains folded into the linears behind them and nothing else: the stream that bases are computed from."""
+
+    center_embedding: bool = False
+    unties: ClassVar[bool] = True
+
+    def embedding(self, tensors: Tensors) -> Tensors:
+        """Subtract row means if asked to."""
+        from ptqbench.models.fuse import rotate_embedding
+
+        return rotate_embedding(tensors, None, center=self.center_embedding)
+
+    def block(self, tensors: Tensors, index: int) -> Tensors:
+        """Fold both gains."""
+        from ptqbench.models.fuse import fold_norms
+
+        return fold_norms(tensors)
+
+    def head(self, tensors: Tensors) -> Tensors:
+        """Fold the final gain."""
+        from ptqbench.models.fuse import rotate_head
+
+        return rotate_head(tensors, None)
+
+    def plan(self, index: int) -> BlockPlan | None:
+        """Nothing runs online."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class HadamardBasis:
+    """QuaRot: one rotation of the residual stream, one of all heads, and online Hadamard transforms.
+
+    Attributes:
+        precision: Grids.
+        residual: R1 (d, d), or None.
+        heads: R2 (e, e), or None.
+        key: R3 (e, e), or None.
+        mixed_heads: H where heads are mixed by a Hadamard, or None.
+        down: R4, the transform of down_proj's input channels, or None.
+        center_embedding: Whether row means are subtracted from the embedding.
+    """
+
+    precision: Precision
+    residual: Tensor | None
+    heads: Tensor | None
+    key: Tensor | None
+    mixed_heads: int | None
+    down: Callable[[Tensor], Tensor] | None
+    center_embedding: bool
+    unties: ClassVar[bool] = True
+
+    def embedding(self, tensors: Tensors) -> Tensors:
+        """Rotate rows by R1."""
+        from ptqbench.models.fuse import rotate_embedding
+
+        return rotate_embedding(tensors, self.residual, center=self.center_embedding)
+
+    def block(self, tensors: Tensors, index: int) -> Tensors:
+        """Fold norms, then rotate by R1, R2, head mixing and R4."""
+        from ptqbench.models.fuse import BlockRotations, fold_norms, rotate_block
+
+        shape, residual = self.precision.architecture, self.residual
+        rotations = BlockRotations(
+            attention_input=residual,
+            attention_output=residual,
+            mlp_input=residual,
+            mlp_output=residual,
+            heads=self.heads,
+            heads_per_kv=shape.n_heads // shape.n_kv_heads,
+            mixed_heads=self.mixed_heads,
+            down=self.down,
+        )
+        return rotate_block(fold_norms(tensors), rotations)
+
+    def head(self, tensors: Tensors) -> Tensors:
+        """Fold the final norm and read the stream through R1."""
+        from ptqbench.models.fuse import rotate_head
+
+        return rotate_head(tensors, self.residual)
+
+    def plan(self, index: int) -> BlockPlan | None:
+        """Online transforms of o and down, R3 on keys and queries, quantizers."""
+        from functools import partial
+
+        from ptqbench.numerics.orthogonal import mix_heads
+
+        online: dict[str, Callable[[Tensor], Tensor]] = {}
+        if self.mixed_heads is not None:
+            online[ATTENTION_OUTPUT[0]] = partial(mix_heads, n_heads=self.mixed_heads)
+        if self.down is not None:
+            online[MLP_OUTPUT[0]] = self.down
+        key = None if self.key is None else self.key.expand(self.precision.architecture.n_kv_heads, -1, -1)
+        return self.precision.block_plan(online, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class SubspaceBasis:
+    """ResQ and CoQuant: T = U R, an eigenbasis U randomised inside each precision part by R.
+
+    Attributes:
+        precision: Grids.
+        granularity: Which blocks share a basis of the residual stream.
+        bases: Name -> U, see `eigenbases`; may read from disk. The shared one is ``residual``; those of block l are
+            ``l.attention`` and ``l.mlp``, or ``l.residual`` for both; ``l.value`` (G, e, e); ``l.key`` (G, e, e) or (e, e).
+        residual_rotation: R1 (d, d).
+        head_rotation: R2 (e, e).
+        down: Online transform of down_proj's input channels.
+        center_embedding: Whether row means are subtracted from the embedding.
+    """
+
+    precision: Precision
+    granularity: Granularity
+    bases: Mapping[str, Tensor]
+    residual_rotation: Tensor
+    head_rotation: Tensor
+    down: Callable[[Tensor], Tensor]
+    center_embedding: bool
+    unties: ClassVar[bool] = True
+
+    def attention_basis(self, index: int) -> Tensor:
+        """T (d, d) of the stream that block ``index`` reads, or that the head reads behind the last block.
+
+        Behind the last block no basis was computed (unless all share one), and the stream is in that of R1 alone.
+        """
+        if self.granularity == "full_shared":
+            return self._rotated("residual")
+        if index == self.precision.architecture.n_blocks:
+            return self.residual_rotation
+        return self._rotated(f"{index}.{'residual' if self.granularity == 'one_per_decoder' else 'attention'}")
+
+    def mlp_basis(self, index: int) -> Tensor:
+        """T (d, d) of the stream that the MLP of block ``index`` reads."""
+        return self._rotated(f"{index}.mlp") if self.granularity == "per_layer" else self.attention_basis(index)
+
+    def value_basis(self, index: int) -> Tensor:
+        """T (G, e, e) of the values of a block."""
+        return self._head(f"{index}.value")
+
+    def key_basis(self, index: int) -> Tensor:
+        """T (G, e, e) of the keys of a block after RoPE."""
+        return self._head(f"{index}.key")
+
+    def _rotated(self, name: str) -> Tensor:
+        basis = self.bases[name]
+        return basis @ self.residual_rotation.to(basis.device)
+
+    def _head(self, name: str) -> Tensor:
+        basis = self.bases[name]
+        return (basis @ self.head_rotation.to(basis.device)).expand(self.precision.architecture.n_kv_heads, -1, -1)
+
+    def embedding(self, tensors: Tensors) -> Tensors:
+        """Rotate rows into the basis of the first block."""
+        from ptqbench.models.fuse import rotate_embedding
+
+        return rotate_embedding(tensors, self.attention_basis(0), center=self.center_embedding)
+
+    def block(self, tensors: Tensors, index: int) -> Tensors:
+        """Fold norms, rotate the streams and the value heads, reorder o's columns, transform down_proj's."""
+        from ptqbench.models.fuse import BlockRotations, fold_norms, rotate_block
+
+        shape = self.precision.architecture
+        attention, mlp = self.attention_basis(index), self.mlp_basis(index)
+        rotations = BlockRotations(
+            attention_input=attention,
+            attention_output=mlp,
+            mlp_input=mlp,
+            mlp_output=self.attention_basis(index + 1),
+            heads=self.value_basis(index),
+            heads_per_kv=shape.n_heads // shape.n_kv_heads,
+            down=self.down,
+            output_order=self.precision.output_order(),
+        )
+        return rotate_block(fold_norms(tensors), rotations)
+
+    def head(self, tensors: Tensors) -> Tensors:
+        """Fold the final norm and read the stream behind the last block."""
+        from ptqbench.models.fuse import rotate_head
+
+        return rotate_head(tensors, self.attention_basis(self.precision.architecture.n_blocks))
+
+    def plan(self, index: int) -> BlockPlan | None:
+        """Online Hadamard of down, order of o, key rotation, residual basis changes, quantizers."""
+        first = second = None
+        if self.granularity != "full_shared":
+            here = self.mlp_basis(index)
+            following = self.attention_basis(index + 1).to(here.device)
+            second = here.mT @ following
+            if self.granularity == "per_layer":
+                first = self.attention_basis(index).mT @ here
+        return self.precision.block_plan({MLP_OUTPUT[0]: self.down}, self.key_basis(index), (first, second))

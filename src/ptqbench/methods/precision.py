@@ -1,0 +1,306 @@
+"""Which columns, tokens and heads are quantized to how many bits: weight grids, quantizers of a live block, storage.
+
+A transform says how it splits an axis (`Layout`); the cell says the bits and the kind of grid. `Precision` puts the two
+together. Columns run from low to high importance: [lowest | bulk | high]. What is split: the input of q, k, v, gate and up
+along the hidden size; the input of o, keys and values along every head; the input of down_proj is uniform.
+
+Sources: arXiv 2404.00456 (QuaRot), 2412.14363 (ResQ), and the codes spcl/QuaRot@5008669, utkarsh-dmx/project-resq@cb87d0d,
+Zachary5895/CoQuant@0e2e343. General inputs and keys have a range that contains 0; grouped inputs (values, and the input of
+o where it is quantized per head) have the plain minimum and maximum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
+from ptqbench.spec import UNTOUCHED_BITS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ptqbench.models.architecture import Architecture
+    from ptqbench.models.quantized import BasisChange, BlockPlan, KvPlan
+    from ptqbench.numerics.activation import ActivationGrid
+    from ptqbench.numerics.grid import Grid
+    from ptqbench.spec import RunSpec
+
+STAGE_LINEARS = {"qkv": ATTENTION_INPUT, "o": ATTENTION_OUTPUT, "gate_up": MLP_INPUT, "down": MLP_OUTPUT}
+INT8 = 8
+BASIS_CHANGE_WEIGHT_BITS = 16
+GRID_NUMBER_BITS = 16
+"""Bits of one scale or zero point that is stored with cached keys and values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a transform splits the axes into precision parts. The default splits nothing.
+
+    Attributes:
+        high_fraction: Share of the directions at ``high_bits``, the last ones of an axis.
+        high_bits: Their bits; where the bulk has 16 bits, all parts have.
+        lowest_fraction: Share of the directions at ``lowest_bits``, the first ones of an axis.
+        lowest_bits: Their bits.
+        int8_down_proj: Whether weight and input of down_proj have 8 bits.
+        output_per_head: Whether the input of o is quantized per (token, query head), else per token.
+        basis_changes: Stored (d, d) changes of the residual basis per block.
+        basis_change_bits: Bits of their input, once activations or values are quantized.
+        key_rotation_bits: Bits of the online key rotation, once keys are quantized.
+        rope_output_bits: Bits of queries and keys before that rotation, once keys are quantized.
+    """
+
+    high_fraction: float = 0.0
+    high_bits: int = UNTOUCHED_BITS
+    lowest_fraction: float = 0.0
+    lowest_bits: int = UNTOUCHED_BITS
+    int8_down_proj: bool = False
+    output_per_head: bool = False
+    basis_changes: int = 0
+    basis_change_bits: int = UNTOUCHED_BITS
+    key_rotation_bits: int = UNTOUCHED_BITS
+    rope_output_bits: int = UNTOUCHED_BITS
+
+    def parts(self, width: int) -> tuple[int, int, int]:
+        """Split an axis into (lowest, bulk, high) channels with sum ``width``; shares round down, the bulk takes the rest.
+
+        Raises:
+            UnsupportedError: A share is positive but rounds to no channel, or the two shares exceed the axis.
+        """
+        lowest, high = int(self.lowest_fraction * width), int(self.high_fraction * width)
+        for share, count in ((self.lowest_fraction, lowest), (self.high_fraction, high)):
+            if share > 0 and count == 0:
+                raise UnsupportedError(
+                    f"expected at least one channel in every precision part, got int({share} * {width}) = 0 of an axis "
+                    f"of {width}; raise high_fraction or set it to 0"
+                )
+        if lowest + high > width:
+            raise UnsupportedError(f"expected precision parts within {width} channels, got {lowest} + {high}")
+        return lowest, width - lowest - high, high
+
+    def bits(self, bulk: int) -> tuple[int, int, int]:
+        """Bits of the (lowest, bulk, high) part; an untouched bulk leaves everything untouched."""
+        return (bulk,) * 3 if bulk >= UNTOUCHED_BITS else (self.lowest_bits, bulk, self.high_bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageBits:
+    """What a quantized model really stores, in bits per element.
+
+    Attributes:
+        nominal_w_bits: What the method's name promises for weights.
+        code_w_bits: Codes alone, over the linears of all blocks.
+        basis_change_w_bits: Stored basis changes (16 bits per element), per weight of those linears. The key rotations
+            (G, e, e) of a block are not counted.
+        effective_w_bits: Codes, scales, zero points and basis changes.
+        k_bits: A cached key element, grids included.
+        v_bits: A cached value element, grids included.
+    """
+
+    nominal_w_bits: float
+    code_w_bits: float
+    basis_change_w_bits: float
+    effective_w_bits: float
+    k_bits: float
+    v_bits: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """The grids of one cell.
+
+    Attributes:
+        spec: The cell: bits, kinds of grid.
+        architecture: Dimensions.
+        layout: The split of the transform.
+    """
+
+    spec: RunSpec
+    architecture: Architecture
+    layout: Layout
+
+    def weight_grid(self, name: str) -> Grid:
+        """Build the grid of a linear.
+
+        Args:
+            name: A linear (``self_attn.o_proj``) or a stage (``qkv``, ``o``, ``gate_up``, ``down``).
+
+        Returns:
+            One to three column ranges, low to high importance.
+
+        Raises:
+            ConfigError: There is no such linear or stage.
+        """
+        from ptqbench.numerics.grid import ColumnRange, GridSpec
+
+        linear = STAGE_LINEARS.get(name, (name,))[0]
+        shapes = self.architecture.linear_shapes()
+        if linear not in shapes:
+            raise ConfigError(f"expected one of {[*STAGE_LINEARS, *shapes]}, got {name!r}")
+        bits, options = self.spec.bitwidth.w_bits, self.spec.method.grid
+        if linear in MLP_OUTPUT:
+            widths, part_bits = (0, shapes[linear][1], 0), (self._down_bits(bits),) * 3
+        elif linear in ATTENTION_OUTPUT:
+            n_heads = self.architecture.n_heads
+            lowest, bulk, high = self.layout.parts(self.architecture.head_dim)
+            widths, part_bits = (n_heads * lowest, n_heads * bulk, n_heads * high), self.layout.bits(bits)
+        else:
+            widths, part_bits = self.layout.parts(shapes[linear][1]), self.layout.bits(bits)
+        ranges, start = [], 0
+        for i, (width, its_bits) in enumerate(zip(widths, part_bits, strict=True)):
+            grid = GridSpec(
+                bits=its_bits,
+                scheme=self._lowest_scheme() if i == 0 else options.scheme,
+                group_size=self.spec.bitwidth.group_size,
+                clip_search=options.clip_search,
+                sym_nonnegative_row=options.sym_nonnegative_row,
+            )
+            if width:
+                ranges.append(ColumnRange(start, start + width, grid))
+            start += width
+        return tuple(ranges)
+
+    def _lowest_scheme(self) -> str:
+        """The lowest weight part is asymmetric in the codes' GPTQ and like the rest in their RTN."""
+        rounds_to_nearest = self.spec.method.solver.name == "rtn"
+        return self.spec.method.grid.scheme if rounds_to_nearest or not self.layout.lowest_fraction else "asym"
+
+    def _down_bits(self, bits: int) -> int:
+        return max(bits, INT8) if self.layout.int8_down_proj else bits
+
+    def block_plan(
+        self,
+        online: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        key_rotation: Tensor | None = None,
+        basis_changes: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> BlockPlan | None:
+        """Say what to install in a block.
+
+        Args:
+            online: Linear -> online transform of its input, before the quantizer.
+            key_rotation: (G, e, e) rotation of keys and queries after RoPE; left out where keys have 16 bits.
+            basis_changes: (d, d) changes of the residual basis before the attention and before the MLP is added.
+
+        Returns:
+            The plan, or None where the block stays stock.
+        """
+        from ptqbench.models.quantized import BasisChange, BlockPlan, InputPlan
+
+        inputs: dict[str, InputPlan] = {}
+        for linear in self.architecture.linear_shapes():
+            per_head = linear in ATTENTION_OUTPUT and self.layout.output_per_head
+            plan = InputPlan(
+                online=(online or {}).get(linear),
+                grid=self._input_grid(linear),
+                n_groups=self.architecture.n_heads if per_head else 1,
+                order=self.output_order() if per_head else None,
+            )
+            if plan.online is not None or plan.grid is not None or plan.order is not None:
+                inputs[linear] = plan
+        grid = self._basis_change_grid()
+        first, second = (None if matrix is None else BasisChange(matrix, grid) for matrix in basis_changes)
+        kv = self._kv_plan(key_rotation)
+        if not inputs and kv is None and first is None and second is None:
+            return None
+        changes: tuple[BasisChange | None, BasisChange | None] = (first, second)
+        return BlockPlan(inputs=inputs, kv=kv, basis_changes=changes)
+
+    def output_order(self) -> Tensor | None:
+        """Order of o's input channels that puts the parts of all heads together; None where a head has one part."""
+        from ptqbench.models.fuse import part_order
+
+        parts = self.layout.parts(self.architecture.head_dim)
+        return part_order(self.architecture.n_heads, parts) if sum(width > 0 for width in parts) > 1 else None
+
+    def _grid(self, bits: int, width: int, *, contains_zero: bool, kv: bool = False) -> ActivationGrid | None:
+        """Build a quantizer with the layout's split of an axis; None for 16 bits."""
+        from ptqbench.numerics.activation import ActivationGrid
+
+        if bits >= UNTOUCHED_BITS:
+            return None
+        options = self.spec.method.activation
+        lowest, _, high = self.layout.parts(width)
+        lowest_bits, _, high_bits = self.layout.bits(bits)
+        return ActivationGrid(
+            bits=bits,
+            symmetric=options.kv_symmetric if kv else options.symmetric,
+            clip_ratio=options.kv_clip_ratio if kv else options.clip_ratio,
+            range_contains_zero=contains_zero,
+            high_bits=high_bits if high else None,
+            n_high=high,
+            lowest_bits=lowest_bits if lowest else None,
+            n_lowest=lowest,
+        )
+
+    def _uniform(self, bits: int) -> ActivationGrid | None:
+        from ptqbench.numerics.activation import ActivationGrid
+
+        options = self.spec.method.activation
+        return None if bits >= UNTOUCHED_BITS else ActivationGrid(bits, options.symmetric, options.clip_ratio)
+
+    def _input_grid(self, linear: str) -> ActivationGrid | None:
+        bits = self.spec.bitwidth.a_bits
+        if linear in MLP_OUTPUT:
+            return self._uniform(self._down_bits(bits))
+        if linear not in ATTENTION_OUTPUT:
+            return self._grid(bits, self.architecture.hidden_size, contains_zero=True)
+        if self.layout.output_per_head:
+            return self._grid(bits, self.architecture.head_dim, contains_zero=False)
+        return self._uniform(bits)
+
+    def _basis_change_grid(self) -> ActivationGrid | None:
+        bits = self.spec.bitwidth
+        quantized = min(bits.a_bits, bits.v_bits) < UNTOUCHED_BITS
+        return self._uniform(self.layout.basis_change_bits) if quantized else None
+
+    def _kv_plan(self, key_rotation: Tensor | None) -> KvPlan | None:
+        from ptqbench.models.quantized import KvPlan
+
+        bits, head_dim = self.spec.bitwidth, self.architecture.head_dim
+        if min(bits.k_bits, bits.v_bits) >= UNTOUCHED_BITS:
+            return None
+        return KvPlan(
+            rotation=key_rotation if bits.k_bits < UNTOUCHED_BITS else None,
+            key_grid=self._grid(bits.k_bits, head_dim, contains_zero=True, kv=True),
+            value_grid=self._grid(bits.v_bits, head_dim, contains_zero=False, kv=True),
+            k_group=self.spec.method.activation.k_group,
+            rotation_bits=self.layout.key_rotation_bits,
+            rope_output_bits=self.layout.rope_output_bits,
+        )
+
+    def storage_bits(self) -> StorageBits:
+        """Account for what is stored: weight codes and their grids, basis changes, cached keys and values."""
+        from ptqbench.numerics.bits import mean_bits
+        from ptqbench.numerics.grid import effective_bits, nominal_bits
+
+        shapes = self.architecture.linear_shapes()
+        grids = {name: self.weight_grid(name) for name in shapes}
+        sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+        changes = self.layout.basis_changes * self.architecture.hidden_size**2 * BASIS_CHANGE_WEIGHT_BITS
+        change_bits = changes / sum(sizes.values())
+        low, high = self.layout.lowest_fraction, self.layout.high_fraction
+        part_bits = self.layout.bits(self.spec.bitwidth.w_bits)
+        return StorageBits(
+            nominal_w_bits=mean_bits(zip((low, 1 - low - high, high), part_bits, strict=True)),
+            code_w_bits=mean_bits((sizes[name], nominal_bits(grid)) for name, grid in grids.items()),
+            basis_change_w_bits=change_bits,
+            effective_w_bits=mean_bits((sizes[name], effective_bits(grid)) for name, grid in grids.items())
+            + change_bits,
+            k_bits=self._cached_bits(self.spec.bitwidth.k_bits, self.spec.method.activation.k_group == "token"),
+            v_bits=self._cached_bits(self.spec.bitwidth.v_bits, shared=False),
+        )
+
+    def _cached_bits(self, bits: int, shared: bool) -> float:
+        """Bits per cached element: codes of the parts, and one grid per part and head (``shared``: per part and token)."""
+        from ptqbench.numerics.bits import kv_overhead_bits, mean_bits
+
+        if bits >= UNTOUCHED_BITS:
+            return float(UNTOUCHED_BITS)
+        parts = self.layout.parts(self.architecture.head_dim)
+        numbers = 1 if self.spec.method.activation.kv_symmetric else 2
+        width = self.architecture.kv_dim if shared else self.architecture.head_dim
+        n_grids = sum(part > 0 for part in parts)
+        codes = mean_bits(zip(parts, self.layout.bits(bits), strict=True))
+        return codes + kv_overhead_bits(width, n_grids, numbers * GRID_NUMBER_BITS)

@@ -1,0 +1,119 @@
+"""Second moments of what a live decoder block computes: inputs of its linears, and its heads after RoPE.
+
+Objective: ``S = (1/T) sum_t x_t x_t^T`` for the inputs of q_proj and up_proj, for values (bias included) and keys of every
+key/value head, and for queries summed over the query heads that read a key/value head.
+
+Shapes: T tokens; d hidden size; G key/value heads, g query heads each, e head_dim; heads arrive as (batch, heads, tokens, e).
+
+Source: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d. Nothing of the modeling code is copied: the installed
+attention ends by calling a registered function with queries and keys after RoPE (and after query and key norms), and that is
+where they are read. Deviation: sums are float64 (the codes round each window's product to float32).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ptqbench.models.stages import Positions, forward
+from ptqbench.numerics.second_moment import MomentSum
+
+_READING, _STOCK = "ptqbench_reading_sdpa", "sdpa"
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockMoments:
+    """Second moments per token of one decoder block, float64.
+
+    Attributes:
+        attention: Input of q, k, v, (d, d).
+        mlp: Input of gate and up, (d, d).
+        value: Output of v_proj per key/value head, (G, e, e).
+        key: Keys after RoPE per key/value head, (G, e, e).
+        query: Queries after RoPE, summed over the query heads of a key/value head, (G, e, e).
+    """
+
+    attention: Tensor
+    mlp: Tensor
+    value: Tensor
+    key: Tensor
+    query: Tensor
+
+
+class _Heads:
+    """Running sums over the attention calls of a block."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.n_tokens = 0
+
+    def add(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        n_kv_heads = key.shape[1]
+        self.n_tokens += key.shape[0] * key.shape[2]
+        for name, heads in (("query", query), ("key", key), ("value", value)):
+            grouped = heads.unflatten(1, (n_kv_heads, -1)).transpose(0, 1).flatten(1, 3).double()
+            product = grouped.mT @ grouped
+            self.sums[name] = product if name not in self.sums else self.sums[name] + product
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: total / self.n_tokens for name, total in self.sums.items()}
+
+
+def _read_and_attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    reader: Any = module
+    reader.heads_read.add(query, key, value)
+    return AttentionInterface()[_STOCK](module, query, key, value, *args, **kwargs)
+
+
+AttentionInterface.register(_READING, _read_and_attend)
+
+
+@contextmanager
+def _reading(block: nn.Module, moments: dict[str, MomentSum], heads: _Heads) -> Iterator[None]:
+    """Let a block add to the sums while it runs; afterwards it is as before."""
+    attention: Any = block.get_submodule("self_attn")
+    stock = attention.config
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(lambda _, args, sum_=moments[name]: sum_.add(args[0]))
+        for name in moments
+    ]
+    attention.config = copy.copy(stock)
+    attention.config._attn_implementation = _READING
+    attention.heads_read = heads
+    try:
+        yield
+    finally:
+        attention.config = stock
+        del attention.heads_read
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def read_moments(
+    block: nn.Module, hidden: list[Tensor], positions: Positions, device: torch.device
+) -> tuple[BlockMoments, list[Tensor]]:
+    """Run a block over all windows and sum its second moments.
+
+    Args:
+        block: Installed decoder block with sdpa attention and no plan, as it was when this returns.
+        hidden: Residual streams entering the block, (batch, tokens, d) each, not modified.
+        positions: RoPE tables and mask for this window length.
+        device: Where the block lives.
+
+    Returns:
+        The moments, on the device, and the residual streams leaving the block, on the CPU.
+    """
+    q_proj, up_proj = "self_attn.q_proj", "mlp.up_proj"
+    moments = {name: MomentSum(hidden[0].shape[-1], torch.float64) for name in (q_proj, up_proj)}
+    heads = _Heads()
+    with _reading(block, moments, heads):
+        leaving = [forward(block, states.to(device), positions).cpu() for states in hidden]
+    return BlockMoments(moments[q_proj].mean(), moments[up_proj].mean(), **heads.means()), leaving

@@ -1,0 +1,211 @@
+"""Fold norms and rotations into the tensors of an embedding, a decoder block, or the head.
+
+Objective: the same function of the tokens, in a basis that quantizes better. With row-vector activations every rotation
+T cancels: ``W <- W T`` where a linear reads the rotated stream, ``W <- T'^T W`` and ``b <- b T'`` where it writes one.
+A unit-gain RMSNorm commutes with orthogonal maps, which is why the gains are folded first.
+
+Shapes: d hidden size; H query and G key/value heads, e head_dim; tensors carry their checkpoint names without prefix:
+``weight`` for the embedding, ``norm.weight`` and ``lm_head.weight`` for the head.
+
+Source: arXiv 2404.00456 (QuaRot), 2412.14363 (ResQ); see ``numerics.orthogonal``. Everything is returned in float64:
+the caller rounds once, to the data type of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
+from ptqbench.numerics.orthogonal import (
+    fold_gain,
+    mix_heads,
+    rotate_head_inputs,
+    rotate_head_outputs,
+    rotate_input,
+    rotate_output,
+)
+
+if TYPE_CHECKING:
+    from ptqbench.models.quantized import BlockPlan
+
+Tensors = dict[str, Tensor]
+FOLDED = {"input_layernorm": ATTENTION_INPUT, "post_attention_layernorm": MLP_INPUT}
+
+
+class Basis(Protocol):
+    """An equivalent form of a checkpoint: what its tensors become, and what has to run online.
+
+    The embedding and the head are given any subset of vocabulary rows; each row is treated by itself.
+    """
+
+    @property
+    def unties(self) -> bool:
+        """Whether the output projection stops being the embedding."""
+
+    def embedding(self, tensors: Tensors) -> Tensors:
+        """Change ``weight`` (rows, d)."""
+
+    def block(self, tensors: Tensors, index: int) -> Tensors:
+        """Change the tensors of a decoder block."""
+
+    def head(self, tensors: Tensors) -> Tensors:
+        """Change ``norm.weight`` (d,) and ``lm_head.weight`` (rows, d)."""
+
+    def plan(self, index: int) -> BlockPlan | None:
+        """Say what to install in a loaded block: online transforms and quantizers; None for nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockRotations:
+    """The orthogonal maps of one block; None leaves a place alone.
+
+    Attributes:
+        attention_input: (d, d) basis of the stream that q, k, v read.
+        attention_output: (d, d) basis that o_proj writes.
+        mlp_input: (d, d) basis that gate and up read.
+        mlp_output: (d, d) basis that down_proj writes.
+        heads: (e, e) or (G, e, e) rotation of the value heads, undone in o_proj.
+        heads_per_kv: H / G.
+        mixed_heads: H where a Hadamard across heads enters o_proj's input side (an online transform cancels it).
+        down: Orthogonal transform of the last axis of down_proj's weight, applied online to its input as well.
+        output_order: (H e,) order of o_proj's columns, applied online to its input as well.
+    """
+
+    attention_input: Tensor | None = None
+    attention_output: Tensor | None = None
+    mlp_input: Tensor | None = None
+    mlp_output: Tensor | None = None
+    heads: Tensor | None = None
+    heads_per_kv: int = 1
+    mixed_heads: int | None = None
+    down: Callable[[Tensor], Tensor] | None = None
+    output_order: Tensor | None = None
+
+
+def fold_norms(tensors: Tensors) -> Tensors:
+    """Multiply the two norm gains of a block into the linears behind them; the gains become 1.
+
+    Args:
+        tensors: A block, not modified. Query and key norms (per head, before RoPE) are left alone.
+
+    Returns:
+        All tensors of the block, in float64.
+    """
+    folded = _double(tensors)
+    for norm, linears in FOLDED.items():
+        gain = folded[f"{norm}.weight"]
+        for linear in linears:
+            folded[f"{linear}.weight"] = fold_gain(folded[f"{linear}.weight"], gain)
+        folded[f"{norm}.weight"] = torch.ones_like(gain)
+    return folded
+
+
+def rotate_block(tensors: Tensors, rotations: BlockRotations) -> Tensors:
+    """Move a norm-folded block into another basis.
+
+    Args:
+        tensors: A block with unit gains, not modified.
+        rotations: The maps; moved to the device of the tensors.
+
+    Returns:
+        All tensors of the block, in float64.
+    """
+    rotated = _double(tensors)
+    _read(rotated, ATTENTION_INPUT, rotations.attention_input)
+    _write(rotated, ATTENTION_OUTPUT, rotations.attention_output)
+    _read(rotated, MLP_INPUT, rotations.mlp_input)
+    _write(rotated, MLP_OUTPUT, rotations.mlp_output)
+    _rotate_heads(rotated, rotations)
+    if rotations.down is not None:
+        name = f"{MLP_OUTPUT[0]}.weight"
+        rotated[name] = rotations.down(rotated[name])
+    return rotated
+
+
+def rotate_embedding(tensors: Tensors, rotation: Tensor | None, *, center: bool = False) -> Tensors:
+    """Move embedding rows into another basis.
+
+    Args:
+        tensors: ``weight`` (rows, d), not modified.
+        rotation: (d, d), or None.
+        center: Subtract each row's mean first, as the codes do. Not function-preserving for RMSNorm models.
+
+    Returns:
+        ``weight`` in float64.
+    """
+    weight = tensors["weight"].double()
+    if center:
+        weight = weight - weight.mean(dim=1, keepdim=True)
+    return {"weight": weight if rotation is None else rotate_input(weight, rotation.to(weight.device))}
+
+
+def rotate_head(tensors: Tensors, rotation: Tensor | None) -> Tensors:
+    """Fold the final norm into the output projection and let it read the rotated stream.
+
+    Args:
+        tensors: ``norm.weight`` (d,) and ``lm_head.weight`` (rows, d), not modified.
+        rotation: (d, d), or None.
+
+    Returns:
+        Both, in float64, with unit gain.
+    """
+    gain, weight = tensors["norm.weight"].double(), tensors["lm_head.weight"].double()
+    weight = fold_gain(weight, gain)
+    if rotation is not None:
+        weight = rotate_input(weight, rotation.to(weight.device))
+    return {"norm.weight": torch.ones_like(gain), "lm_head.weight": weight}
+
+
+def part_order(n_heads: int, parts: Sequence[int]) -> Tensor:
+    """List head channels part by part: [first part of head 0..H-1 | second part of head 0..H-1 | ...].
+
+    For two parts this is ``numerics.orthogonal.low_first_order``.
+
+    Args:
+        n_heads: H.
+        parts: Widths of the parts of one head, low to high, with sum e; zeros allowed.
+
+    Returns:
+        (H e,) int64 permutation.
+    """
+    channels = torch.arange(n_heads * sum(parts)).reshape(n_heads, sum(parts))
+    return torch.cat([piece.flatten() for piece in channels.split(list(parts), dim=1)])
+
+
+def _double(tensors: Tensors) -> Tensors:
+    return {name: tensor.double() for name, tensor in tensors.items()}
+
+
+def _read(tensors: Tensors, linears: Sequence[str], rotation: Tensor | None) -> None:
+    """Let linears read the stream in a basis."""
+    for linear in linears if rotation is not None else ():
+        weight = tensors[f"{linear}.weight"]
+        tensors[f"{linear}.weight"] = rotate_input(weight, rotation.to(weight.device))  # type: ignore[union-attr]
+
+
+def _write(tensors: Tensors, linears: Sequence[str], rotation: Tensor | None) -> None:
+    """Let linears write the stream in a basis; a bias is written too."""
+    for linear in linears if rotation is not None else ():
+        for name in (f"{linear}.weight", f"{linear}.bias"):
+            if name in tensors:
+                tensors[name] = rotate_output(tensors[name], rotation.to(tensors[name].device))  # type: ignore[union-attr]
+
+
+def _rotate_heads(tensors: Tensors, rotations: BlockRotations) -> None:
+    """Rotate value heads, undo it in o_proj, then mix and reorder o_proj's columns."""
+    output, value = f"{ATTENTION_OUTPUT[0]}.weight", ATTENTION_INPUT[2]
+    if rotations.heads is not None:
+        heads = rotations.heads.to(tensors[output].device)
+        for name in (f"{value}.weight", f"{value}.bias"):
+            if name in tensors:
+                tensors[name] = rotate_head_outputs(tensors[name], heads)
+        tensors[output] = rotate_head_inputs(tensors[output], heads, rotations.heads_per_kv)
+    if rotations.mixed_heads is not None:
+        tensors[output] = mix_heads(tensors[output], rotations.mixed_heads)
+    if rotations.output_order is not None:
+        tensors[output] = tensors[output][:, rotations.output_order.to(tensors[output].device)]

@@ -1,0 +1,321 @@
+"""Dynamic fake quantization of a live decoder block: linear inputs, keys and values, residual basis changes.
+
+``install`` turns a block of the installed Llama, Qwen2 or Qwen3 classes into one that computes, for a linear,
+
+    y = F.linear(reorder(quantize(online(x))), weight, bias)
+
+and, where the residual stream changes its basis between the norms,
+
+    r = change_1(h);   h' = r + Attn(norm_1(h));   r' = change_2(h');   out = r' + MLP(norm_2(h')).
+
+Nothing of the modeling code is copied: linears are exchanged under their own names, keys and values go through the
+registered attention functions of `kv`, and basis changes need only the order of the four submodules. Every tensor added
+is a non-persistent buffer and every weight keeps its name, so the state dictionary is that of the stock block.
+
+The weights that cancel an online transform, a reorder, a rotation or a basis change are the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.models.kv import KvPlan, check_kv, install_kv, wrapped_attention
+from ptqbench.numerics.activation import ActivationGrid, apply_grid
+
+__all__ = [
+    "BasisChange",
+    "BlockPlan",
+    "InputPlan",
+    "KvPlan",
+    "PlannedLayer",
+    "QuantizedLinear",
+    "ResidualChange",
+    "install",
+    "set_quantizers",
+    "wrapped_attention",
+]
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """What happens to the input of one linear, in this order.
+
+    Attributes:
+        online: Transform (..., in) -> (..., in) that keeps the dtype (Hadamard of down_proj, head mixing of o_proj); it
+            is active whether or not quantizers are.
+        grid: Quantizer; None or 16 bits: none.
+        n_groups: Equal groups of the last axis with a grid each, per token (query heads for o_proj).
+        order: (in,) int64 permutation of the channels, after quantization: ``x[..., order]``.
+    """
+
+    online: Callable[[Tensor], Tensor] | None = None
+    grid: ActivationGrid | None = None
+    n_groups: int = 1
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BasisChange:
+    """A change of basis of the residual branch: ``h -> quantize(h) @ matrix``.
+
+    Attributes:
+        matrix: (d, d), kept in the block's dtype once installed.
+        grid: Quantizer of the input, per token; None or 16 bits: none.
+    """
+
+    matrix: Tensor
+    grid: ActivationGrid | None = None
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Everything dynamic about one decoder block.
+
+    Attributes:
+        inputs: Linear name, e.g. ``mlp.down_proj`` -> plan; missing = plain.
+        kv: Rotation and quantizers of keys and values.
+        basis_changes: Before the attention residual and before the MLP residual.
+    """
+
+    inputs: Mapping[str, InputPlan] = field(default_factory=dict)
+    kv: KvPlan | None = None
+    basis_changes: tuple[BasisChange | None, BasisChange | None] = (None, None)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear that prepares its input; holds the very ``weight`` and ``bias`` parameters of the linear it replaces.
+
+    Attributes:
+        plan: What `prepare` does.
+        enabled: Whether the quantizer is on.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    order: Tensor | None
+
+    def __init__(self, linear: nn.Linear, plan: InputPlan) -> None:
+        """Take over the parameters of a linear.
+
+        Args:
+            linear: The replaced module, not modified; its parameters are shared.
+            plan: What happens to the input.
+        """
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.plan, self.enabled = plan, True
+        self.register_parameter("weight", linear.get_parameter("weight"))
+        self.register_parameter("bias", linear.bias)
+        order = None if plan.order is None else plan.order.to(_home(linear.weight))
+        self.register_buffer("order", order, persistent=False)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return exactly what the matrix product sees.
+
+        Args:
+            x: (..., in), not modified.
+
+        Returns:
+            (..., in) in the dtype of x; x itself where the plan is empty.
+        """
+        if self.plan.online is not None:
+            x = self.plan.online(x)
+        if self.enabled and self.plan.grid is not None:
+            x = apply_grid(x, self.plan.grid, self.plan.n_groups)
+        return x if self.order is None else x.index_select(-1, self.order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        return nn.functional.linear(self.prepare(x), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Describe the quantizer in ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, plan={self.plan}"
+
+
+class ResidualChange(nn.Module):
+    """The installed form of a `BasisChange`.
+
+    Attributes:
+        matrix: (d, d) in the dtype and on the device of the block.
+        enabled: Whether the quantizer is on.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, change: BasisChange, like: Tensor) -> None:
+        """Place the matrix beside the weights.
+
+        Args:
+            change: Matrix and grid.
+            like: A parameter of the block; gives dtype and device.
+        """
+        super().__init__()
+        self.grid, self.enabled = change.grid, True
+        self.register_buffer("matrix", change.matrix.to(_home(like), like.dtype), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map the residual stream (..., d) to its new basis; hidden is not modified."""
+        if self.enabled and self.grid is not None:
+            hidden = apply_grid(hidden, self.grid)
+        return hidden @ self.matrix
+
+
+class PlannedLayer(nn.Module):
+    """A decoder layer whose residual branches change basis; the norms still take the unchanged stream.
+
+    `install` mixes this class into that of the stock layer, in place: submodules, hooks, attributes and whatever looks
+    for the stock class (recording of hidden states, say) stay as they are; only ``forward`` is this one.
+    """
+
+    basis_change_1: nn.Module | None
+    basis_change_2: nn.Module | None
+
+    @property
+    def basis_changes(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """Modules (or None) applied to the residual before the attention and before the MLP is added."""
+        return self.basis_change_1, self.basis_change_2
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run the layer; arguments, and the residual stream returned, as in the stock layer."""
+        mixed, _ = self.get_submodule("self_attn")(
+            hidden_states=self.get_submodule("input_layernorm")(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        first, second = self.basis_changes
+        hidden: Tensor = (hidden_states if first is None else first(hidden_states)) + mixed
+        output: Tensor = self.get_submodule("mlp")(self.get_submodule("post_attention_layernorm")(hidden))
+        return (hidden if second is None else second(hidden)) + output
+
+
+def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
+    """Replace whatever plan a block has by this one, with quantizers on.
+
+    Args:
+        block: Decoder layer of the installed Llama, Qwen2 or Qwen3 classes, modified in place; install after it has its
+            final dtype and device (``block.to`` moves what was added too). With ``plan.kv`` the configuration that the
+            blocks of a model share is switched to the wrapped attention function.
+        plan: What to do; an empty plan restores the stock block.
+
+    Returns:
+        The block itself; a `PlannedLayer` where the plan has basis changes.
+
+    Raises:
+        ConfigError: The plan names an unknown linear or holds a tensor or grid that does not fit; nothing is changed.
+        UnsupportedError: Keys or values are to be quantized in an attention implementation other than sdpa and eager,
+            or the basis of a block is to change whose ``forward`` was replaced (a block dispatched over devices).
+    """
+    attention = block.get_submodule("self_attn")
+    _check(block, plan)
+    _strip(block)
+    for name, input_plan in plan.inputs.items():
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        block.set_submodule(name, _keep_mode(QuantizedLinear(linear, input_plan), linear))
+    if plan.kv is not None or hasattr(attention, "kv_plan"):
+        install_kv(attention, plan.kv)
+    if any(change is not None for change in plan.basis_changes):
+        like = next(block.parameters())
+        for index, change in enumerate(plan.basis_changes, start=1):
+            module = None if change is None else _keep_mode(ResidualChange(change, like), block)
+            block.register_module(f"basis_change_{index}", module)
+        stock: Any = type(block)
+        block.__class__ = _planned_class(stock)
+    return block
+
+
+def set_quantizers(block: nn.Module, enabled: bool) -> None:
+    """Switch every quantizer on or off; online transforms, orders, rotations and basis changes stay.
+
+    Off, the block computes what its transformed weights alone compute: the state in which weights are quantized.
+
+    Args:
+        block: An installed block, or a whole model of them, modified.
+        enabled: The new state.
+    """
+    for module in block.modules():
+        if isinstance(module, QuantizedLinear | ResidualChange):
+            module.enabled = enabled
+        elif getattr(module, "kv_plan", None) is not None:
+            attention: Any = module
+            attention.kv_enabled = enabled
+
+
+def _check(block: nn.Module, plan: BlockPlan) -> None:
+    """Refuse a plan that does not fit the block, before anything is changed."""
+    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)}
+    for name, input_plan in plan.inputs.items():
+        if name not in linears:
+            raise ConfigError(f"expected the name of a linear in {sorted(linears)}, got {name!r} in the block plan")
+        width, order = linears[name].in_features, input_plan.order
+        if input_plan.n_groups < 1 or width % input_plan.n_groups:
+            raise ConfigError(f"{name}: expected n_groups that divides {width} channels, got {input_plan.n_groups}")
+        if input_plan.grid is not None:
+            input_plan.grid.parts(width // input_plan.n_groups)
+        if order is not None and (order.dtype != torch.int64 or sorted(order.tolist()) != list(range(width))):
+            raise ConfigError(
+                f"{name}: expected an int64 permutation of {width} channels, got another {order.dtype} tensor"
+            )
+    width = linears["mlp.down_proj"].out_features
+    for index, change in enumerate(plan.basis_changes, start=1):
+        if change is not None and change.matrix.shape != (width, width):
+            raise ConfigError(
+                f"expected a matrix of shape {(width, width)} in basis change {index}, got {tuple(change.matrix.shape)}"
+            )
+        if change is not None and change.grid is not None:
+            change.grid.parts(width)
+    if "forward" in vars(block) and any(plan.basis_changes):
+        raise UnsupportedError(
+            "expected a block whose forward is its class's, got one patched by a dispatcher; install first"
+        )
+    if plan.kv is not None:
+        check_kv(block.get_submodule("self_attn"), plan.kv)
+
+
+def _strip(block: nn.Module) -> None:
+    """Take an earlier plan away, except that of the attention: stock linears, stock class."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            bias = module.bias is not None
+            linear = nn.Linear(module.in_features, module.out_features, bias, device="meta", dtype=module.weight.dtype)
+            linear.weight = module.weight
+            linear.register_parameter("bias", module.bias)
+            block.set_submodule(name, _keep_mode(linear, module))
+    if isinstance(block, PlannedLayer):
+        del block.basis_change_1, block.basis_change_2
+        block.__class__ = type(block).__bases__[1]
+
+
+@lru_cache(maxsize=16)
+def _planned_class(stock: type[Any]) -> type[nn.Module]:
+    return type(f"Planned{stock.__name__}", (PlannedLayer, stock), {})
+
+
+def _home(parameter: Tensor) -> torch.device:
+    """Return where added tensors live: with the weights, or on the CPU while those are not loaded yet."""
+    return torch.device("cpu") if parameter.is_meta else parameter.device
+
+
+def _keep_mode(module: nn.Module, like: nn.Module) -> nn.Module:
+    return module.train(like.training)
