@@ -1,12 +1,15 @@
 """Train the embedded model `tiny` and its tokenizer from nothing: ``python scripts/train_tiny.py --out DIR``.
 
-Recipe. The text is `ptqbench.data.corpus` (seeded, endless, never repeated), tokenized by a byte-level BPE that is
+Recipe. The text is `ptqbench.data.corpus` (seeded, endless), tokenized by a byte-level BPE that is
 trained on its first stories. Stories are concatenated, each followed by a newline; half of the training windows begin
 with BOS and a story, half are cut anywhere. Windows hold 256 tokens; while the rate decays, every fourth step has
 half as many windows of 512. AdamW in float32 without weight decay, a higher learning rate for the gains of the norms
 (which lets outlier channels grow), and a schedule of warm-up, constant rate and linear decay to zero (``--decay`` of
 the steps), so that a run can be lengthened before its decay begins without changing what was learned before.
 ``--compile`` (needs a C++ compiler) makes steps faster and changes results in the last digits only.
+
+The first ``--simple-chunks`` chunks of text leave habits out (facts about pairs that can only be learned by heart):
+finding things in the context is learned first, and the habits afterwards.
 
 Every step draws its windows from a generator seeded by (seed, step): a run that is interrupted and started again with
 the same command goes on from its last checkpoint (``DIR/state.pt``) as if nothing had happened. The folder ends up

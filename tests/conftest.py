@@ -8,7 +8,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 REAL_DATA = Path(os.environ.get("PTQBENCH_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -70,4 +70,6 @@ def test_every_choice_is_in_the_readme(group):
 
 def test_paths_in_the_readme_exist():
     for path in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"^\| `([\w/.]+)`", README, flags=re.M):
-        assert (ROOT / path).exists() or (ROOT / "src" / "ptqbench" / path).exists() or path in group_names("bitwidth"), path
+        assert (
+            (ROOT / path).exists() or (ROOT / "src" / "ptqbench" / path).exists() or path in group_names("bitwidth")
+        ), path

@@ -96,7 +96,7 @@ def quantize(
     """
     loop = _Loop(model, method, model.positions(windows.shape[1]), timings)
     with timings.measure("embed_s"):
-        hidden = [model.embed(batch) for batch in windows.split(BATCH)]
+        hidden = list(model.embed(windows).split(BATCH))
     streams = Streams(hidden, list(hidden) if method.needs_reference else None)
     for index in range(model.n_blocks):
         if state.has(index):

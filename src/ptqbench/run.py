@@ -198,7 +198,9 @@ def _record_layers(
     return bits | {"codes_digest": state.codes_digest(model.n_blocks)}
 
 
-def _result(spec: RunSpec, folder: RunFolder, metrics: dict[str, Any], bits: dict[str, Any], timings: Timings) -> dict[str, Any]:
+def _result(
+    spec: RunSpec, folder: RunFolder, metrics: dict[str, Any], bits: dict[str, Any], timings: Timings
+) -> dict[str, Any]:
     from ptqbench import provenance
 
     keep = spec.execution.keep_codes

@@ -265,14 +265,14 @@ def stream_error(state, folder, windows):
 
 @pytest.mark.slow
 def test_loaq_beats_gptq_on_held_out_text_of_a_real_model(real_data, tmp_path):
-    """Behind o and down of every block; recorded on this model at 3 bits: about 40 % less error, more in later blocks."""
+    """Behind o and down of every block; recorded on this model at 3 bits: 20 % less error in the first, 32 % in the last."""
     from transformers import AutoTokenizer
 
     folder = real_data / "models" / "stories260K"
     text = (real_data / "text" / "tinystories.train_head.txt").read_text()[:150_000]
     tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])
     windows = tokens[: len(tokens) // 128 * 128].view(-1, 128)
-    calibration, held_out = windows[:96], windows[-24:]
+    calibration, held_out = windows[:64], windows[-24:]
     errors = {}
     for name in ("weight", "loaq"):
         state = BlockState(tmp_path / name, "a" * 12)

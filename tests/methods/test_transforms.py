@@ -232,6 +232,10 @@ def test_centring_is_an_option_of_the_embedding_alone(checkpoint, tmp_path):
         assert torch.allclose(plain.embedding({"weight": rows})["weight"] @ back(plain).T, rows)
         found = centred.embedding({"weight": rows})["weight"] @ back(centred).T
         assert torch.allclose(found, rows - rows.mean(1, keepdim=True))
+        if name == "subspace":
+            assert not torch.allclose(plain.bases["residual"], centred.bases["residual"]), (
+                "the stream is that of the rows"
+            )
         head = {"norm.weight": torch.ones(48), "lm_head.weight": rows}
         assert torch.allclose(centred.head(head)["lm_head.weight"] @ back(centred).T, rows)
 
@@ -413,6 +417,8 @@ def test_weight_grids_split_by_importance():
     assert ranges(precision, "o") == ranges(precision, "self_attn.o_proj") == [(0, 56, 4), (56, 64, 8)]
     assert ranges(precision, "down") == [(0, 76, 4)]
     assert all(part.spec.clip_search and part.spec.scheme == "sym_signed" for part in precision.weight_grid("qkv"))
+    grouped = member("hadamard").precision(cell(group_size=12), SHAPE).weight_grid("down")
+    assert [part.spec.group_size for part in grouped] == [12]
     with pytest.raises(ConfigError, match="lm_head"):
         precision.weight_grid("lm_head")
 

@@ -50,7 +50,9 @@ def test_staged_block_equals_the_block_and_announces_true_inputs(checkpoint, kin
     with torch.no_grad(), model.block(1) as block:
         seen = {}
         hooks = [
-            block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].clone()))
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: seen.__setitem__(name, args[0].clone())
+            )
             for stage in STAGES
             for name in stage.linears
         ]

@@ -173,6 +173,9 @@ def test_folding_cancels_outlier_channels_exactly(checkpoint):
 
     plain, edited = open_model(folder), open_model(folder, edit=edit)
     assert not torch.equal(plain.tensors(0)["input_layernorm.weight"], edited.tensors(0)["input_layernorm.weight"])
+    assert torch.equal(
+        edited.reopened(None).tensors(0)["input_layernorm.weight"], edited.tensors(0)["input_layernorm.weight"]
+    )
     before, after = fuse.fold_norms(plain.tensors(0)), fuse.fold_norms(edited.tensors(0))
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -13,8 +13,8 @@ from ptqbench.methods.targets import Weight
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
-from ptqbench.numerics.grid import GridSpec, uniform_grid
 from ptqbench.numerics.gptq import gptq
+from ptqbench.numerics.grid import GridSpec, uniform_grid
 from ptqbench.pipeline import Method, Timings, quantize
 from ptqbench.state import BlockState
 
@@ -47,7 +47,7 @@ def textbook(folder, settings):
             for name in wave:
                 moments[name] = 0.0
 
-                def collect(_, args, name=name):
+                def collect(_, args, name=name, moments=moments):
                     x = args[0].reshape(-1, args[0].shape[-1]).double()
                     moments[name] = moments[name] + x.T @ x
 
@@ -65,7 +65,9 @@ def textbook(folder, settings):
 
 
 @pytest.mark.parametrize("true_sequential", [True, False])
-@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("qwen2", {"tie_word_embeddings": True}), ("qwen3", {"head_dim": 8})])
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("llama", {}), ("qwen2", {"tie_word_embeddings": True}), ("qwen3", {"head_dim": 8})]
+)
 def test_one_pass_equals_the_textbook_loop(checkpoint, tmp_path, kind, changes, true_sequential):
     folder = checkpoint(kind, **changes)
     settings = method(bits=4, group_size=32, true_sequential=true_sequential)
@@ -84,7 +86,10 @@ def test_one_pass_equals_the_textbook_loop(checkpoint, tmp_path, kind, changes, 
 
 def test_true_sequential_matters(checkpoint, tmp_path):
     folder = checkpoint()
-    digests = {run(folder, tmp_path / str(flag), method(bits=2, true_sequential=flag))[1].codes_digest(2) for flag in (True, False)}
+    digests = {
+        run(folder, tmp_path / str(flag), method(bits=2, true_sequential=flag))[1].codes_digest(2)
+        for flag in (True, False)
+    }
     assert len(digests) == 2
 
 
@@ -106,7 +111,9 @@ def test_resume_gives_the_same_bytes_and_redoes_nothing(checkpoint, tmp_path):
     _, parts = run(folder, tmp_path / "parts", method())
     assert parts.codes_digest(3) == whole.codes_digest(3)
     assert first.stat().st_mtime_ns == stamp
-    timeless = [[{k: v for k, v in row.items() if k != "quantize_s"} for row in state.reports(3)] for state in (parts, whole)]
+    timeless = [
+        [{k: v for k, v in row.items() if k != "quantize_s"} for row in state.reports(3)] for state in (parts, whole)
+    ]
     assert timeless[0] == timeless[1]
 
 
@@ -136,6 +143,9 @@ def test_reports_describe_every_linear(checkpoint, tmp_path):
     assert down["effective_w_bits"] == pytest.approx(3 + 3 * (16 + 3) / 76)  # 76 inputs: groups of 32, 32 and 12
     assert all(r["n_tokens"] == WINDOWS.numel() and 0 < r["relative_output_error"] < 1 for r in rows)
     assert all(r["correction_norm"] == 0 for r in rows)
+    assert all(r["relative_target_error"] == r["relative_output_error"] for r in rows)
+    nullable = ("correction_damping", "null_space_rank", "row_scale_min", "row_scale_max")
+    assert all(r[key] is None for r in rows for key in nullable)
 
 
 def test_gptq_beats_rounding_to_nearest_on_calibration_output(checkpoint, tmp_path):
@@ -144,7 +154,9 @@ def test_gptq_beats_rounding_to_nearest_on_calibration_output(checkpoint, tmp_pa
         name: run(folder, tmp_path / name, method(bits=4, solver=solver))[1].reports(2)
         for name, solver in {"gptq": Gptq(), "rtn": RoundToNearest()}.items()
     }
-    first = [(r["relative_output_error"], n["relative_output_error"]) for r, n in zip(rows["gptq"], rows["rtn"], strict=True)][:3]
+    first = [
+        (r["relative_output_error"], n["relative_output_error"]) for r, n in zip(rows["gptq"], rows["rtn"], strict=True)
+    ][:3]
     assert all(ours < theirs for ours, theirs in first)  # q, k, v of block 0: the same inputs in both runs
 
 

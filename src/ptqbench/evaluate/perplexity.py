@@ -69,7 +69,7 @@ def perplexity(
         NumericalError: The loss is not finite.
     """
     batches = windows.split(batch_size)
-    hidden = [model.embed(batch) for batch in batches]
+    hidden = list(model.embed(windows).split(batch_size))
     positions = model.positions(windows.shape[1])
     for index in range(model.n_blocks):
         with model.block(index, overlay) as block:

@@ -165,7 +165,7 @@ class Precision:
     def _lowest_scheme(self) -> str:
         """The lowest weight part is asymmetric in the codes' GPTQ and like the rest in their RTN."""
         rounds_to_nearest = self.spec.method.solver.name == "rtn"
-        return self.spec.method.grid.scheme if rounds_to_nearest or not self.layout.lowest_fraction else "asym"
+        return self.spec.method.grid.scheme if rounds_to_nearest else "asym"
 
     def _down_bits(self, bits: int) -> int:
         return max(bits, INT8) if self.layout.int8_down_proj else bits

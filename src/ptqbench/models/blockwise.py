@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,22 +191,28 @@ class BlockwiseModel:
         return self._read(f"{name}.", {key: tuple(value.shape) for key, value in state.items()})
 
     def _read(self, prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Read tensors by name, each checked for shape and finiteness."""
+        """Read tensors by name, each checked for shape and finiteness; every shard is mapped once and then let go."""
         shards = self.source.shards
         tensors: dict[str, Tensor] = {}
-        for key, shape in shapes.items():
-            name = prefix + key
-            path = shards.get(name) or shards.get("*")
+        files: dict[Path, list[str]] = {}
+        for key in shapes:
+            path = shards.get(prefix + key) or shards.get("*")
             if path is None:
-                raise ConfigError(f"{self.source.folder}: the weight index has no tensor {name!r}")
+                raise ConfigError(f"{self.source.folder}: the weight index has no tensor {prefix + key!r}")
+            files.setdefault(path, []).append(key)
+        for path, keys in files.items():
             try:
                 with safe_open(path, framework="pt") as shard:
-                    value: Tensor = shard.get_tensor(name)
+                    tensors |= {key: shard.get_tensor(prefix + key).clone() for key in keys}
             except SafetensorError as error:
-                raise ConfigError(f"{path}: cannot read tensor {name!r}: {error}") from None
-            if tuple(value.shape) != shape:
-                raise ConfigError(f"{path}: tensor {name!r} has shape {tuple(value.shape)}, config.json says {shape}")
-            if not bool(torch.isfinite(value).all()):
-                raise NumericalError(f"{path}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged")
-            tensors[key] = value
+                raise ConfigError(f"{path}: cannot read the tensors of {prefix.rstrip('.')!r}: {error}") from None
+            for key in keys:
+                _check(tensors[key], shapes[key], f"{path}: tensor {prefix + key!r}")
         return tensors
+
+
+def _check(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ConfigError(f"{what} has shape {tuple(tensor.shape)}, config.json says {shape}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise NumericalError(f"{what} holds NaN or infinity; the checkpoint is damaged")
