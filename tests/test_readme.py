@@ -69,7 +69,7 @@ def test_every_choice_is_in_the_readme(group):
 
 
 def test_paths_in_the_readme_exist():
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"^\| `([\w/.]+)`", README, flags=re.M):
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"^\| `(\w+/[\w/.]*)`", README, flags=re.M):
         assert (
             (ROOT / path).exists() or (ROOT / "src" / "ptqbench" / path).exists() or path in group_names("bitwidth")
         ), path

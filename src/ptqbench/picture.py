@@ -1,58 +1,59 @@
-"""Draw a comparison: quality against the bits that are really stored. Readable in black and white."""
+"""Draw a comparison: one panel per metric and bitwidth, one dot per method. Readable in black and white."""
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
-MARKERS, LINES, GREYS = "osD^vPX*", ("-", "--", "-.", ":"), ("0.0", "0.35", "0.6")
-RANDOM_GUESS = 0.25
+INCHES_PER_METHOD, UNTOUCHED_BITS = 0.27, 16
 
 
-def draw(table: pd.DataFrame, path: str) -> None:
-    """Draw one panel per metric and write the picture.
+def draw(table: pd.DataFrame, path: str, errors: pd.DataFrame | None = None) -> None:
+    """Draw every metric at every bitwidth and write the picture.
+
+    A panel lists the methods with their true bits per weight; the dotted line is the unquantized model. Rows without a
+    value are left out, and so are panels without one.
 
     Args:
-        table: As ``tables.comparison`` returns it; rows without a value are left out.
+        table: As ``tables.comparison`` returns it, of one model or several (labelled then).
         path: File name; its suffix says the format (PNG, PDF, SVG).
+        errors: As ``tables.standard_errors`` returns it; drawn as bars of one standard error.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    metrics = [column for column in table.columns if "/" in column and not column.endswith("acc_norm")]
-    figure, axes = pyplot.subplots(
-        1, len(metrics), figsize=(4.6 * len(metrics), 3.8), squeeze=False, layout="constrained"
-    )
-    for axis, metric in zip(axes[0], metrics, strict=True):
-        _panel(axis, table, metric)
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(", ".join(map(str, table.index.get_level_values("model").unique())), fontsize=10)
+    metrics = [column for column in table.columns if "/" in column and not column.endswith("/acc_norm")]
+    reference = table[table["effective_w_bits"] >= UNTOUCHED_BITS]
+    quantized = table[table["effective_w_bits"] < UNTOUCHED_BITS]
+    groups = list(quantized.groupby(level=["model", "bitwidth"], sort=False)) or [(("", ""), reference)]
+    height = 1.0 + INCHES_PER_METHOD * max(len(rows) for _, rows in groups)
+    size = (3.6 * len(groups), height * len(metrics))
+    figure, axes = pyplot.subplots(len(metrics), len(groups), figsize=size, squeeze=False, layout="constrained")
+    for row, metric in enumerate(metrics):
+        for column, (key, rows) in enumerate(groups):
+            _panel(axes[row][column], rows, metric, reference, errors)
+            axes[row][column].set_title(" ".join(map(str, key)), fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _panel(axis: Axes, table: pd.DataFrame, metric: str) -> None:
-    styles = itertools.cycle(zip(itertools.cycle(MARKERS), itertools.cycle(LINES), itertools.cycle(GREYS)))
-    for (_, method), rows in table.groupby(level=["model", "method"], sort=False):
-        marker, line, grey = next(styles)
-        points = rows[["effective_w_bits", metric]].dropna().sort_values("effective_w_bits")
-        if points.empty:
-            continue
-        if (points["effective_w_bits"] >= 16).all():
-            axis.axhline(points[metric].iloc[0], color="0.5", linewidth=1, linestyle=":", label=f"{method} (16 bits)")
-            continue
-        axis.plot(
-            points["effective_w_bits"], points[metric], marker + line, color=grey, label=str(method), markersize=6
-        )
-    if metric.endswith("/perplexity"):
-        axis.set_yscale("log")
-    axis.set_xlabel("true bits per weight (codes, scales and zero points)")
-    axis.set_title(metric.replace("/", " "), fontsize=10)
-    axis.grid(True, which="both", linewidth=0.3, color="0.85")
+def _panel(axis: Axes, rows: pd.DataFrame, metric: str, reference: pd.DataFrame, errors: pd.DataFrame | None) -> None:
+    rows = rows.dropna(subset=[metric])
+    names = [f"{key[1]} ({bits:.2f} bits)" for key, bits in zip(rows.index, rows["effective_w_bits"], strict=True)]
+    places = list(range(len(rows)))
+    bars = None if errors is None or metric not in errors else errors[metric].reindex(rows.index).fillna(0.0)
+    axis.errorbar(rows[metric], places, xerr=bars, fmt="ko", markersize=5, elinewidth=1, capsize=2)
+    axis.set_yticks(places, names, fontsize=7)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    for value in reference[metric].dropna():
+        axis.axvline(value, color="0.3", linewidth=1, linestyle=":")
+    lower = metric.endswith("/perplexity")
+    axis.set_xlabel(f"{metric.replace('/', ' ')} ({'lower' if lower else 'higher'} is better)", fontsize=8)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.locator_params(axis="x", nbins=5)
+    axis.grid(True, linewidth=0.3, color="0.85")

@@ -82,7 +82,7 @@ def print_table(cells: Cells, style: str, picture: str | None) -> None:
     if picture is not None and not frame["metric"].isna().all():
         from ptqbench.picture import draw
 
-        draw(table, picture)
+        draw(table, picture, tables.standard_errors(frame))
         print(f"picture: {picture}")
 
 
@@ -98,7 +98,7 @@ def _rich(table: pd.DataFrame) -> Table:
     previous = None
     for key, row in table.iterrows():
         assert isinstance(key, tuple)
-        if previous is not None and key[1] != previous[1]:
+        if previous is not None and (key[0], key[2]) != (previous[0], previous[2]):
             out.add_section()
         cells = [tables.format_value(m, row[m]) for m in metrics]
         cells = [f"[bold]{c}[/]" if marks.loc[key, m] else c for c, m in zip(cells, metrics, strict=True)]

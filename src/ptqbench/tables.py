@@ -74,12 +74,14 @@ def comparison(frame: pd.DataFrame) -> pd.DataFrame:
     """Pivot a tidy frame: one row per (model, method, bitwidth), mean over seeds per metric.
 
     Returns:
-        Index ``model, method, bitwidth`` in order of first appearance; columns ``effective_w_bits``, ``n_seeds`` and one per
-        metric; NaN where a cell is missing. A mean is taken only over seeds that all have the metric.
+        Index ``model, method, bitwidth``: bitwidths of a model together, else in order of first appearance; columns
+        ``effective_w_bits``, ``n_seeds`` and one per metric; NaN where a cell is missing. A mean is taken only over seeds that all have the metric.
     """
     index = ["model", "method", "bitwidth"]
     known = frame.dropna(subset=["model"])
     order = known[index].drop_duplicates()
+    places = order[["model", "bitwidth"]].drop_duplicates().reset_index(drop=True).reset_index(names="place")
+    order = order.merge(places, on=["model", "bitwidth"]).sort_values("place", kind="stable")[index]
     done = known.dropna(subset=["metric"])
     seeds = known.groupby(index, sort=False)["seed"].nunique().rename("n_seeds")
     table = pd.DataFrame(
@@ -90,6 +92,16 @@ def comparison(frame: pd.DataFrame) -> pd.DataFrame:
         with_metric = grouped["seed"].nunique()
         table[metric] = grouped["value"].mean().where(with_metric == seeds.reindex(with_metric.index))
     return table.reindex(pd.MultiIndex.from_frame(order))
+
+
+def standard_errors(frame: pd.DataFrame) -> pd.DataFrame:
+    """Standard error of every mean in ``comparison`` from the sampling error of its cells: same rows, one column per metric.
+
+    Seeds share the evaluation data, so their errors are averaged, not divided by the number of seeds. NaN where unknown.
+    """
+    done = frame.dropna(subset=["metric"])
+    errors = done.groupby(["model", "method", "bitwidth", "metric"], sort=False)["stderr"].mean()
+    return errors.unstack("metric").reindex(comparison(frame).index)
 
 
 def _metric_order(metric: str) -> tuple[bool, bool, str]:
@@ -121,12 +133,12 @@ def best(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def format_value(metric: str, value: float) -> str:
-    """Print a value as papers do: accuracies in percent with one decimal, perplexities with two, thousands in exponents."""
+    """Print accuracies in percent with one decimal, perplexities with two (three below 10), thousands in exponents."""
     if pd.isna(value):
         return MISSING
     if metric.endswith(("/acc", "/acc_norm")):
         return f"{100 * value:.1f}"
-    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+    return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
 def markdown(table: pd.DataFrame) -> str:

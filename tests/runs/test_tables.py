@@ -49,8 +49,8 @@ def test_golden_markdown(tmp_path):
         "| model | method | bitwidth | true w bits | t/perplexity | q/acc |\n"
         "|---|---|---|---:|---:|---:|\n"
         "| m | gptq | w2 | 4.25 | 1.2e+05 | 10.0 |\n"
-        "| m | gptq | w4 | 4.25 | **6.50** | **25.5** |\n"
-        "| m | rtn | w4 | 4.25 | 9.25 | 25.0 |\n"
+        "| m | gptq | w4 | 4.25 | **6.500** | **25.5** |\n"
+        "| m | rtn | w4 | 4.25 | 9.250 | 25.0 |\n"
     )
 
 
@@ -81,7 +81,7 @@ def test_damaged_files_become_a_reason_never_an_exception(tmp_path, name, conten
     (folder.path / name).write_text(content)
     frame = frame_of(tmp_path)
     assert len(tables.missing(frame)) == 1
-    assert "9.00" in tables.markdown(tables.comparison(frame))
+    assert "9.000" in tables.markdown(tables.comparison(frame))
 
 
 def test_best_needs_a_rival_and_knows_the_direction(tmp_path):
@@ -94,10 +94,20 @@ def test_best_needs_a_rival_and_knows_the_direction(tmp_path):
     assert not marks.loc[("m", "gptq", "w2")].any()
 
 
+def test_standard_errors_follow_the_rows_of_the_comparison(tmp_path):
+    make_cell(tmp_path, "rtn", perplexity=9.0)
+    make_cell(tmp_path, "gptq", "w2", perplexity=6.0)
+    frame = frame_of(tmp_path)
+    errors = tables.standard_errors(frame)
+    assert list(errors.index) == list(tables.comparison(frame).index)
+    assert errors["t/perplexity"].tolist() == [0.1, 0.1]
+
+
 def test_picture_is_written(tmp_path):
     from ptqbench.picture import draw
 
     make_cell(tmp_path, "rtn", perplexity=9.0)
     make_cell(tmp_path, "gptq", perplexity=6.0)
-    draw(tables.comparison(frame_of(tmp_path)), str(tmp_path / "p.png"))
+    frame = frame_of(tmp_path)
+    draw(tables.comparison(frame), str(tmp_path / "p.png"), tables.standard_errors(frame))
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

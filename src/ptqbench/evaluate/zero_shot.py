@@ -62,7 +62,14 @@ def zero_shot(model: Any, tokenizer: Any, tasks: tuple[str, ...], batch_size: in
     unknown = [name for name in others if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(f"evaluation.tasks: lm-eval {lm_eval.__version__} has no task {unknown[0]!r}")
-    wrapped = HFLM(
+
+    class Quiet(HFLM):  # type: ignore[misc]
+        """The lm-eval model without progress bars of its own (they do not listen to TQDM_DISABLE)."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+    wrapped = Quiet(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
