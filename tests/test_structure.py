@@ -19,9 +19,8 @@ RANK = {
     "errors": 0,
     "spec": 1, "fingerprint": 2, "confdir": 2, "registry": 3, "store": 3,
     "numerics": 1, "models": 2, "data": 2, "methods": 3,
-    "provenance": 1, "resolve": 4, "sweep": 4, "state": 4, "attempt": 4, "evaluate": 4, 
+    "provenance": 1, "resolve": 4, "sweep": 4, "state": 4, "attempt": 4, "evaluate": 4,
     "collect": 5, "rounding": 5, "bases": 5, "pipeline": 6,
-
     "tables": 4, "picture": 4, "show": 5, "run": 7, "foreground": 8, "compose": 9, "cli": 10, "__main__": 11, "__init__": 0,
 }  # fmt: skip
 ONLY_IMPORTER = {

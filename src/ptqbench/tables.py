@@ -75,7 +75,8 @@ def comparison(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Index ``model, method, bitwidth``: bitwidths of a model together, else in order of first appearance; columns
-        ``effective_w_bits``, ``n_seeds`` and one per metric; NaN where a cell is missing. A mean is taken only over seeds that all have the metric.
+        ``effective_w_bits``, ``n_seeds`` and one per metric; NaN where a cell is missing. A mean is taken only over seeds
+        that all have the metric.
     """
     index = ["model", "method", "bitwidth"]
     known = frame.dropna(subset=["model"])
