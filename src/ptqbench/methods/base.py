@@ -20,9 +20,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from ptqbench.spec import UNTOUCHED_BITS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
+    from ptqbench.methods.precision import Precision
     from ptqbench.models.architecture import Architecture
+    from ptqbench.models.fuse import Basis
     from ptqbench.numerics.grid import Grid, LinearResult
     from ptqbench.spec import RunSpec
 
@@ -126,6 +130,18 @@ class Member(Protocol):
 
 class Transform(Member, Protocol):
     """In which basis do we quantize?"""
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether eigenbases must be computed first (``ptqbench.bases``)."""
+
+    def precision(self, spec: RunSpec, architecture: Architecture) -> Precision:
+        """Return the grids of weights, inputs, keys and values in this basis."""
+
+    def basis(
+        self, spec: RunSpec, architecture: Architecture, bases: Mapping[str, Tensor] | None = None
+    ) -> Basis | None:
+        """Return how tensors are fused and blocks are planned; None for the checkpoint as it is."""
 
 
 class Target(Member, Protocol):

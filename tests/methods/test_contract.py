@@ -1,0 +1,96 @@
+"""Every transform with every member of the other roles, as whole cells on small random checkpoints.
+
+``test_members.py`` covers target x solver x refine without a transform, ``test_transforms.py`` the exactness of transforms. Here
+whole cells run, from the composed request to the result.
+"""
+
+import itertools
+import math
+
+import pytest
+
+from ptqbench.compose import compose_cell
+from ptqbench.confdir import group_names
+from ptqbench.registry import MEMBERS, create
+from ptqbench.resolve import skip_reason
+from ptqbench.run import run_cell
+from ptqbench.spec import ROLES
+from ptqbench.store import create as create_folder
+
+KINDS = ("llama", "qwen2", "qwen3")
+TRANSFORMS = ("hadamard", "subspace_activation", "subspace_activation_per_layer", "subspace_joint")
+OTHERS = [
+    ["method/target=loaq"],
+    ["method/target=qep"],
+    ["method/solver=rtn"],
+    ["method/solver=gptaq"],
+    ["method/solver=qronos"],
+    ["method/refine=null_space"],
+    ["method/refine=scale_refit"],
+    ["method/target=loaq", "method/solver=gptq_act_order", "method/refine=null_space"],
+]
+PAIRS = [(t, o, KINDS[i % 3]) for i, (t, o) in enumerate(itertools.product(TRANSFORMS, OTHERS))]
+
+
+def cell(folder, tmp_path, *words):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The {a} cat saw {b} red birds near house {a * b}.|" for a in range(20) for b in range(20)))
+    return compose_cell(
+        [
+            "model=local", f"model.path={folder}", "calibration=file", f"calibration.path={text}",
+            "calibration.separator='|'", "calibration.portion=[0,0.5]", "calibration.n_samples=4", "calibration.seq_len=32",
+            "evaluation=file", f"evaluation.texts.file.path={text}", "evaluation.texts.file.separator='|'",
+            "evaluation.texts.file.portion=[0.9,1]", "evaluation.texts.file.seq_len=32",
+            f"execution.runs_dir={tmp_path / 'runs'}", *words,
+        ]
+    )  # fmt: skip
+
+
+def perplexity(spec):
+    assert skip_reason(spec) is None
+    return run_cell(spec, create_folder(spec))["metrics"]["file/perplexity"]["value"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("transform", "others", "kind"), PAIRS, ids=["-".join([t, *o, k]).replace("method/", "") for t, o, k in PAIRS]
+)
+def test_transform_composes_with_every_other_role(checkpoint, tmp_path, transform, others, kind):
+    samples = ["method.transform.n_samples=4"] if transform.startswith("subspace") else []
+    words = ["+method=gptq", f"method/transform={transform}", "bitwidth=w4a4kv4", *samples, *others]
+    changes = {"tie_word_embeddings": True, "hidden_size": 64} if kind == "qwen2" else {}
+    spec = cell(checkpoint(kind, **changes), tmp_path, *words)
+    value = perplexity(spec)
+    assert math.isfinite(value)
+    folder = create_folder(spec)
+    assert folder.result()["bits"]["effective_w_bits"] > 4
+    assert {path.name for path in folder.state_path.glob("block_*")} == {"block_0000.safetensors", "block_0001.safetensors"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transform_at_high_precision_returns_the_unquantized_model(checkpoint, tmp_path, transform):
+    """Eight bits everywhere, high part included, stays near the checkpoint: a lost or doubled rotation would not."""
+    folder = checkpoint("qwen3", head_dim=16)
+    samples = ["method.transform.n_samples=4"] if transform.startswith("subspace") else []
+    words = ["+method=gptq", f"method/transform={transform}", "bitwidth=w4a8kv8", "bitwidth.w_bits=8", *samples]
+    plain = perplexity(cell(folder, tmp_path, "+method=fp16"))
+    assert perplexity(cell(folder, tmp_path, *words)) == pytest.approx(plain, rel=0.1)
+
+
+def test_every_member_is_offered_by_a_file_and_says_what_it_needs():
+    for role in ROLES:
+        offered = set()
+        for name in group_names(f"method/{role}"):
+            spec = getattr(compose_cell(["+method=gptq", f"method/{role}={name}"]).method, role)
+            member = create(role, spec)
+            offered.add(spec.name)
+            assert isinstance(member.needs, frozenset)
+        assert offered == set(MEMBERS[role])
+
+
+def test_impossible_combinations_say_why(checkpoint, tmp_path):
+    folder = checkpoint("llama", hidden_size=56, num_attention_heads=14, num_key_value_heads=2, head_dim=8)
+    assert "14" in skip_reason(cell(folder, tmp_path, "+method=quarot"))
+    assert skip_reason(cell(folder, tmp_path, "+method=quarot", "method.transform.head_mix=none")) is None
+    assert "16 bits" in skip_reason(cell(folder, tmp_path, "+method=coquant", "bitwidth.w_bits=16", "bitwidth.a_bits=16"))
