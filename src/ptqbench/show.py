@@ -90,11 +90,14 @@ def _rich(table: pd.DataFrame) -> Table:
     from ptqbench import tables
 
     marks, metrics = tables.best(table), [column for column in table.columns if "/" in column]
-    out = Table(show_edge=False, pad_edge=False)
-    for name in ("model", "method", "bitwidth"):
-        out.add_column(name)
+    models = list(table.index.get_level_values("model").unique())
+    names = ["model", "method", "bitwidth"] if len(models) > 1 else ["method", "bitwidth"]
+    title = None if len(models) > 1 else f"model: {models[0]}"
+    out = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for name in names:
+        out.add_column(name, no_wrap=True)
     for name in ("true w bits", *metrics):
-        out.add_column(name, justify="right")
+        out.add_column(name.replace(" w ", " w\n").replace("/", "\n"), justify="right")
     previous = None
     for key, row in table.iterrows():
         assert isinstance(key, tuple)
@@ -103,7 +106,7 @@ def _rich(table: pd.DataFrame) -> Table:
         cells = [tables.format_value(m, row[m]) for m in metrics]
         cells = [f"[bold]{c}[/]" if marks.loc[key, m] else c for c, m in zip(cells, metrics, strict=True)]
         bits = row["effective_w_bits"]
-        out.add_row(*map(str, key), tables.MISSING if bits != bits else f"{bits:.2f}", *cells)
+        out.add_row(*key[-len(names) :], tables.MISSING if bits != bits else f"{bits:.2f}", *cells)
         previous = key
     return out
 
