@@ -31,6 +31,7 @@ def result_table(title: str, result: dict[str, Any]) -> Table:
     for name, metric in result["metrics"].items():
         error = metric.get("stderr")
         table.add_row(name, format_value(name, metric["value"]), "" if error is None else format_value(name, error))
+    table.add_row("nominal weight bits", f"{result['bits']['nominal_w_bits']:.3f}", "")
     table.add_row("true weight bits", f"{result['bits']['effective_w_bits']:.3f}", "")
     table.add_row("packed weights", f"{result['bits']['packed_bytes'] / 2**20:.2f} MiB", "")
     table.add_row("time", f"{sum(result['timings'].values()):.1f} s", "")

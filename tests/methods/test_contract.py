@@ -34,7 +34,9 @@ PAIRS = [(t, o, KINDS[i % 3]) for i, (t, o) in enumerate(itertools.product(TRANS
 
 def cell(folder, tmp_path, *words):
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"The {a} cat saw {b} red birds near house {a * b}.|" for a in range(20) for b in range(20)))
+    text.write_text(
+        "".join(f"The {a} cat saw {b} red birds near house {a * b}.|" for a in range(20) for b in range(20))
+    )
     return compose_cell(
         [
             "model=local", f"model.path={folder}", "calibration=file", f"calibration.path={text}",
@@ -64,7 +66,29 @@ def test_transform_composes_with_every_other_role(checkpoint, tmp_path, transfor
     assert math.isfinite(value)
     folder = create_folder(spec)
     assert folder.result()["bits"]["effective_w_bits"] > 4
-    assert {path.name for path in folder.state_path.glob("block_*")} == {"block_0000.safetensors", "block_0001.safetensors"}
+    assert {path.name for path in folder.state_path.glob("block_*")} == {
+        "block_0000.safetensors",
+        "block_0001.safetensors",
+    }
+
+
+SHAPES = [
+    ("llama", {"head_dim": 8, "num_key_value_heads": 1, "intermediate_size": 76}),
+    ("qwen2", {"hidden_size": 64, "num_key_value_heads": 1, "intermediate_size": 44, "tie_word_embeddings": True}),
+    ("qwen3", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 172}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in group_names("method") if name != "fp16"])
+@pytest.mark.parametrize(("kind", "changes"), SHAPES, ids=[kind for kind, _ in SHAPES])
+def test_every_method_runs_on_every_architecture(checkpoint, tmp_path, method, kind, changes):
+    """One KV head, heads of 8, 16 and 256, and FFN widths that need Hadamard factors of 76, 44 and 172."""
+    words = [f"+method={method}"]
+    spec = cell(checkpoint(kind, **changes), tmp_path, *words)
+    if spec.method.transform.name == "subspace":
+        spec = cell(checkpoint(kind, **changes), tmp_path, *words, "method.transform.n_samples=4")
+    assert math.isfinite(perplexity(spec))
 
 
 @pytest.mark.slow
@@ -93,4 +117,6 @@ def test_impossible_combinations_say_why(checkpoint, tmp_path):
     folder = checkpoint("llama", hidden_size=56, num_attention_heads=14, num_key_value_heads=2, head_dim=8)
     assert "14" in skip_reason(cell(folder, tmp_path, "+method=quarot"))
     assert skip_reason(cell(folder, tmp_path, "+method=quarot", "method.transform.head_mix=none")) is None
-    assert "16 bits" in skip_reason(cell(folder, tmp_path, "+method=coquant", "bitwidth.w_bits=16", "bitwidth.a_bits=16"))
+    assert "16 bits" in skip_reason(
+        cell(folder, tmp_path, "+method=coquant", "bitwidth.w_bits=16", "bitwidth.a_bits=16")
+    )
