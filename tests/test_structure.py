@@ -29,20 +29,6 @@ ONLY_IMPORTER = {
     "wandb": "tracking.py",
     "submitit": "launch",
 }
-NO_TORCH = [
-    "spec",
-    "fingerprint",
-    "registry",
-    "store",
-    "sweep",
-    "resolve",
-    "tables",
-    "cli",
-    "compose",
-    "confdir",
-    "show",
-    "provenance",
-]
 
 
 def imports(path, top_level_only=False):
