@@ -553,6 +553,63 @@ def test_golden_storage_bits(model, codes, with_changes):
     assert once.basis_change_w_bits == pytest.approx(per_layer.basis_change_w_bits / 2)
 
 
+@pytest.mark.parametrize(
+    ("model", "codes"),
+    [
+        ("llama-3.2-1b", 4.362),
+        ("llama-3.2-3b", 4.375),
+        ("llama-3-8b", 4.365),
+        ("qwen2.5-0.5b", 4.354),
+        ("qwen2.5-7b", 4.354),
+    ],
+)
+def test_golden_code_bits(model, codes):
+    assert member("subspace").precision(cell(), published()[model]).storage_bits().code_w_bits == pytest.approx(
+        codes, abs=5e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "bits"), [("llama-3.2-1b", 6.57), ("llama-3.2-3b", 7.38), ("llama-3-8b", 6.83), ("qwen2.5-7b", 6.12)]
+)
+def test_golden_code_bits_with_basis_changes(model, bits):
+    stored = member("subspace", granularity="per_layer").precision(cell(), published()[model]).storage_bits()
+    assert stored.code_w_bits + stored.basis_change_w_bits == pytest.approx(bits, abs=5.1e-3)
+
+
+def test_code_bits_limits():
+    shape = published()["qwen3-0.6b"]  # H e = 2048 differs from d = 1024
+    assert (shape.hidden_size, shape.q_dim) == (1024, 2048)
+
+    def code_bits(**options):
+        return member("subspace", **options).precision(cell(), shape).storage_bits().code_w_bits
+
+    counts = {name: rows * columns for name, (rows, columns) in shape.linear_shapes().items()}
+    share = counts["mlp.down_proj"] / sum(counts.values())
+    assert code_bits(high_fraction=0.0) == 4
+    assert code_bits(high_bits=4) == 4
+    assert code_bits(high_fraction=1.0) == pytest.approx(8 - 4 * share)
+    assert code_bits() == pytest.approx(4.5 - 0.5 * share)
+    assert code_bits(high_fraction=0.0, int8_down_proj=True) == pytest.approx(4 + 4 * share)
+
+
+def test_golden_nominal_bits():
+    def nominal(**options):
+        return member("subspace", **options).precision(cell(), published()["llama-3-8b"]).storage_bits().nominal_w_bits
+
+    assert nominal() == 4.5
+    assert nominal(iso_bits=True, high_bits=6) == 4.0
+    assert (nominal(high_fraction=0.0), nominal(high_fraction=1.0)) == (4, 8)
+
+
+def test_iso_split():
+    layout = member("subspace", iso_bits=True, high_bits=6).layout()
+    assert layout.parts(64) == (8, 48, 8)
+    assert layout.parts(12) == (1, 10, 1)
+    with pytest.raises(UnsupportedError):
+        layout.parts(7)
+
+
 def test_golden_cache_bits():
     small, large = published()["llama-3.2-1b"], published()["llama-3-8b"]  # head_dim 64 and 128
     assert member("subspace").precision(cell(), small).storage_bits().k_bits == 4.5 + 1.0

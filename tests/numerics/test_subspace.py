@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
-from ptqbench.numerics.bits import DecoderShape, effective_w_bits, kv_overhead_bits, mean_bits, nominal_bits
+from ptqbench.numerics.bits import high_rank, kv_overhead_bits, mean_bits
 from ptqbench.numerics.orthogonal import generator, haar
 from ptqbench.numerics.subspace import (
     activation_objective,
     eigenbasis,
-    high_rank,
-    iso_split,
     joint_coefficients,
     joint_objective,
     noise_power,
@@ -22,14 +20,6 @@ from ptqbench.numerics.subspace import (
     random_rotations,
     weight_moment,
 )
-
-SHAPES = {
-    "llama-3.2-1b": DecoderShape(2048, 8192, 32, 8, 64),
-    "llama-3.2-3b": DecoderShape(3072, 8192, 24, 8, 128),
-    "llama-3-8b": DecoderShape(4096, 14336, 32, 8, 128),
-    "qwen2.5-0.5b": DecoderShape(896, 4864, 14, 2, 64),
-    "qwen2.5-7b": DecoderShape(3584, 18944, 28, 4, 128),
-}
 
 
 def moment(n: int, seed: int = 0, *batch: int) -> Tensor:
@@ -62,13 +52,6 @@ def test_high_rank_errors() -> None:
     for fraction in (-0.1, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="between 0 and 1"):
             high_rank(64, fraction)
-
-
-def test_iso_split() -> None:
-    assert iso_split(64) == (8, 48, 8)
-    assert iso_split(12) == (1, 10, 1)
-    with pytest.raises(UnsupportedError):
-        iso_split(7)
 
 
 # --- eigenbasis ------------------------------------------------------------------------------------------------------
@@ -273,35 +256,10 @@ def test_random_rotations_stay_inside_the_parts() -> None:
 # --- bits ------------------------------------------------------------------------------------------------------------
 
 
-def test_golden_nominal_bits() -> None:
-    assert nominal_bits(4, 8, 0.125) == 4.5
-    assert mean_bits(zip(iso_split(64), (2, 4, 6), strict=True)) == 4.0
-    assert (nominal_bits(4, 8, 0), nominal_bits(4, 8, 1)) == (4, 8)
+def test_mean_bits() -> None:
+    assert mean_bits(zip((8, 48, 8), (2, 4, 6), strict=True)) == 4.0
     with pytest.raises(ConfigError):
         mean_bits([])
-
-
-@pytest.mark.parametrize(("name", "bits"), list(zip(SHAPES, (4.362, 4.375, 4.365, 4.354, 4.354), strict=True)))
-def test_golden_effective_bits(name: str, bits: float) -> None:
-    assert effective_w_bits(SHAPES[name], 4, 8, 0.125) == pytest.approx(bits, abs=5e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "bits"), [("llama-3.2-1b", 6.57), ("llama-3.2-3b", 7.38), ("llama-3-8b", 6.83), ("qwen2.5-7b", 6.12)]
-)
-def test_golden_effective_bits_with_basis_changes(name: str, bits: float) -> None:
-    assert effective_w_bits(SHAPES[name], 4, 8, 0.125, n_basis_changes=2) == pytest.approx(bits, abs=5.1e-3)
-
-
-def test_effective_bits_limits() -> None:
-    shape = DecoderShape(1024, 3072, 16, 8, 128)  # H e = 2048 differs from d = 1024, as in Qwen3-0.6B
-    assert effective_w_bits(shape, 4, 8, 0) == 4
-    assert effective_w_bits(shape, 4, 4, 0.125) == 4
-    counts = {name: rows * columns for name, (rows, columns) in shape.linears().items()}
-    share = counts["down_proj"] / sum(counts.values())
-    assert effective_w_bits(shape, 4, 8, 1) == pytest.approx(8 - 4 * share)
-    assert effective_w_bits(shape, 4, 8, 0.125) == pytest.approx(4.5 - 0.5 * share)
-    assert effective_w_bits(shape, 4, 8, 0, down_bits=8) == pytest.approx(4 + 4 * share)
 
 
 def test_golden_kv_overhead() -> None:

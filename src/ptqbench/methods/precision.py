@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
+from ptqbench.numerics.bits import high_rank, kv_overhead_bits, mean_bits
 from ptqbench.spec import UNTOUCHED_BITS
 
 if TYPE_CHECKING:
@@ -69,13 +70,7 @@ class Layout:
         Raises:
             UnsupportedError: A share is positive but rounds to no channel, or the two shares exceed the axis.
         """
-        lowest, high = int(self.lowest_fraction * width), int(self.high_fraction * width)
-        for share, count in ((self.lowest_fraction, lowest), (self.high_fraction, high)):
-            if share > 0 and count == 0:
-                raise UnsupportedError(
-                    f"expected at least one channel in every precision part, got int({share} * {width}) = 0 of an axis "
-                    f"of {width}; raise high_fraction or set it to 0"
-                )
+        lowest, high = high_rank(width, self.lowest_fraction), high_rank(width, self.high_fraction)
         if lowest + high > width:
             raise UnsupportedError(f"expected precision parts within {width} channels, got {lowest} + {high}")
         return lowest, width - lowest - high, high
@@ -272,7 +267,6 @@ class Precision:
 
     def storage_bits(self) -> StorageBits:
         """Account for what is stored: weight codes and their grids, basis changes, cached keys and values."""
-        from ptqbench.numerics.bits import mean_bits
         from ptqbench.numerics.grid import effective_bits, nominal_bits
 
         shapes = self.architecture.linear_shapes()
@@ -294,8 +288,6 @@ class Precision:
 
     def _cached_bits(self, bits: int, shared: bool) -> float:
         """Bits per cached element: codes of the parts, and one grid per part and head (``shared``: per part and token)."""
-        from ptqbench.numerics.bits import kv_overhead_bits, mean_bits
-
         if bits >= UNTOUCHED_BITS:
             return float(UNTOUCHED_BITS)
         parts = self.layout.parts(self.architecture.head_dim)

@@ -26,47 +26,6 @@ from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
 from ptqbench.numerics.orthogonal import block_diag, fix_signs, haar, positive_qr
 
 
-def high_rank(n: int, high_fraction: float) -> int:
-    """Return the number of high-precision directions, int(high_fraction * n).
-
-    Args:
-        n: Width.
-        high_fraction: Share in 0..1; 0 keeps everything low, 1 everything high.
-
-    Returns:
-        Channel count 0..n.
-
-    Raises:
-        ConfigError: The fraction lies outside 0..1.
-        UnsupportedError: The fraction is positive but rounds to no channel.
-    """
-    if not 0 <= high_fraction <= 1:
-        raise ConfigError(f"expected high_fraction between 0 and 1, got {high_fraction}")
-    n_high = int(high_fraction * n)
-    if high_fraction > 0 and n_high == 0:
-        raise UnsupportedError(
-            f"expected at least one high-precision channel, got int({high_fraction} * {n}) = 0 of width {n}; "
-            "raise high_fraction or set it to 0"
-        )
-    return n_high
-
-
-def iso_split(n: int) -> tuple[int, int, int]:
-    """Split a width for the ``iso_bits`` variant: lowest eighth, middle six eighths, top eighth.
-
-    Args:
-        n: Width.
-
-    Returns:
-        (n_lowest, n_middle, n_top) with sum n; eighths round down, the middle takes the rest.
-
-    Raises:
-        UnsupportedError: An eighth rounds to no channel (n < 8).
-    """
-    eighth = high_rank(n, 1 / 8)
-    return eighth, n - 2 * eighth, eighth
-
-
 def eigenbasis(matrix: Tensor, damping: float = 0.01) -> Tensor:
     """Diagonalise ``C + damping mean(diag C) I`` in float64, least important direction first, signs fixed.
 
