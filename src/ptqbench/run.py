@@ -47,6 +47,7 @@ def run_cell(spec: RunSpec, folder: RunFolder, shown: Observer | None = None) ->
     with attempt(folder, shown or Silent()) as current:
         result = _work(spec, folder, current)
         write_json(folder.result_path, result)
+        _drop_codes(spec, folder, result["bits"]["packed_bytes"])
     return result
 
 
@@ -156,7 +157,7 @@ def _evaluate(
     from ptqbench.data.windows import evaluation_windows
     from ptqbench.evaluate.perplexity import perplexity
 
-    overlay = state.overlay if spec.quantizes and spec.bitwidth.w_bits < UNTOUCHED_BITS else None
+    overlay = state.overlay if spec.bitwidth.w_bits < UNTOUCHED_BITS else None
     metrics: dict[str, Any] = {}
     for label, text in spec.evaluation.texts.items():
         windows = evaluation_windows(text, tokenizer, model.architecture.vocab_size)
@@ -203,12 +204,6 @@ def _result(
 ) -> dict[str, Any]:
     from ptqbench import provenance
 
-    keep = spec.execution.keep_codes
-    if keep is False or (keep is None and bits["packed_bytes"] > KEEP_CODES_BELOW_BYTES):
-        for path in folder.state_path.glob("*.safetensors"):
-            path.unlink()
-        with contextlib.suppress(OSError):
-            folder.state_path.rmdir()
     return {
         "format": FORMAT,
         "run_id": folder.run_id,
@@ -223,6 +218,16 @@ def _result(
         "peak_gpu_gib": provenance.peak_gpu_gib(),
         "attempts": len(folder.attempts),
     }
+
+
+def _drop_codes(spec: RunSpec, folder: RunFolder, packed_bytes: int) -> None:
+    """Remove finished blocks unless they are to be kept; after the result is written, so that a kill costs no work."""
+    keep = spec.execution.keep_codes
+    if keep is False or (keep is None and packed_bytes > KEEP_CODES_BELOW_BYTES):
+        for path in folder.state_path.glob("*.safetensors"):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            folder.state_path.rmdir()
 
 
 def main(arguments: list[str]) -> int:

@@ -41,6 +41,27 @@ def test_run_folder_reruns_with_no_configuration(tmp_path):
     assert len(layers) == 7 * layers["block"].nunique()
 
 
+def test_codes_are_dropped_only_once_the_result_is_written(tmp_path, monkeypatch):
+    from ptqbench import run
+
+    folder = make(tmp_path, "execution.keep_codes=false")
+    blocks = lambda: sorted(path.name for path in folder.state_path.glob("block_*.safetensors"))
+
+    def killed(path, data):
+        assert len(blocks()) == 4
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.run_cell(folder.read_spec(), folder)
+    assert len(blocks()) == 4
+    run.run_cell(folder.read_spec(), folder)
+    assert folder.state() == store.DONE
+    assert blocks() == []
+    assert not folder.state_path.exists()
+
+
 def test_misuse_of_the_run_module(tmp_path):
     done = subprocess.run([sys.executable, "-m", "ptqbench.run", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2
