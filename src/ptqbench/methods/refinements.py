@@ -66,16 +66,16 @@ class NullSpace:
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         """Return the rescaled result; unchanged, with rank None, if the rank rule finds no signal space."""
-        from ptqbench.numerics.null_space import null_space_row_scale, signal_space
+        from ptqbench.numerics.null_space import refine_null_space, signal_space
 
         moment = statistics.second_moment if self.moment == "full" else statistics.position_moment
         assert moment is not None, "the pipeline collects what a member needs"
         space = signal_space(moment, threshold=self.threshold)
-        if space.basis is None:
-            return Repaired(result)
         reference = weight if self.reference == "original" else aim.weight
-        alpha = null_space_row_scale(reference, result.dequantized, space.basis, ridge=self.ridge, solver=self.solver)
-        return Repaired(_rescaled(result, alpha), alpha, space.rank)
+        refined = refine_null_space(reference, result.dequantized, space, ridge=self.ridge, solver=self.solver)
+        if refined.rank is None:
+            return Repaired(result)
+        return Repaired(_rescaled(result, refined.row_scale, refined.dequantized), refined.row_scale, refined.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +93,14 @@ class ScaleRefit:
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         """Return the rescaled result."""
+        from ptqbench.numerics.null_space import apply_row_scale
         from ptqbench.numerics.scale_refit import refit_row_scale
 
         alpha = refit_row_scale(aim.weight, result.dequantized, aim.second_moment)
-        return Repaired(_rescaled(result, alpha), alpha)
+        return Repaired(_rescaled(result, alpha, apply_row_scale(alpha, result.dequantized)), alpha)
 
 
-def _rescaled(result: LinearResult, row_scale: Tensor) -> LinearResult:
+def _rescaled(result: LinearResult, row_scale: Tensor, dequantized: Tensor) -> LinearResult:
     from ptqbench.numerics.null_space import apply_row_scale
 
-    scale, dequantized = apply_row_scale(row_scale, result.scale), apply_row_scale(row_scale, result.dequantized)
-    return dataclasses.replace(result, scale=scale, dequantized=dequantized)
+    return dataclasses.replace(result, scale=apply_row_scale(row_scale, result.scale), dequantized=dequantized)
