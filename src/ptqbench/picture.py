@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ptqbench.spec import UNTOUCHED_BITS
+from ptqbench.tables import format_bits, higher_is_better, metric_columns
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-INCHES_PER_METHOD, UNTOUCHED_BITS = 0.27, 16
+INCHES_PER_METHOD = 0.27
 
 
 def draw(table: pd.DataFrame, path: str, errors: pd.DataFrame | None = None) -> None:
@@ -27,7 +30,7 @@ def draw(table: pd.DataFrame, path: str, errors: pd.DataFrame | None = None) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    metrics = [column for column in table.columns if "/" in column and not column.endswith("/acc_norm")]
+    metrics = [column for column in metric_columns(table) if not column.endswith("/acc_norm")]
     reference = table[table["effective_w_bits"] >= UNTOUCHED_BITS]
     quantized = table[table["effective_w_bits"] < UNTOUCHED_BITS]
     groups = list(quantized.groupby(level=["model", "bitwidth"], sort=False)) or [(("", ""), reference)]
@@ -44,7 +47,9 @@ def draw(table: pd.DataFrame, path: str, errors: pd.DataFrame | None = None) -> 
 
 def _panel(axis: Axes, rows: pd.DataFrame, metric: str, reference: pd.DataFrame, errors: pd.DataFrame | None) -> None:
     rows = rows.dropna(subset=[metric])
-    names = [f"{key[1]} ({bits:.2f} bits)" for key, bits in zip(rows.index, rows["effective_w_bits"], strict=True)]
+    names = [
+        f"{key[1]} ({format_bits(bits)} bits)" for key, bits in zip(rows.index, rows["effective_w_bits"], strict=True)
+    ]
     places = list(range(len(rows)))
     bars = None if errors is None or metric not in errors else errors[metric].reindex(rows.index).fillna(0.0)
     axis.errorbar(rows[metric], places, xerr=bars, fmt="ko", markersize=5, elinewidth=1, capsize=2)
@@ -52,8 +57,8 @@ def _panel(axis: Axes, rows: pd.DataFrame, metric: str, reference: pd.DataFrame,
     axis.set_ylim(len(rows) - 0.5, -0.5)
     for value in reference[metric].dropna():
         axis.axvline(value, color="0.3", linewidth=1, linestyle=":")
-    lower = metric.endswith("/perplexity")
-    axis.set_xlabel(f"{metric.replace('/', ' ')} ({'lower' if lower else 'higher'} is better)", fontsize=8)
+    direction = "higher" if higher_is_better(metric) else "lower"
+    axis.set_xlabel(f"{metric.replace('/', ' ')} ({direction} is better)", fontsize=8)
     axis.tick_params(axis="x", labelsize=7)
     axis.locator_params(axis="x", nbins=5)
     axis.grid(True, linewidth=0.3, color="0.85")

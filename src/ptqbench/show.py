@@ -90,7 +90,7 @@ def print_table(cells: Cells, style: str, picture: str | None) -> None:
 def _rich(table: pd.DataFrame) -> Table:
     from ptqbench import tables
 
-    marks, metrics = tables.best(table), [column for column in table.columns if "/" in column]
+    marks, metrics = tables.best(table), tables.metric_columns(table)
     models = list(table.index.get_level_values("model").unique())
     names = ["model", "method", "bitwidth"] if len(models) > 1 else ["method", "bitwidth"]
     title = None if len(models) > 1 else f"model: {models[0]}"
@@ -106,8 +106,7 @@ def _rich(table: pd.DataFrame) -> Table:
             out.add_section()
         cells = [tables.format_value(m, row[m]) for m in metrics]
         cells = [f"[bold]{c}[/]" if marks.loc[key, m] else c for c, m in zip(cells, metrics, strict=True)]
-        bits = row["effective_w_bits"]
-        out.add_row(*key[-len(names) :], tables.MISSING if bits != bits else f"{bits:.2f}", *cells)
+        out.add_row(*key[-len(names) :], tables.format_bits(row["effective_w_bits"]), *cells)
         previous = key
     return out
 

@@ -121,14 +121,22 @@ def missing(frame: pd.DataFrame) -> list[str]:
     return lines
 
 
+def metric_columns(table: pd.DataFrame) -> list[str]:
+    """Name the metric columns of ``comparison``, in order."""
+    return [column for column in table.columns if "/" in column]
+
+
+def higher_is_better(metric: str) -> bool:
+    """Tell the direction of a metric from its last word."""
+    return HIGHER_IS_BETTER.get(metric.rsplit("/", 1)[1], False)
+
+
 def best(table: pd.DataFrame) -> pd.DataFrame:
     """Mark the best value of each metric per (model, bitwidth): a boolean frame over the metric columns of ``comparison``."""
-    metrics = [column for column in table.columns if "/" in column]
     groups = table.groupby(level=["model", "bitwidth"], sort=False)
     marks = {}
-    for column in metrics:
-        higher = HIGHER_IS_BETTER.get(column.rsplit("/", 1)[1], False)
-        top = groups[column].transform("max" if higher else "min")
+    for column in metric_columns(table):
+        top = groups[column].transform("max" if higher_is_better(column) else "min")
         marks[column] = (table[column] == top) & (groups[column].transform("count") > 1)
     return pd.DataFrame(marks, index=table.index)
 
@@ -142,14 +150,18 @@ def format_value(metric: str, value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
+def format_bits(bits: float) -> str:
+    """Print true bits with two decimals."""
+    return MISSING if pd.isna(bits) else f"{bits:.2f}"
+
+
 def markdown(table: pd.DataFrame) -> str:
     """Print a comparison as a Markdown table, the best value per model and bitwidth in bold."""
-    marks, metrics = best(table), [column for column in table.columns if "/" in column]
+    marks, metrics = best(table), metric_columns(table)
     head = ["model", "method", "bitwidth", "true w bits", *metrics]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 3 + "---:|" * (len(head) - 3)]
     for key, row in table.iterrows():
         assert isinstance(key, tuple)
         cells = [f"**{format_value(m, row[m])}**" if marks.loc[key, m] else format_value(m, row[m]) for m in metrics]
-        bits = MISSING if pd.isna(row["effective_w_bits"]) else f"{row['effective_w_bits']:.2f}"
-        lines.append("| " + " | ".join([*map(str, key), bits, *cells]) + " |")
+        lines.append("| " + " | ".join([*map(str, key), format_bits(row["effective_w_bits"]), *cells]) + " |")
     return "\n".join(lines) + "\n"
