@@ -187,9 +187,9 @@ class _Loop:
         except NumericalError as error:
             raise NumericalError(f"block {index}, {error}") from error
         grid = self.method.grid_of(stage.name, len(statistics.second_moment))
-        for linear in linears:
-            results[linear.name] = linear.repaired.result
-            rows.append(report(index, linear, statistics, grid))
+        results |= {linear.name: linear.repaired.result for linear in linears}
+        with self.timings.measure("report_s"):
+            rows += [report(index, linear, statistics, grid) for linear in linears]
 
     def _propagate(self, block: nn.Module, hidden: list[Tensor], timing: str = "forward_s") -> list[Tensor]:
         with self.timings.measure(timing):
