@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "plain", "fused")
 """``auto`` is fused wherever it can serve and there is a GPU; ``fused`` fails where it cannot."""
 PANEL = 128
-"""Most channels per launch: with ``ROWS`` and ``WARPS``, 32 registers per thread hold the errors, and as many w for GPTAQ."""
+"""Most channels per launch: with ``ROWS`` and four warps, 32 registers per thread hold the errors, and as many w for GPTAQ."""
 SMALLEST_TILE = 16
 ROWS = 32
-WARPS = 4
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 INTEGER, REAL, UNTOUCHED = range(3)
 """How the kernel tells grids apart: by their zero point, or that they keep the weight."""
 
@@ -126,8 +126,7 @@ class FusedPanels:
             with torch.cuda.device_of(weights):
                 _kernels().round_panel[(-(-m // ROWS),)](
                     weights, errors, values, codes, *coefficients, *grids, self._group[here], self._kind[here], m, k,
-                    CHANNELS=tile, ROWS=ROWS, DRIFT=drift is not None,
-                    num_warps=WARPS, enable_fp_fusion=False,
+                    CHANNELS=tile, ROWS=ROWS, DRIFT=drift is not None, **LAUNCH,
                 )  # fmt: skip
         except Exception as error:
             found = next(iter(str(error).splitlines()), "")
