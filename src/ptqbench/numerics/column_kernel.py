@@ -32,22 +32,10 @@ def _half_even(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _read(
-    i: tl.tensor,
-    weights: tl.tensor,
-    upper: tl.tensor,
-    drift: tl.tensor,
-    scale: tl.tensor,
-    zero_point: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
-    group: tl.tensor,
-    kind: tl.tensor,
-    rows: tl.tensor,
-    length: tl.tensor,
-    row: tl.tensor,
-    past: tl.tensor,
-    DRIFT: tl.constexpr,
-) -> tl.tuple:
+    i: tl.tensor, weights: tl.tensor, upper: tl.tensor, drift: tl.tensor, scale: tl.tensor, zero_point: tl.tensor,
+    low: tl.tensor, high: tl.tensor, group: tl.tensor, kind: tl.tensor, rows: tl.tensor, length: tl.tensor,
+    row: tl.tensor, past: tl.tensor, DRIFT: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
     """Load what channel ``i`` of the panel needs: w before the panel, its coefficients, its grid."""
     inside = row < rows
     grid = tl.load(group + i).to(tl.int64) * rows + row
@@ -65,24 +53,10 @@ def _read(
 
 @triton.jit(do_not_specialize=["group", "kind", "length"])
 def round_panel(
-    weights: tl.tensor,
-    errors: tl.tensor,
-    values: tl.tensor,
-    codes: tl.tensor,
-    upper: tl.tensor,
-    drift: tl.tensor,
-    scale: tl.tensor,
-    zero_point: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
-    group: tl.tensor,
-    kind: tl.tensor,
-    rows: tl.tensor,
-    length: tl.tensor,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DRIFT: tl.constexpr,
-) -> None:
+    weights: tl.tensor, errors: tl.tensor, values: tl.tensor, codes: tl.tensor, upper: tl.tensor, drift: tl.tensor,
+    scale: tl.tensor, zero_point: tl.tensor, low: tl.tensor, high: tl.tensor, group: tl.tensor, kind: tl.tensor,
+    rows: tl.tensor, length: tl.tensor, CHANNELS: tl.constexpr, ROWS: tl.constexpr, DRIFT: tl.constexpr,
+) -> None:  # fmt: skip
     """Round a panel.
 
     Args:
@@ -93,10 +67,10 @@ def round_panel(
         codes: (length, rows) integers, receives the codes; 0 for untouched channels.
         upper: (length, length) float32, row i holds U_ji / U_jj over j; only j < i is read.
         drift: (length, length) float32, row i holds P_ji over j; not read without ``DRIFT``.
-        scale: (G, rows) float32.
-        zero_point: (G, rows) float32.
-        low: (G, rows) float32.
-        high: (G, rows) float32.
+        scale: (G, rows) float32; so are the next three.
+        zero_point: For the codes, and for rounding where it is real.
+        low: Smallest c.
+        high: Largest c.
         group: (length,) int32, the group of each channel.
         kind: (length,) int32, ``fused_columns.INTEGER``, ``REAL`` or ``UNTOUCHED``.
         rows: Number of rows.
@@ -110,7 +84,7 @@ def round_panel(
     past = tl.arange(0, CHANNELS)
     past_e = tl.zeros((CHANNELS, ROWS), dtype=tl.float32)
     past_w = past_e
-    # The next channel is read while this one is computed: nothing that is read is written after it.
+    # The next channel is read while this one is computed: no channel is written before it has been read.
     w, u, p, s, z, lowest, highest, which = _read(
         0, weights, upper, drift, scale, zero_point, low, high, group, kind, rows, length, row, past, DRIFT
     )

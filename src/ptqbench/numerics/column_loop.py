@@ -155,14 +155,9 @@ class _Block:
 
 
 def run_columns(
-    work: Tensor,
-    upper: Tensor,
-    grids: GroupGrids,
-    options: LoopOptions,
-    drift: Drift | None,
-    codes_dtype: torch.dtype,
+    work: Tensor, upper: Tensor, grids: GroupGrids, options: LoopOptions, drift: Drift | None, codes_dtype: torch.dtype,
     engine: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Round all channels.
 
     Args:
