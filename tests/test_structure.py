@@ -31,6 +31,7 @@ ONLY_IMPORTER = {
     "hydra": "compose.py",
     "wandb": "tracking",
     "submitit": "launch",
+    "triton": "numerics/column_kernel.py",
 }
 
 
