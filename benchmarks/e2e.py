@@ -159,7 +159,7 @@ def run(given: argparse.Namespace, folder: Path, device: str) -> dict[str, Any]:
         "shape": given.shape, "blocks": model.n_blocks, "method": given.method, "samples": given.samples,
         "seq_len": given.seq_len, "device": machine(device), "seconds": {k: min(v) for k, v in seconds.items()},
         "all": seconds, "stages": result["timings"], "peak_gpu_gib": result["peak_gpu_gib"],
-        "peak_host_gib": result["peak_host_gib"], "flop": result.get("flop"),
+        "peak_host_gib": result["peak_host_gib"], "flop": result["flop"],
     }  # fmt: skip
     if "textbook" in names:
         check, counts = same_codes(4, 128)
