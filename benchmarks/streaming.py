@@ -75,9 +75,8 @@ def main() -> None:
         behind, ahead = Behind(source, dtype, device), Slow(source, dtype, device)
         base = run(behind, tokens)
         took = run(ahead, tokens)
-    print(
-        f"{given.shape}, {shape.n_blocks} blocks, {given.windows} x {given.seq_len} tokens, {device.type}, {given.mib_per_s:g} MiB/s"
-    )
+    size = f"{shape.n_blocks} blocks, {given.windows} x {given.seq_len} tokens"
+    print(f"{given.shape}, {size}, {device.type}, {given.mib_per_s:g} MiB/s")
     print(f"  read when asked for  {base:7.2f} s, of which reading {behind.spent:.2f} s")
     print(f"  read ahead           {took:7.2f} s   {took / base:5.2f} of the baseline")
 
