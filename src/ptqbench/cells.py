@@ -28,7 +28,7 @@ class Cell:
         problem: Why it could not be composed.
         skipped: Why it makes no sense, if it makes none.
         folder: Its run folder, which need not exist yet.
-        draft: The validated cell where only its model is not here, so that it can be estimated; it has no identity yet.
+        draft: The validated cell where only its model or data are not here, so that it can be estimated; it has no identity yet.
     """
 
     name: str

@@ -15,7 +15,21 @@ class ConfigError(PtqbenchError):
 
 
 class NotHereError(ConfigError):
-    """A model of the hub is neither on this machine nor can it be downloaded now."""
+    """A model or a data set of the hub is neither on this machine nor can it be downloaded now."""
+
+
+class DataNotHereError(NotHereError):
+    """A data set of the hub is neither on this machine nor can it be downloaded now."""
+
+    def __init__(self, message: str, repository: str) -> None:
+        """Say what is missing.
+
+        Args:
+            message: One line, for people.
+            repository: The data set.
+        """
+        super().__init__(message)
+        self.repository = repository
 
 
 class UnsupportedError(PtqbenchError):

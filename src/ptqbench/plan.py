@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ptqbench.cells import INVALID, SKIPPED, Cell
+from ptqbench.errors import DataNotHereError
 from ptqbench.models.architecture import from_config, published
 from ptqbench.resolve import Known
 from ptqbench.resources import START_S, Needs, doubled, needs, time_limit
@@ -25,8 +26,8 @@ class Row:
     Attributes:
         cell: The cell.
         state: State of the run folder, or ``queued`` for a cell that waits in SLURM.
-        needs: Resources; None for a cell that cannot run. An invalid cell has them where only its model is not here, and the
-            model is one of those whose shapes are known.
+        needs: Resources; None for a cell that cannot run. An invalid cell has them where only its data are not here, or only
+            its model, if that is one of those whose shapes are known.
         detail: Why it is skipped or invalid, where it is, or how it failed.
     """
 
@@ -108,12 +109,7 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
 
 def _row(cell: Cell, queue: Queue, known: Known) -> Row:
     if cell.spec is None or cell.folder is None:
-        shape = None if cell.draft is None else published().get(cell.draft.model.name)
-        if cell.draft is not None and shape is not None:
-            model = cell.draft.model
-            detail = f"{model.hub_id} is neither in the hub cache nor reachable: prefetch it, or give model.path=FOLDER"
-            return Row(cell, INVALID, needs(cell.draft, shape), detail)
-        return Row(cell, INVALID, None, str(cell.problem))
+        return _not_composed(cell, known)
     if cell.skipped is not None:
         return Row(cell, SKIPPED, None, cell.skipped)
     state, detail = describe(cell.folder, queue)
@@ -121,6 +117,20 @@ def _row(cell: Cell, queue: Queue, known: Known) -> Row:
     if state == FAILED and (cell.folder.failure() or {}).get("kind") in MORE_MEMORY:
         amount = doubled(amount)
     return Row(cell, state, amount, detail)
+
+
+def _not_composed(cell: Cell, known: Known) -> Row:
+    """A cell without identity; estimated where only its model or its data are not here."""
+    if cell.draft is None:
+        return Row(cell, INVALID, None, str(cell.problem))
+    model = cell.draft.model
+    if isinstance(cell.problem, DataNotHereError):
+        return Row(cell, INVALID, needs(cell.draft, from_config(known.config(model))), str(cell.problem))
+    shape = published().get(model.name)
+    if shape is None:
+        return Row(cell, INVALID, None, str(cell.problem))
+    detail = f"{model.hub_id} is neither in the hub cache nor reachable: prefetch it, or give model.path=FOLDER"
+    return Row(cell, INVALID, needs(cell.draft, shape), detail)
 
 
 def describe(folder: RunFolder, queue: Queue) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ptqbench.errors import PtqbenchError
-from ptqbench.spec import EvaluationSpec, ModelSpec, RunSpec, TextSpec
+from ptqbench.spec import EvaluationSpec, ModelSpec, PerplexitySpec, RunSpec, TextSpec
 from ptqbench.store import write_json
 
 
@@ -84,16 +84,23 @@ def _model(spec: ModelSpec) -> str:
 
 
 def _text(spec: TextSpec) -> str:
+    from ptqbench.data.protocols import complete
     from ptqbench.data.texts import load_text, text_digest
 
-    load_text(spec)
-    return text_digest(spec)
+    text = complete(spec) if isinstance(spec, PerplexitySpec) else spec
+    text = dataclasses.replace(text, digest=text_digest(text))
+    load_text(text)
+    return str(text.digest)
 
 
 def _task(name: str, spec: EvaluationSpec) -> str:
-    from ptqbench.evaluate.zero_shot import load_task, members
+    from ptqbench.data.tasks import task_digests
+    from ptqbench.evaluate.zero_shot import data_of, load_task, members
 
+    only = dataclasses.replace(
+        spec, tasks=tuple(word for word in spec.tasks if word.partition("/")[0] == name), few_shot={}
+    )
+    pinned = dataclasses.replace(spec, task_digests=task_digests(only))
     names = members(name)
-    for member in names:
-        load_task(member, name, spec)
-    return f"{len(names)} task{'s' * (len(names) > 1)}"
+    found = {data_of(load_task(member, name, pinned), pinned.task_digests[name]) for member in names}
+    return f"{', '.join(sorted(map(str, found)))}: {len(names)} task{'s' * (len(names) > 1)}"

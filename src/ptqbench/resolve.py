@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ptqbench.data import hub
 from ptqbench.data.protocols import complete as complete_text
 from ptqbench.data.tasks import task_digests
 from ptqbench.data.texts import check_disjoint, text_digest
-from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError
 from ptqbench.models import source
 from ptqbench.models.architecture import from_config
 from ptqbench.registry import complete, create, file_options
@@ -35,6 +36,7 @@ class Known:
         """Start knowing nothing."""
         self._digests: dict[Any, str] = {}
         self._configs: dict[ModelSpec, dict[str, Any]] = {}
+        self._commits: dict[tuple[str, str], str | DataNotHereError] = {}
 
     def config(self, model: ModelSpec) -> dict[str, Any]:
         """The ``config.json`` of a model."""
@@ -51,8 +53,25 @@ class Known:
     def text_digest(self, text: TextSpec) -> str:
         """The content digest of a text."""
         if text not in self._digests:
-            self._digests[text] = text_digest(text)
+            self._digests[text] = text_digest(text, self.commit)
         return self._digests[text]
+
+    def commit(self, repository: str, revision: str) -> str:
+        """The commit that a revision of a hub data set names; asked once, so that all cells of a command agree.
+
+        Raises:
+            DataNotHereError: As ``hub.commit_of``.
+        """
+        key = (repository, revision)
+        if key not in self._commits:
+            try:
+                self._commits[key] = hub.commit_of(repository, revision)
+            except DataNotHereError as error:  # remembered too: without network every look takes its time
+                self._commits[key] = error
+        found = self._commits[key]
+        if isinstance(found, DataNotHereError):
+            raise DataNotHereError(str(found), repository)
+        return found
 
 
 def resolve(config: Mapping[str, Any], known: Known | None = None) -> RunSpec:
@@ -69,6 +88,7 @@ def resolve(config: Mapping[str, Any], known: Known | None = None) -> RunSpec:
     Raises:
         ConfigError: Unknown key, wrong type, impossible value, missing file, overlapping texts.
         UnsupportedError: An architecture or a data type that the code cannot serve.
+        NotHereError: A hub model that is not on this machine, or a hub data set whose branch names no commit here.
     """
     return _pin(_validated(config), known or Known())
 
@@ -142,7 +162,9 @@ def _pin(spec: RunSpec, known: Known) -> RunSpec:
         model=model,
         method=dataclasses.replace(spec.method, **pinned),
         calibration=calibration,
-        evaluation=dataclasses.replace(spec.evaluation, texts=texts, task_digests=task_digests(spec.evaluation)),
+        evaluation=dataclasses.replace(
+            spec.evaluation, texts=texts, task_digests=task_digests(spec.evaluation, known.commit)
+        ),
         seed=spec.seed if spec.quantizes else 0,
     )
 

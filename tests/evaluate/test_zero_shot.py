@@ -9,6 +9,7 @@ import torch
 from direct import direct_scores, task_file
 from transformers import AutoTokenizer
 
+from fake_hub import card, commit, table, write_cache
 from ptqbench.data.tasks import TASKS, local_rows
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.evaluate import zero_shot
@@ -237,21 +238,24 @@ def test_no_cache_is_ever_opened(checkpoint, tmp_path, monkeypatch):
     assert [row["log_likelihoods"] for row in first] != [row["log_likelihoods"] for row in second]
 
 
-def test_hub_data_are_pinned_and_their_absence_says_what_to_do(checkpoint, monkeypatch):
+def test_hub_data_are_read_at_their_pin_and_their_absence_says_what_to_do(checkpoint, tmp_path, monkeypatch):
     import datasets
 
-    asked = {}
-
-    def unreachable(path, name=None, **kwargs):
-        asked.update(kwargs, path=path, name=name)
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    for task, name in (("arc_easy", "ARC-Easy"), ("boolq", "boolq")):
-        with pytest.raises(ConfigError, match=rf"task '{task}'.*no network.*evaluation\.data_dir=FOLDER"):
-            harness(checkpoint()).evaluate(task, task)
-        assert (asked["path"], asked["name"]) == (TASKS[task].repository, name)
-        assert asked["revision"] == TASKS[task].revision
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "tables"))
+    asked = harness(checkpoint("llama", max_position_embeddings=512), tasks=("boolq/acc",))
+    with pytest.raises(
+        ConfigError, match=r"task 'boolq': hub data set aps/super_glue@3de24cf80.*evaluation\.data_dir=FOLDER"
+    ):
+        asked.evaluate("boolq", "boolq")
+    rows = {"question": ["is it red", "is it blue"], "passage": ["It is red."] * 2, "idx": [0, 1], "label": [1, 0]}
+    files = {"boolq/validation.parquet": table(**rows), "boolq/train.parquet": table(**rows)}
+    for at, kept in ((TASKS["boolq"].revision, 2), (commit(1), 1)):
+        shown = {name: table(**{key: value[:kept] for key, value in rows.items()}) for name in files}
+        shown["README.md"] = card(boolq={"train": "boolq/train.parquet", "validation": "boolq/validation.parquet"})
+        write_cache(tmp_path / "hub", "aps/super_glue", at, shown)
+    found, summary = asked.evaluate("boolq", "boolq")
+    assert len(found) == summary["n_examples"] == 2, "the pinned commit, not the one that main names"
 
 
 def test_table_of_tasks_agrees_with_the_installed_lm_eval():

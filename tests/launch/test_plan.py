@@ -13,7 +13,7 @@ from ptqbench import plan as planning
 from ptqbench.cells import INVALID, SKIPPED
 from ptqbench.compose import Composer, cells, compose_data, resolved
 from ptqbench.confdir import sweep_folder
-from ptqbench.errors import ConfigError
+from ptqbench.errors import ConfigError, DataNotHereError
 from ptqbench.launch.report import print_plan
 from ptqbench.plan import groups, plan
 from ptqbench.squeue import QUEUED, Job, Queue
@@ -70,8 +70,46 @@ def test_cells_whose_model_is_not_here_are_estimated_but_not_run(tmp_path, monke
     assert 0 < small.estimate_min < large.estimate_min
     print_plan(rows)
     said = " ".join(capsys.readouterr().out.split())
-    assert "3 cells whose models are not on this machine (llama-3-8b, llama-65b)" in said
+    assert "3 cells whose models or data are not on this machine (llama-3-8b, llama-65b)" in said
     assert "prefetch" in said
+
+
+def test_cells_whose_data_are_not_here_are_estimated_but_not_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    common = ["+method=rtn", "bitwidth=w4", f"execution.runs_dir={tmp_path}"]
+    wanted = {
+        "here": [*common, "evaluation=tiny"],
+        "text": [*common, "evaluation=ptb"],
+        "task": [*common, "evaluation=tiny", "evaluation.tasks=[race/acc]"],
+    }
+    found = resolved([*wanted.items(), ("again", wanted["task"])])
+    assert [cell.state() for cell in found] == [PENDING, INVALID, INVALID, INVALID]
+    rows = plan(found)
+    assert [row.todo for row in rows] == [True, False, False, False]
+    assert all(row.needs is not None and row.needs.estimate_min > 0 for row in rows)
+    assert "ptb-text-only/ptb_text_only" in rows[1].detail
+    assert "EleutherAI/race" in rows[2].detail
+    print_plan(rows)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 cells whose models or data are not on this machine (EleutherAI/race, ptb-text-only/ptb_text_only)" in said
+
+
+def test_a_branch_is_looked_up_once_for_all_cells(tmp_path, monkeypatch):
+    looks = []
+
+    def look(repository, revision):
+        looks.append((repository, revision))
+        raise DataNotHereError("not here", repository)
+
+    monkeypatch.setattr("ptqbench.data.hub.commit_of", look)
+    words = ["+method=rtn", "evaluation=tiny", "evaluation.tasks=[race/acc]", f"execution.runs_dir={tmp_path}"]
+    found = resolved([(bits, [*words, f"bitwidth={bits}"]) for bits in ("w4", "w3", "w2")])
+    assert [str(cell.problem) for cell in found] == [str(found[0].problem)] * 3
+    assert looks == [("EleutherAI/race", "main")]
+    monkeypatch.setattr("ptqbench.data.hub.commit_of", lambda repository, revision: looks.append(revision) or 40 * "a")
+    found = resolved([(bits, [*words, f"bitwidth={bits}"]) for bits in ("w4", "w3", "w2")])
+    assert {cell.spec.evaluation.task_digests["race"] for cell in found} == {f"hub:EleutherAI/race@{40 * 'a'}"}
+    assert len(looks) == 2
 
 
 def test_a_bad_cell_stops_no_other_and_duplicates_count_once(tmp_path):

@@ -1,7 +1,8 @@
 """Zero-shot tasks: where lm-eval defines them, which metrics they have, and which revision of which data they read.
 
 Prompts, splits and scoring are lm-eval's own, read from its installed task files and nowhere copied. This table only says
-which of its folders to index and pins the data. A task that is not listed is looked up in all of lm-eval, with unpinned data.
+which of its folders to index and pins the data. A task that is not listed is looked up in all of lm-eval; its data are not
+pinned beforehand, but their commit is recorded with the result.
 
 Local data lies in one folder as JSON lines: ``TASK.SPLIT.jsonl`` or ``TASK.jsonl``, with the columns of the hub data set, or
 in the flat form that is usual for copies of these sets (``choices`` a list, ``label`` a number). Imports neither torch nor
@@ -18,14 +19,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ptqbench.data import hub
 from ptqbench.data.texts import embedded_folder
-from ptqbench.errors import ConfigError
+from ptqbench.errors import ConfigError, DataNotHereError
 from ptqbench.spec import EvaluationSpec, nearest
 
 Row = dict[str, Any]
 TINY_QUESTIONS = "tiny_questions"
+UNPINNED = "hub:as lm-eval says"
 ACC, BOTH = ("acc",), ("acc", "acc_norm")
 LETTERS = "ABCDEFGHIJ"
+LOCAL_DATA = "evaluation.data_dir=FOLDER with {}.SPLIT.jsonl"
 
 
 def _letters(row: Row, question: str) -> Row:
@@ -45,7 +49,8 @@ class Task:
         folder: Folder of its definition under ``lm_eval/tasks``; None for the packaged set.
         metrics: What it can be asked for; ``exact_match:FILTER`` where lm-eval filters generated text.
         repository: Hub data set.
-        revision: Pinned revision; None where none is known, so that the newest is read.
+        revision: Pinned commit, or a branch where none is known: a cell then pins the commit that the branch names when it
+            is composed.
         adapt: Turns a row in the flat form into one with the columns of the hub.
         processed: Tells that rows went through the task's ``process_docs`` already.
     """
@@ -53,7 +58,7 @@ class Task:
     folder: str | None
     metrics: tuple[str, ...]
     repository: str | None = None
-    revision: str | None = None
+    revision: str = "main"
     adapt: Callable[[Row], Row] = lambda row: row
     processed: Callable[[Row], bool] = lambda row: False
 
@@ -104,20 +109,39 @@ def requested(tasks: tuple[str, ...]) -> dict[str, list[str]]:
     return found
 
 
-def task_digests(spec: EvaluationSpec) -> dict[str, str]:
-    """Identify the data behind every requested task: a hash of local files, or a pinned hub revision.
+def task_digests(spec: EvaluationSpec, commit_of: Callable[[str, str], str] = hub.commit_of) -> dict[str, str]:
+    """Identify the data behind every requested task: a hash of local files, or a commit of the hub.
+
+    Args:
+        spec: The tasks and where their data are.
+        commit_of: Says which commit a revision of a repository names.
+
+    Returns:
+        Task -> identity; ``hub:as lm-eval says`` for a task that is not in the table.
 
     Raises:
         ConfigError: As ``requested``; shots for a task that is not requested; a task without a file in ``data_dir``.
+        DataNotHereError: Neither the hub nor the hub cache says which commit the branch of a task names.
     """
     tasks = requested(spec.tasks)
     for task in spec.few_shot:
         if task not in tasks:
             raise ConfigError(f"evaluation.few_shot: {task!r} is not among the tasks; {nearest(task, tasks)}")
-    return {task: _digest(spec, task) for task in tasks}
+    return {task: _digest(spec, task, commit_of) for task in tasks}
 
 
-def _digest(spec: EvaluationSpec, task: str) -> str:
+def hub_commit(task: Task, identity: str | None) -> str:
+    """The commit to load a task at.
+
+    Args:
+        task: A task of the table with data on the hub.
+        identity: What ``task_digests`` says of it; None if that was not asked yet, as in ``prefetch``.
+    """
+    assert task.repository is not None
+    return hub.pinned_commit(identity) or hub.commit_of(task.repository, task.revision)
+
+
+def _digest(spec: EvaluationSpec, task: str, commit_of: Callable[[str, str], str]) -> str:
     if task == TINY_QUESTIONS:
         return f"sha256:{_known_digest(tiny_questions_path())}"
     if spec.data_dir is not None:
@@ -131,7 +155,12 @@ def _digest(spec: EvaluationSpec, task: str) -> str:
             total.update(f"{path.name}:{_known_digest(path)}".encode())
         return f"sha256:{total.hexdigest()}"
     known = TASKS.get(task)
-    return f"hub:{known.repository}@{known.revision or 'main'}" if known else "hub:as lm-eval says"
+    if known is None or known.repository is None:
+        return UNPINNED
+    try:
+        return hub.digest(known.repository, commit_of(known.repository, known.revision))
+    except DataNotHereError as error:
+        raise DataNotHereError(f"task {task!r}: {error}, or give {LOCAL_DATA.format(task)}", known.repository) from None
 
 
 def _known_digest(path: Path) -> str:

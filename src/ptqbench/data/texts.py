@@ -11,10 +11,12 @@ import dataclasses
 import gzip
 import hashlib
 import json
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from ptqbench.errors import CalibrationError, ConfigError
+from ptqbench.data import hub
+from ptqbench.errors import CalibrationError, ConfigError, DataNotHereError
 from ptqbench.spec import TextSpec, nearest
 
 EMBEDDED_SPLITS = ("calibration", "evaluation")
@@ -22,39 +24,48 @@ EMBEDDED_SPLITS = ("calibration", "evaluation")
 
 @dataclasses.dataclass(frozen=True)
 class HubText:
-    """A hub data set: repository, configuration, pinned revision, text column and how papers join its rows.
+    """A hub data set: repository, revision, text column, how papers join its rows, and the file of each split.
 
     ``keep_newline`` says how a line of a plain text file becomes a row: WikiText rows end with their newline.
     """
 
     repository: str
-    configuration: str | None
     revision: str
     column: str
     join: str | None
-    files: dict[str, str] | None = None
+    files: dict[str, str]
     keep_newline: bool = False
+
+
+def _parquet(pattern: str) -> dict[str, str]:
+    return {split: pattern.format(split) for split in ("train", "validation", "test")}
 
 
 HUB_TEXTS = {
     "wikitext2": HubText(
         "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
         "b08601e04326c79dfdd32d625aee71d232d685c3",
         "text",
         "\n\n",
+        _parquet("wikitext-2-raw-v1/{}-00000-of-00001.parquet"),
         keep_newline=True,
     ),
     "c4": HubText(
         "allenai/c4",
-        None,
         "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
         "text",
         None,
         {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
-    # A script data set, of which only the hub's own conversion to Parquet can still be loaded.
-    "ptb": HubText("ptb-text-only/ptb_text_only", "penn_treebank", "refs/convert/parquet", "sentence", "\n\n"),
+    # A script data set, of which only the hub's own conversion to Parquet can still be loaded. Its reference can move and no
+    # commit of it is known here, so that a cell pins the one that it finds.
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only",
+        "refs/convert/parquet",
+        "sentence",
+        "\n\n",
+        _parquet("penn_treebank/{}/0000.parquet"),
+    ),
 }
 DATASETS = ("tiny", "file", *HUB_TEXTS)
 
@@ -72,15 +83,17 @@ def load_text(spec: TextSpec) -> Text:
 
     Args:
         spec: Data set, split or file, separator and portion. A portion counts documents where there are several,
-            characters of the single document otherwise.
+            characters of the single document otherwise. A hub data set is read at the commit in ``digest``; if there is no
+            digest yet, at the commit that the revision names now.
 
     Raises:
-        ConfigError: Unknown data set or split, a missing or unreadable file, an empty portion, a hub data set that is
-            neither cached nor reachable.
+        ConfigError: Unknown data set or split, a missing or unreadable file, an empty portion.
+        DataNotHereError: A hub data set is neither cached nor reachable.
     """
     if spec.dataset in HUB_TEXTS:
-        hub = HUB_TEXTS[spec.dataset]
-        text = Text(_hub_rows(spec, hub) if spec.path is None else _local_rows(spec, hub), hub.join)
+        known = HUB_TEXTS[spec.dataset]
+        path = _hub_file(spec, known) if spec.path is None else _local_path(spec)
+        text = Text(_rows(path, known), known.join)
     else:
         path = _local_path(spec)
         try:
@@ -92,10 +105,23 @@ def load_text(spec: TextSpec) -> Text:
     return _portion(text, spec)
 
 
-def text_digest(spec: TextSpec) -> str:
-    """Identify the content of a text without loading it into windows: a file hash, or a pinned hub revision."""
+def text_digest(spec: TextSpec, commit_of: Callable[[str, str], str] = hub.commit_of) -> str:
+    """Identify the content of a text without loading it into windows: a file hash, or a commit of the hub.
+
+    Args:
+        spec: The text.
+        commit_of: Says which commit a revision of a repository names.
+
+    Raises:
+        ConfigError: As ``load_text``.
+        DataNotHereError: The revision is a branch or tag, and neither the hub nor the hub cache says which commit it is.
+    """
     if spec.dataset in HUB_TEXTS and spec.path is None:
-        return f"hub:{HUB_TEXTS[spec.dataset].repository}@{spec.revision or HUB_TEXTS[spec.dataset].revision}"
+        known = HUB_TEXTS[spec.dataset]
+        try:
+            return hub.digest(known.repository, commit_of(known.repository, spec.revision or known.revision))
+        except DataNotHereError as error:
+            raise _not_here(spec, error) from None
     return "sha256:" + hashlib.sha256(_local_path(spec).read_bytes()).hexdigest()
 
 
@@ -149,41 +175,50 @@ def _portion(text: Text, spec: TextSpec) -> Text:
     return Text(kept, text.join)
 
 
-def _hub_rows(spec: TextSpec, hub: HubText) -> tuple[str, ...]:
-    import datasets
-
-    files = None
-    if hub.files is not None:
-        if spec.split not in hub.files:
-            raise ConfigError(
-                f"dataset {spec.dataset!r} has no split {spec.split!r}; {nearest(str(spec.split), hub.files)}"
-            )
-        files = {str(spec.split): hub.files[spec.split]}
-    revision = spec.revision or hub.revision
-    try:
-        rows = datasets.load_dataset(
-            hub.repository, hub.configuration, data_files=files, split=spec.split, revision=revision
-        )
-    except Exception as error:  # the library raises many types for one fact: it cannot get the data
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _hub_file(spec: TextSpec, known: HubText) -> Path:
+    if spec.split not in known.files:
         raise ConfigError(
-            f"dataset {spec.dataset!r} ({hub.repository}@{revision}, split {spec.split}) is neither cached nor reachable: "
-            f"{reason}; load it once where there is network, or use calibration=file / evaluation=file with local text, or "
-            f"give path=FILE with the same rows"
-        ) from None
-    return tuple(rows[hub.column])
+            f"dataset {spec.dataset!r} has no split {spec.split!r}; {nearest(str(spec.split), known.files)}"
+        )
+    try:
+        commit = hub.pinned_commit(spec.digest) or hub.commit_of(known.repository, spec.revision or known.revision)
+        return hub.file_at(known.repository, commit, known.files[spec.split])
+    except DataNotHereError as error:
+        raise _not_here(spec, error) from None
 
 
-def _local_rows(spec: TextSpec, hub: HubText) -> tuple[str, ...]:
-    """Read the rows of a hub data set from a file: JSON lines with its column (``.gz`` or not), or one row per line."""
-    path = _local_path(spec)
+def _not_here(spec: TextSpec, error: DataNotHereError) -> DataNotHereError:
+    return DataNotHereError(
+        f"dataset {spec.dataset!r}, split {spec.split}: {error}, or use calibration=file / evaluation=file with local text, or "
+        f"give path=FILE with the same rows",
+        error.repository,
+    )
+
+
+def _rows(path: Path, known: HubText) -> tuple[str, ...]:
+    """Read rows from a file: Parquet, JSON lines with the column of the hub (``.gz`` or not), or one row per line."""
+    if path.suffix == ".parquet":
+        return _parquet_rows(path, known)
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
             lines = list(stream)
         if {".json", ".jsonl"} & set(path.suffixes):
-            return tuple(json.loads(line)[hub.column] for line in lines if line.strip())
+            return tuple(json.loads(line)[known.column] for line in lines if line.strip())
     except (UnicodeDecodeError, gzip.BadGzipFile, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{path}: expected UTF-8 rows of {hub.repository} (JSON lines with {hub.column!r}, or lines of text): {error!r}"
+            f"{path}: expected UTF-8 rows of {known.repository} (JSON lines with {known.column!r}, or lines of text): {error!r}"
         ) from None
-    return tuple((line if line.strip() else "") if hub.keep_newline else line.strip() for line in lines)
+    return tuple((line if line.strip() else "") if known.keep_newline else line.strip() for line in lines)
+
+
+def _parquet_rows(path: Path, known: HubText) -> tuple[str, ...]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with path.open("rb") as stream:
+            return tuple(parquet.ParquetFile(stream).read(columns=[known.column])[known.column].to_pylist())
+    except (pyarrow.ArrowInvalid, KeyError) as error:
+        raise ConfigError(
+            f"{path}: expected Parquet rows of {known.repository} with {known.column!r}: {error!r}"
+        ) from None

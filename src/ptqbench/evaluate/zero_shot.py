@@ -14,11 +14,22 @@ import functools
 import hashlib
 import logging
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptqbench.data.tasks import TASKS, TINY_QUESTIONS, local_rows, tiny_questions_path
-from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.data import hub
+from ptqbench.data.tasks import (
+    LOCAL_DATA,
+    TASKS,
+    TINY_QUESTIONS,
+    UNPINNED,
+    Task,
+    hub_commit,
+    local_rows,
+    tiny_questions_path,
+)
+from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError
 from ptqbench.evaluate.local_data import dataset, local_changes
 from ptqbench.evaluate.records import DIGEST_LENGTH
 from ptqbench.spec import nearest
@@ -133,7 +144,7 @@ class Harness:
             "n_shot": report["n-shot"].get(name, 0),
             "batch_size": self._spec.batch_size,
             "lm_eval": lm_eval.__version__,
-            "data": self._spec.task_digests.get(request),
+            "data": data_of(task, self._spec.task_digests.get(request)),
         }
         return [_record(name, sample) for sample in report["samples"][name]], summary
 
@@ -256,16 +267,45 @@ def load_task(name: str, request: str, spec: EvaluationSpec) -> Any:
     if spec.data_dir is not None:
         shots = changes.get("num_fewshot", config.get("num_fewshot") or 0)
         changes |= local_changes(name, request, config, shots, Path(spec.data_dir).expanduser())
-    elif known is not None and known.revision is not None:
-        changes["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "revision": known.revision}
+    elif known is not None and known.repository is not None:
+        changes["dataset_path"] = _hub_folder(known, name, spec.task_digests.get(request))
     try:  # a group of one is lm-eval's way to change fields of a task that it has
         return manager.load([{"group": "ptqbench", "task": [{"task": name, **changes}]}])["tasks"][name]
     except ConfigError:
         raise
     except Exception as error:  # the libraries raise many types for one fact: the data cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        source = spec.data_dir or f"{config.get('dataset_path')}@{known.revision if known else 'main'}"
+        source = spec.data_dir or changes.get("dataset_path") or config.get("dataset_path")
         raise ConfigError(
-            f"task {name!r}: its data ({source}) cannot be loaded: {reason}; load it once where there is network, or give "
-            f"evaluation.data_dir=FOLDER with {name}.SPLIT.jsonl"
+            f"task {name!r}: its data ({source}) cannot be loaded: {reason}; load it once where there is network "
+            f"(python -m ptqbench prefetch), or give {LOCAL_DATA.format(name)}"
         ) from error
+
+
+def _hub_folder(known: Task, name: str, identity: str | None) -> str:
+    """The data of a task at its commit, as a folder that ``datasets`` reads like the repository itself."""
+    assert known.repository is not None
+    try:
+        return str(hub.folder_at(known.repository, hub_commit(known, identity)))
+    except DataNotHereError as error:
+        raise DataNotHereError(f"task {name!r}: {error}, or give {LOCAL_DATA.format(name)}", known.repository) from None
+
+
+def data_of(task: Any, identity: str | None) -> str | None:
+    """Identify the data that a task was measured on.
+
+    Args:
+        task: The lm-eval task, with its data loaded.
+        identity: What the cell says of them.
+
+    Returns:
+        The same; for a task that the cell does not pin, the commits that its tables were made from, as ``datasets`` recorded.
+    """
+    if identity != UNPINNED:
+        return identity
+    commits: set[str] = set()
+    for split in task.dataset.values() if isinstance(task.dataset, dict) else []:
+        sources = re.findall(r"@([0-9a-f]{40})/", " ".join(split.info.download_checksums or {}))
+        prepared = [Path(file["filename"]).parent.name for file in getattr(split, "cache_files", [])]
+        commits |= set(sources) or {name for name in prepared if hub.COMMIT.fullmatch(name)}
+    return hub.digest(str(task.DATASET_PATH), "+".join(sorted(commits))) if commits else UNPINNED

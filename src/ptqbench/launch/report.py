@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptqbench.cells import INVALID, SKIPPED
+from ptqbench.errors import DataNotHereError
 from ptqbench.plan import Row, calibrated, counts, groups
 from ptqbench.resources import duration
 from ptqbench.store import CANCELLED, DONE, FAILED, RUNNING
@@ -158,6 +159,13 @@ def _print_cells(console: Console, lines: Sequence[tuple[str, ...]]) -> None:
         print("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
 
 
+def _missing(cell: Cell) -> str:
+    """What of a cell is not on this machine."""
+    if isinstance(cell.problem, DataNotHereError):
+        return cell.problem.repository
+    return "" if cell.draft is None else cell.draft.model.name
+
+
 def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
     """Print every cell with its state and needs, and the sums per resource group."""
     console = Console()
@@ -173,9 +181,9 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
     absent = [row for row in rows if row.state == INVALID and row.needs is not None]
     if absent:
         hours = sum(row.needs.estimate_min for row in absent if row.needs is not None) / 60
-        models = ", ".join(sorted({row.cell.draft.model.name for row in absent if row.cell.draft is not None}))
+        names = ", ".join(sorted({_missing(row.cell) for row in absent}))
         console.print(
-            f"{len(absent)} cells whose models are not on this machine ({models}): estimated {hours:.1f} GPU-hours; "
+            f"{len(absent)} cells whose models or data are not on this machine ({names}): estimated {hours:.1f} GPU-hours; "
             "load them with: python -m ptqbench prefetch",
             highlight=False,
         )
