@@ -96,11 +96,10 @@ def assert_same(plain: LinearResult, fused: LinearResult, weight: torch.Tensor, 
 
 @needs_kernel
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dead", [[], [3, 12, 28]], ids=["all live", "dead channels"])
 @pytest.mark.parametrize("mode", OPTIONS)
 @pytest.mark.parametrize("name", GRIDS)
-def test_gptq_agrees_with_the_plain_loop(name: str, mode: str, dead: list[int]) -> None:
-    moment = MOMENT.clone()
+def test_gptq_agrees_with_the_plain_loop(name: str, mode: str) -> None:
+    moment, dead = MOMENT.clone(), [3, 12, 28] if name in ("groups", "mixed") else []
     moment[dead] = 0
     moment[:, dead] = 0
     plain, fused = (
@@ -108,7 +107,7 @@ def test_gptq_agrees_with_the_plain_loop(name: str, mode: str, dead: list[int]) 
         for engine in ("plain", "fused")
     )
     assert_same(plain, fused, WEIGHT, moment)
-    if name not in ("mixed", "real"):
+    if name == "groups":
         assert (fused.dequantized[:, dead] == 0).all()
 
 
@@ -116,14 +115,11 @@ def test_gptq_agrees_with_the_plain_loop(name: str, mode: str, dead: list[int]) 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("as_code", [False, True])
 @pytest.mark.parametrize("mode", OPTIONS)
-@pytest.mark.parametrize("name", ["row", "mixed"])
-def test_drift_agrees_with_the_plain_loop(name: str, mode: str, as_code: bool) -> None:
+def test_drift_agrees_with_the_plain_loop(mode: str, as_code: bool) -> None:
     options = {"strength": 1.0, "column_block": 20, "as_code": as_code} | OPTIONS[mode]
-    plain, fused = (
-        gptaq(WEIGHT, MOMENT, CROSS, GRIDS[name], engine=engine, **options) for engine in ("plain", "fused")
-    )
+    plain, fused = (gptaq(WEIGHT, MOMENT, CROSS, MIXED, engine=engine, **options) for engine in ("plain", "fused"))
     assert_same(plain, fused, WEIGHT, MOMENT)
-    assert not torch.equal(fused.dequantized, gptq(WEIGHT, MOMENT, GRIDS[name], **OPTIONS[mode]).dequantized)
+    assert not torch.equal(fused.dequantized, gptq(WEIGHT, MOMENT, MIXED, **OPTIONS[mode]).dequantized)
 
 
 @needs_kernel
@@ -139,7 +135,7 @@ def test_qronos_agrees_with_the_plain_loop(mode: str) -> None:
 
 @needs_kernel
 @pytest.mark.usefixtures("small")
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     bits=st.integers(2, 8),
     kind=st.sampled_from(KINDS),
@@ -227,24 +223,24 @@ def test_a_number_that_is_none_stays_visible_and_in_its_row() -> None:
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs triton")
-@pytest.mark.parametrize("drift", [False, True])
-def test_compiles_to_exact_arithmetic_without_a_gpu(drift: bool, tmp_path: Path) -> None:
-    program = f"""
+def test_compiles_to_exact_arithmetic_without_a_gpu(tmp_path: Path) -> None:
+    program = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ptqbench.numerics import fused_columns as f
 from ptqbench.numerics.column_kernel import round_panel
-types = {{"codes": "*u8", "group": "*i32", "kind": "*i32", "rows": "i32", "length": "i32"}}
-constants = {{"CHANNELS": f.PANEL, "ROWS": f.ROWS, "DRIFT": {drift}}}
-signature = {{n: "constexpr" if n in constants else types.get(n, "*fp32") for n in round_panel.arg_names}}
-source = ASTSource(round_panel, signature, constants)
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=f.LAUNCH).asm["ptx"])
+types = {"codes": "*u8", "group": "*i32", "kind": "*i32", "rows": "i32", "length": "i32"}
+for drift in (False, True):
+    constants = {"CHANNELS": f.PANEL, "ROWS": f.ROWS, "DRIFT": drift}
+    signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in round_panel.arg_names}
+    source = ASTSource(round_panel, signature, constants)
+    print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=f.LAUNCH).asm["ptx"])
 """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(re.findall(r"div\.rn\.(?:ftz\.)?f32", done.stdout)) == 1  # not the approximate division
+    assert len(re.findall(r"div\.rn\.(?:ftz\.)?f32", done.stdout)) == 2  # not the approximate division
     assert not re.search(r"\bfma\.|\b(min|max)\.\S*f32", done.stdout)  # those would drop NaN
 
 
