@@ -136,13 +136,18 @@ def test_column_block_changes_stale_groups_only_when_smaller_than_the_block() ->
     assert torch.allclose(aligned, gptq(weight, moment, grid).dequantized, rtol=0, atol=1e-10)
 
 
+def assert_equal_but_for_the_order_of_sums(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Some BLAS libraries sum in an order that depends on the number of rows; a grid fitted on updated weights shows it."""
+    assert torch.allclose(a, b, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("size", [None, 64])
 def test_rows_are_independent(size: int | None) -> None:
     weight, moment, grid = toy(3, size)
     rows = [0, 5, 17, 63]
     whole, part = gptq(weight, moment, grid), gptq(weight[rows], moment, grid)
     assert torch.equal(whole.codes[rows], part.codes)
-    assert torch.equal(whole.dequantized[rows], part.dequantized)
+    assert_equal_but_for_the_order_of_sums(whole.dequantized[rows], part.dequantized)
 
 
 def test_stacked_linears_split_into_their_own_results() -> None:
@@ -151,8 +156,8 @@ def test_stacked_linears_split_into_their_own_results() -> None:
     for part, own in zip(parts, (weight[:40], weight[40:48], weight[48:]), strict=True):
         alone = gptq(own, moment, grid)
         assert torch.equal(part.codes, alone.codes)
-        assert torch.equal(part.scale, alone.scale)
-        assert torch.equal(part.dequantized, alone.dequantized)
+        assert_equal_but_for_the_order_of_sums(part.scale, alone.scale)
+        assert_equal_but_for_the_order_of_sums(part.dequantized, alone.dequantized)
         assert part.damping_used == 0.01
 
 
