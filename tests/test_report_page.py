@@ -15,7 +15,7 @@ import pytest
 import golden_store
 from ptqbench import provenance, store, tables
 from ptqbench.cli import main
-from ptqbench.report_page import facts, report_page
+from ptqbench.report_page import facts, plots, report_page
 from ptqbench.report_page.plots import _shifts
 
 VOID = {"meta", "img", "br", "hr", "link"}
@@ -205,6 +205,59 @@ def test_layers_are_those_of_the_lowest_bitwidth(page):
     assert [alt.partition(":")[0] for alt in alts] == ["toy-1b, w3"]
     assert "rtn" in alts[0]
     assert "coquant" not in alts[0]
+
+
+def test_a_cell_whose_spec_is_lost_is_in_no_plot_of_layers(two):
+    golden_store.write_reports(two)
+    (lost,) = two.glob("*-gptq-*")
+    (lost / "spec.json").write_text("[")
+    (alt,) = [i["alt"] for i in Page(report_page(sources_of(two))).all("img") if "by block and linear" in i["alt"]]
+    assert "rtn" in alt
+    assert "gptq" not in alt
+
+
+def drawn_looks(figures):
+    """For every name in a legend: marker, line and colour in each figure."""
+    looks = {}
+    for figure in figures:
+        entries = [(mark, text) for axis in figure.axes if axis.get_legend() for mark, text in legend_of(axis)]
+        assert entries
+        for mark, text in entries:
+            looks.setdefault(text, []).append((mark.get_marker(), mark.get_linestyle(), mark.get_color()))
+    return looks
+
+
+def legend_of(axis):
+    legend = axis.get_legend()
+    return zip(legend.legend_handles, [text.get_text() for text in legend.get_texts()], strict=True)
+
+
+def test_a_bitwidth_and_a_method_look_the_same_in_all_plots_of_a_page(tmp_path, monkeypatch):
+    """Against bits and against time the order of bitwidths is opposite, and the second model lacks what the first begins with."""
+    cells = [("m", "rtn", "w3", 3, 40.0), ("m", "gptq", "w4a4kv4", 4, 10.0), ("m", "loaq", "w4a4kv4", 4, 20.0),
+             ("m", "gptq", "w3", 3, 50.0), ("n", "gptq", "w4a4kv4", 4, 10.0), ("n", "loaq", "w4a4kv4", 4, 30.0)]  # fmt: skip
+    sources = []
+    for model, method, bitwidth, bits, seconds in cells:
+        spec = golden_store.cell(model, method, bitwidth, 0, execution={"runs_dir": str(tmp_path)})
+        folder = store.create(spec)
+        done = golden_store.result(spec, folder, bits, 9.0 - bits, 0.5) | {"timings": {"round_s": seconds}}
+        store.write_json(folder.result_path, done)
+        sources.append((folder, spec))
+    golden_store.write_reports(tmp_path)
+    figures = []
+    monkeypatch.setattr(plots, "_address", lambda figure: figures.append(figure) or "data:")
+    report_page(sources)
+    looks = drawn_looks(figures)
+    assert {name: len(found) for name, found in looks.items()} == {
+        "w3": 4,
+        "w4a4kv4": 8,
+        "rtn": 1,
+        "gptq": 2,
+        "loaq": 1,
+    }
+    assert all(len(set(found)) == 1 for found in looks.values()), looks
+    for names in (("w3", "w4a4kv4"), ("rtn", "gptq", "loaq")):
+        assert len({looks[name][0][0] for name in names}) == len(names), "markers differ: no colour is needed"
 
 
 def test_cost_is_that_of_the_results(page):
