@@ -27,7 +27,8 @@ SETTINGS = [
     "a_symmetric", "a_clip_ratio",
 ]  # fmt: skip
 NUMBERS = [
-    "nominal_w_bits", "nominal_a_bits", "nominal_kv_bits", "effective_w_bits", "packed_bytes", "quantize_s", "value", "stderr",
+    "nominal_w_bits", "nominal_a_bits", "nominal_kv_bits", "effective_w_bits", "packed_bytes", "quantize_s", "spared_s",
+    "value", "stderr",
 ]  # fmt: skip
 COLUMNS = [
     *KEYS, "w_bits", "a_bits", "k_bits", "v_bits", "group_size", *ROLES, *SETTINGS, "seed", "run_id", "variant", "evaluation",
@@ -191,13 +192,25 @@ def _measurements(folder: Measured, spec: RunSpec, key: dict[str, Any]) -> list[
 
 
 def _shared(result: dict[str, Any]) -> dict[str, Any]:
-    timings = result.get("timings", {})
     return {
         "effective_w_bits": float(result["bits"]["effective_w_bits"]),
         "packed_bytes": int(result["bits"]["packed_bytes"]),
-        "quantize_s": sum(seconds for name, seconds in timings.items() if name not in EVALUATION_TIMINGS),
+        "quantize_s": quantize_seconds(result),
+        "spared_s": spared_seconds(result),
         "state": DONE,
     }
+
+
+def quantize_seconds(result: dict[str, Any]) -> float:
+    """Full cost of quantizing: a cell's own work, and what made the artefacts that it found; without waiting for others."""
+    own = sum(seconds for name, seconds in result.get("timings", {}).items() if name not in EVALUATION_TIMINGS)
+    return float(own + (spared_seconds(result) or 0.0) - result.get("shared", {}).get("waited_s", 0.0))
+
+
+def spared_seconds(result: dict[str, Any]) -> float | None:
+    """What it cost others to make what a cell found; None in a result that was written before that was recorded."""
+    spared = result.get("shared", {}).get("spared_s")
+    return None if spared is None else float(spared)
 
 
 def _measurement(spec: RunSpec, name: str, metric: dict[str, Any]) -> dict[str, Any]:
