@@ -397,6 +397,13 @@ def test_names_in_a_plot_overlap_neither_each_other_nor_marks():
     assert _shifts(np.array([[0, 0, 9, 9], [20, 0, 29, 9]], float), 2) == [0, 0], "side by side"
 
 
+def test_a_name_that_does_not_fit_between_marks_goes_around_them():
+    names, marks = [[10, 24, 40, 32], [10, 25, 40, 33]], [[0, 20, 12, 26], [0, 30, 12, 36], [0, 8, 12, 14]]
+    shifts = _shifts(np.array([*names, *marks], float), 2)
+    spans = sorted((low + by, high + by) for (_, low, _, high), by in zip(names, shifts, strict=True))
+    assert spans == [(36, 44), (44, 52)]
+
+
 def test_page_needs_no_torch():
     code = "import sys, ptqbench.report_page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

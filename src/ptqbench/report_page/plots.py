@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,8 +30,8 @@ WIDE_COST = 2.0
 PANELS_ACROSS = 4
 ROOM_FOR_NAMES = 0.3
 """Share of the horizontal axis that is kept free at its end."""
-PASSES = 100
-"""Over all names that may overlap; a few suffice where there is room."""
+HAIR = 1e-6
+"""Boxes that overlap by no more than this touch."""
 ASIDE, MARK, POINTS_PER_INCH = 8.0, 6.0, 72.0
 
 
@@ -193,24 +192,19 @@ def _shifts(boxes: np.ndarray, n_free: int) -> list[float]:
         n_free: Number of boxes that may move, the first ones.
 
     Returns:
-        A distance for each free box, in the unit of the boxes; where there is no room, some still overlap.
+        A distance for each free box, in the unit of the boxes: to the nearest place that is free when its turn comes, the lowest
+        box first.
     """
-    middles, heights = boxes[:, [1, 3]].mean(axis=1), boxes[:, 3] - boxes[:, 1]
-    start = middles.copy()
-    order = np.argsort(middles, kind="stable")
-    near = [
-        (low, high)
-        for low, high in itertools.combinations(order, 2)
-        if min(low, high) < n_free and boxes[low, 0] < boxes[high, 2] and boxes[high, 0] < boxes[low, 2]
-    ]
-    for _ in range(PASSES):
-        for low, high in near:
-            missing = (heights[low] + heights[high]) / 2 - (middles[high] - middles[low])
-            if missing > 0:
-                share = 0.5 if max(low, high) < n_free else 1.0
-                middles[low] -= share * missing if low < n_free else 0.0
-                middles[high] += share * missing if high < n_free else 0.0
-    return [float(shift) for shift in (middles - start)[:n_free]]
+    placed = list(boxes[n_free:])
+    shifts = [0.0] * n_free
+    for one in np.argsort(boxes[:n_free, [1, 3]].mean(axis=1), kind="stable"):
+        left, low, right, high = boxes[one]
+        beside = np.array([box for box in placed if box[0] < right and left < box[2]]).reshape(-1, 4)
+        tries = sorted([0.0, *(beside[:, 3] - low), *(beside[:, 1] - high)], key=abs)
+        taken = [((beside[:, 1] < high + by - HAIR) & (low + by + HAIR < beside[:, 3])).any() for by in tries]
+        shifts[one] = float(tries[taken.index(False)])  # above the highest there is always room
+        placed.append(boxes[one] + np.array([0.0, shifts[one], 0.0, shifts[one]]))
+    return shifts
 
 
 def _panels(rows: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
