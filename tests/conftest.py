@@ -9,6 +9,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Python; read when triton is first imported
 
 REAL_DATA = Path(os.environ.get("PTQBENCH_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

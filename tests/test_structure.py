@@ -19,7 +19,8 @@ RANK = {
     "errors": 0,
     "liveness": 1, "failures": 1,
     "spec": 1, "fingerprint": 2, "confdir": 2, "registry": 3, "store": 3,
-    "artefacts": 3, "doctor": 3, "prefetch": 5, "lease": 4, "cells": 4, "squeue": 4, "resources": 4, "plan": 5,
+    "artefacts": 3, "doctor": 3, "prefetch": 5, "lease": 4, "cells": 4, "squeue": 4, "cost": 4, "resources": 4, "plan": 5,
+    "timings": 1,
     "numerics": 1, "models": 2, "data": 2, "methods": 3,
     "stats": 1, "provenance": 1, "resolve": 4, "sweep": 4, "state": 4, "attempt": 4, "evaluate": 4,
     "collect": 5, "rounding": 5, "bases": 5, "network_loss": 5, "rotation_files": 5, "rotations": 5, "pipeline": 6,
@@ -31,6 +32,7 @@ ONLY_IMPORTER = {
     "hydra": "compose.py",
     "wandb": "tracking",
     "submitit": "launch",
+    "triton": "numerics/column_kernel.py",
 }
 
 

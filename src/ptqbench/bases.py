@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,6 +259,21 @@ class _Computation:
         return end
 
 
+@contextmanager
+def _fast_products(device: torch.device) -> Iterator[None]:
+    """Let a GPU take float32 products on its TF32 units, finer than the bfloat16 that the codes run this pass in.
+
+    Sums of moments are float64 and not touched.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class _Stream:
     """The residual stream of the norm-folded float32 model, opened and moved on only for a moment that nobody stored."""
 
@@ -277,12 +293,13 @@ class _Stream:
         """Second moments of a block; indices must not fall."""
         device = self._model.device
         if not self._hidden:
-            self._hidden = list(self._model.embed(self._windows).split(1))
+            hidden = self._model.embed(self._windows)
+            self._hidden = list(hidden.to(self._model.resting_place(hidden)).split(1))
         while self._at < index:
-            with self._model.block(self._at) as block:
-                self._hidden = [forward(block, x.to(device), self._positions).cpu() for x in self._hidden]
+            with self._model.block(self._at) as block, _fast_products(device):
+                self._hidden = [forward(block, x.to(device), self._positions).to(x.device) for x in self._hidden]
             self._at += 1
-        with self._model.block(index) as block:
+        with self._model.block(index) as block, _fast_products(device):
             moments, self._hidden = read_moments(block, self._hidden, self._positions, device)
         self._at += 1
         return moments

@@ -7,16 +7,17 @@ once for statistics and once more to propagate. A full-precision stream accompan
 an untouched copy of the block, only if the method compares the two. A finished block is stored before the next begins: the
 unit of resume is one block.
 
-Both streams are kept on the CPU between blocks; this module alone moves tensors between devices.
+A block is written in the background while the next one is computed, and read ahead while the one before is
+(``models.blockwise``). Streams rest between blocks where ``BlockwiseModel.resting_place`` says; this module alone moves tensors
+between devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ptqbench.models.stages import STAGES, Positions, Stage, finish, forward
 from ptqbench.numerics.grid import LinearResult
 from ptqbench.rounding import Method, report, round_stage
 from ptqbench.state import BlockState
+from ptqbench.timings import Timings
 
 __all__ = ["Method", "Streams", "Timings", "quantize"]
 
@@ -42,29 +44,11 @@ Rows = list[dict[str, Any]]
 
 
 @dataclasses.dataclass
-class Timings:
-    """Seconds per kind of work, summed over blocks."""
-
-    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Add the duration of the enclosed work to ``name``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds[name] += time.perf_counter() - start
-
-
-@dataclasses.dataclass
 class Streams:
     """The calibration windows between two blocks.
 
     Attributes:
-        quantized: Residual stream behind quantized blocks, one (batch, tokens, hidden_size) tensor per batch, on the CPU.
+        quantized: Residual stream behind quantized blocks, one (batch, tokens, hidden_size) tensor per batch.
         reference: The same behind unquantized blocks; None if the method compares nothing.
     """
 
@@ -94,19 +78,53 @@ def quantize(
     Raises:
         NumericalError: A weight or statistic is not finite, or a factorisation failed; names the block and the linears.
     """
-    loop = _Loop(model, method, model.positions(windows.shape[1]), timings)
     with timings.measure("embed_s"):
-        hidden = list(model.embed(windows).split(BATCH))
-    streams = Streams(hidden, list(hidden) if method.needs_reference else None)
-    for index in range(model.n_blocks):
-        if state.has(index):
-            streams = loop.replay(index, streams, state)
-        else:
-            with model.block(index) as block, _calibrating(block, method):
+        hidden = model.embed(windows)
+        home = model.resting_place(hidden, 1 + method.needs_reference)
+        batches = list(hidden.to(home).split(BATCH))
+    loop = _Loop(model, method, model.positions(windows.shape[1]), timings, home)
+    streams = Streams(batches, list(batches) if method.needs_reference else None)
+    with _Writer(state, timings, on_block) as writer:
+        for index in range(model.n_blocks):
+            if state.has(index):
+                streams = loop.replay(index, streams, state)
+                on_block(index)
+                continue
+            with ExitStack() as held:
+                with timings.measure("load_s"):
+                    block = held.enter_context(model.block(index))
+                held.enter_context(_calibrating(block, method))
                 streams, results, rows = loop.round_block(index, block, streams)
-            with timings.measure("save_s"):
-                state.save(index, results, rows)
-        on_block(index)
+            writer.save(index, results, rows)
+
+
+class _Writer:
+    """Saves a block while the next one is computed; at most one is under way, and a block counts once it is on disk."""
+
+    def __init__(self, state: BlockState, timings: Timings, on_block: Callable[[int], None]) -> None:
+        self._state, self._timings, self._on_block = state, timings, on_block
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._pending: tuple[int, Future[None]] | None = None
+
+    def save(self, index: int, results: Results, rows: Rows) -> None:
+        """Wait for the block before, then begin to save this one; raises what saving the one before raised."""
+        self._finish()
+        self._pending = index, self._thread.submit(self._state.save, index, results, rows)
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            (index, saving), self._pending = self._pending, None
+            with self._timings.measure("save_s"):
+                saving.result()
+            self._on_block(index)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        with self._thread:  # a block that is being written is written, whatever ended the work
+            if failed is None:
+                self._finish()
 
 
 @contextmanager
@@ -121,12 +139,13 @@ def _calibrating(block: nn.Module, method: Method) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """What stays the same from block to block."""
+    """What stays the same from block to block; ``home`` is where streams rest between blocks."""
 
     model: BlockwiseModel
     method: Method
     positions: Positions
     timings: Timings
+    home: torch.device
 
     def replay(self, index: int, streams: Streams, state: BlockState) -> Streams:
         """Take the streams through a finished block: as stored, and as it was."""
@@ -148,7 +167,7 @@ class _Loop:
                 (statistics,) = self._collect(windows, (stage,), block, reference)
                 self._round(index, block, stage, statistics, results, rows)
             with self.timings.measure("forward_s"):
-                quantized = [finish(window.quantized).cpu() for window in windows]
+                quantized = [finish(window.quantized).to(self.home) for window in windows]
             return Streams(quantized, self._leave(windows)), results, rows
         together = self._collect(windows, STAGES, block, reference)
         behind = self._leave(windows)
@@ -187,15 +206,15 @@ class _Loop:
         except NumericalError as error:
             raise NumericalError(f"block {index}, {error}") from error
         grid = self.method.grid_of(stage.name, len(statistics.second_moment))
-        for linear in linears:
-            results[linear.name] = linear.repaired.result
-            rows.append(report(index, linear, statistics, grid))
+        results |= {linear.name: linear.repaired.result for linear in linears}
+        with self.timings.measure("report_s"):
+            rows += [report(index, linear, statistics, grid) for linear in linears]
 
     def _propagate(self, block: nn.Module, hidden: list[Tensor], timing: str = "forward_s") -> list[Tensor]:
         with self.timings.measure(timing):
-            return [forward(block, states.to(self.model.device), self.positions).cpu() for states in hidden]
+            return [forward(block, states.to(self.model.device), self.positions).to(self.home) for states in hidden]
 
     def _leave(self, windows: list[Lockstep]) -> list[Tensor] | None:
         with self.timings.measure("reference_s"):
-            behind = [finish(window.reference).cpu() for window in windows if window.reference is not None]
+            behind = [finish(window.reference).to(self.home) for window in windows if window.reference is not None]
         return behind or None

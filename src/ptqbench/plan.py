@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 
 from ptqbench.cells import INVALID, SKIPPED, Cell
 from ptqbench.models.architecture import from_config, published
 from ptqbench.resolve import Known
-from ptqbench.resources import Needs, doubled, needs
+from ptqbench.resources import START_S, Needs, doubled, needs, time_limit
 from ptqbench.squeue import QUEUED, Queue, look
 from ptqbench.store import DONE, FAILED, RUNNING, RunFolder
 
+Kind = tuple[str, bool]
 MORE_MEMORY = ("gpu_memory", "host_memory", "killed")
 
 
@@ -48,7 +50,46 @@ def plan(cells: Sequence[Cell], known: Known | None = None) -> list[Row]:
     """
     known = known or Known()
     queue = look(cell.folder for cell in cells if cell.folder is not None)
-    return [_row(cell, queue, known) for cell in cells]
+    rows = [_row(cell, queue, known) for cell in cells]
+    factors = calibrated(rows)
+    return [_corrected(row, factors.get(_kind(row), (1.0, 0))[0]) for row in rows]
+
+
+def calibrated(rows: Sequence[Row]) -> dict[Kind, tuple[float, int]]:
+    """Compare the finished cells of a plan with their estimates.
+
+    Args:
+        rows: A plan with estimates as ``resources`` makes them.
+
+    Returns:
+        By model, and whether on a GPU: the median of the seconds that a cell took over those estimated, and the number of cells
+        behind it.
+    """
+    found: dict[Kind, list[float]] = {}
+    for row in rows:
+        result = row.cell.folder.result() if row.state == DONE and row.cell.folder is not None else None
+        timings = (result or {}).get("timings")
+        if row.needs is not None and isinstance(timings, dict) and result is not None:
+            on_gpu = result.get("peak_gpu_gib") is not None
+            if on_gpu == bool(row.needs.gpus):
+                seconds = START_S + sum(timings.values())
+                found.setdefault(_kind(row), []).append(seconds / (60 * row.needs.estimate_min))
+    return {kind: (statistics.median(ratios), len(ratios)) for kind, ratios in found.items()}
+
+
+def _kind(row: Row) -> Kind:
+    spec = row.cell.spec or row.cell.draft
+    return (spec.model.name if spec else "", bool(row.needs and row.needs.gpus))
+
+
+def _corrected(row: Row, factor: float) -> Row:
+    """Scale the estimate of a cell that is still to be done; the time that it asks for only grows."""
+    spec = row.cell.spec or row.cell.draft
+    if row.needs is None or row.state == DONE or spec is None:
+        return row
+    minutes = row.needs.estimate_min * factor
+    longer = spec.resources.time_min or max(row.needs.time_min, time_limit(minutes))
+    return dataclasses.replace(row, needs=dataclasses.replace(row.needs, estimate_min=minutes, time_min=longer))
 
 
 def groups(rows: Sequence[Row]) -> dict[Needs, list[Row]]:

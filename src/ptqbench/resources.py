@@ -7,8 +7,8 @@ once more in float32 while it is rounded; per linear input a second moment (floa
 per step. The residual streams of all windows stay on the host, twice in the quantized case (unquantized and quantized stream).
 Zero-shot tasks hold the whole model on the device.
 
-Time counts floating-point operations of the forward passes (2 per weight and token) and of the factorisations (d^3), and
-divides them by a rate. The rates are assumptions, written below; ``ptqbench plan`` prints figures as estimates for that reason.
+Time is the work of a cell (``cost``) over a rate. The rates are written below, with how they are known; ``plan`` corrects them by
+what the finished cells of the same sweep took (``plan.calibrated``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from typing import TYPE_CHECKING
+
+from ptqbench.cost import work
 
 if TYPE_CHECKING:
     from ptqbench.models.architecture import Architecture
@@ -25,7 +27,7 @@ GIB = 2**30
 GPU_RATE = (
     60e12  # operations per second sustained in 16-bit products on an 80 GB data-centre GPU: assumed, not measured
 )
-CPU_RATE = 20e9  # per core, float32: measured on one core of a 2.5 GHz server
+CPU_RATE = 20e9  # per core, float32, of whole cells of the embedded model: measured; a model of width 1024 reaches 63e9
 READ_RATE = 1e9  # bytes per second from the checkpoint's file system: assumed
 START_S = 10.0  # interpreter and imports
 MARGIN = 1.3  # of memory
@@ -99,7 +101,7 @@ def needs(spec: RunSpec, architecture: Architecture) -> Needs:
         gpu_mem_gib=given.gpu_mem_gib or (_step(gpu_mem * MARGIN, GPU_SIZES) if gpus else 0.0),
         host_mem_gib=given.host_mem_gib or _power(host_mem * MARGIN + 3.0),
         cpus=cpus,
-        time_min=given.time_min or _round_time(minutes * TIME_MARGIN),
+        time_min=given.time_min or time_limit(minutes),
         estimate_min=minutes,
     )
 
@@ -142,22 +144,12 @@ def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[flo
 
 
 def _seconds(spec: RunSpec, architecture: Architecture, params: int, rate: float) -> float:
-    weights, stored = architecture.linear_params, BYTES[spec.model.dtype]
-    operations, reads = 0.0, 1
-    if spec.quantizes and spec.calibration is not None:
-        tokens = spec.calibration.n_samples * spec.calibration.seq_len
-        passes = 2 + 4 * (spec.method.target.name != "weight" or spec.method.true_sequential)
-        moments = architecture.n_blocks * tokens * 2.0 * sum(w * w for w in (architecture.hidden_size,) * 3)
-        moments += architecture.n_blocks * tokens * 2.0 * architecture.intermediate_size**2
-        factors = architecture.n_blocks * 6.0 * (3 * architecture.hidden_size**3 + architecture.intermediate_size**3)
-        operations += passes * 2.0 * weights * tokens + moments + factors
-        reads += 2
-    for text in spec.evaluation.texts.values():
-        operations += 2.0 * (weights + architecture.vocab_size * architecture.hidden_size) * text_tokens(text.dataset)
-        reads += 1
+    texts = {label: text_tokens(text.dataset) for label, text in spec.evaluation.texts.items()}
+    operations = sum(work(spec, architecture, texts).flop.values())
+    reads = 1 + len(texts) + 2 * spec.quantizes
     tasks = {task.partition("/")[0] for task in spec.evaluation.tasks}
     operations += 2.0 * params * sum(TASK_TOKENS.get(task, DEFAULT_TASK_TOKENS) for task in tasks)
-    return START_S + operations / rate + reads * params * stored / READ_RATE
+    return START_S + operations / rate + reads * params * BYTES[spec.model.dtype] / READ_RATE
 
 
 def text_tokens(dataset: str) -> int:
@@ -173,5 +165,6 @@ def _power(gib: float) -> float:
     return float(2 ** math.ceil(math.log2(max(gib, 4.0))))
 
 
-def _round_time(minutes: float) -> int:
-    return next((step for step in (30, 60, 120, 240, 480, 720, 1440) if minutes <= step), 2880)
+def time_limit(minutes: float) -> int:
+    """Minutes to ask for where so many are expected."""
+    return next((step for step in (30, 60, 120, 240, 480, 720, 1440) if minutes * TIME_MARGIN <= step), 2880)

@@ -181,14 +181,18 @@ def report(index: int, linear: Rounded, statistics: Statistics, grid: Grid) -> d
     ``relative_target_error`` with the target under the moment that rounding minimised.
     """
     weight, aim, result, row_scale = linear.weight, linear.aim, linear.repaired.result, linear.repaired.row_scale
+    output_error = relative_output_error(weight, result.dequantized, statistics.second_moment)
+    plain = aim.second_moment is statistics.second_moment and torch.equal(aim.weight, weight)
     return {
         "block": index,
         "linear": linear.name,
         "out_features": weight.shape[0],
         "in_features": weight.shape[1],
         "relative_weight_error": relative_weight_error(weight, result.dequantized),
-        "relative_output_error": relative_output_error(weight, result.dequantized, statistics.second_moment),
-        "relative_target_error": relative_output_error(aim.weight, result.dequantized, aim.second_moment),
+        "relative_output_error": output_error,
+        "relative_target_error": (
+            output_error if plain else relative_output_error(aim.weight, result.dequantized, aim.second_moment)
+        ),
         "correction_norm": relative_correction(aim.weight, weight),
         "correction_damping": aim.damping,
         "effective_w_bits": effective_bits(grid),

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ptqbench.bases import Shelf
     from ptqbench.methods.precision import Precision
     from ptqbench.models.blockwise import BlockwiseModel
-    from ptqbench.pipeline import Timings
     from ptqbench.state import BlockState
+    from ptqbench.timings import Timings
 
 KEEP_CODES_BELOW_BYTES = 64 << 20
 
@@ -89,8 +89,8 @@ def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer) -> dict[str, Any
 def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any]:
     from ptqbench.data.windows import load_tokenizer
     from ptqbench.models.source import locate
-    from ptqbench.pipeline import Timings
     from ptqbench.state import BlockState
+    from ptqbench.timings import Timings
 
     observer.stage("load", 1)
     _configure(spec)
@@ -105,7 +105,7 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
         model = _transformed(spec, model, transform, calibration, folder, timings, observer)
         _quantize(spec, model, precision, calibration, state, timings, observer)
     metrics = _evaluate(spec, folder, model, tokenizer, state, timings, observer)
-    result = _result(spec, folder, metrics, _record_layers(spec, folder, state, model, precision), timings)
+    result = _result(spec, folder, model, metrics, _record_layers(spec, folder, state, model, precision), timings)
     return result | {"shared": calibration.artefacts.account()}
 
 
@@ -256,10 +256,20 @@ def _record_layers(
 
 
 def _result(
-    spec: RunSpec, folder: RunFolder, metrics: dict[str, Any], bits: dict[str, Any], timings: Timings
+    spec: RunSpec,
+    folder: RunFolder,
+    model: BlockwiseModel,
+    metrics: dict[str, Any],
+    bits: dict[str, Any],
+    timings: Timings,
 ) -> dict[str, Any]:
     from ptqbench import provenance
+    from ptqbench.cost import work
     from ptqbench.evaluate.cell import averages
+    from ptqbench.numerics.fused_columns import engine_on
+
+    tokens = {label: metrics[f"{label}/perplexity"]["n_tokens"] for label in spec.evaluation.texts}
+    done = work(spec, model.architecture, tokens)
 
     return {
         "format": FORMAT,
@@ -272,6 +282,9 @@ def _result(
         "averages": averages(spec.evaluation.tasks, metrics),
         "bits": bits,
         "timings": {name: round(seconds, 4) for name, seconds in timings.seconds.items()},
+        "flop": done.flop,
+        "n_tokens": done.n_tokens,
+        "column_loop": engine_on(model.device),
         "peak_host_gib": round(provenance.peak_host_gib(), 4),
         "peak_gpu_gib": provenance.peak_gpu_gib(),
         "attempts": len(folder.attempts),

@@ -114,6 +114,21 @@ def test_every_shipped_sweep_of_the_embedded_model_plans(tmp_path):
     assert {row.needs.gpus for row in rows} == {0}
 
 
+def test_finished_cells_correct_the_estimates_of_the_others(tmp_path, capsys):
+    words = [["+method=rtn", f"bitwidth=w{b}", f"execution.runs_dir={tmp_path}"] for b in (2, 3, 4, 8)]
+    before = plan(resolved([(" ".join(line), line) for line in words]))
+    for row, seconds in zip(before[:3], (50.0, 90.0, 1000.0), strict=True):
+        folder = create(row.cell.spec)
+        timings = {"forward_s": seconds - 10, "perplexity_s": 0.0}
+        write_json(folder.result_path, {"run_id": folder.run_id, "timings": timings, "peak_gpu_gib": None})
+    after = plan(resolved([(" ".join(line), line) for line in words]))
+    factor = 90.0 / (60 * before[1].needs.estimate_min)
+    assert after[3].needs.estimate_min == pytest.approx(factor * before[3].needs.estimate_min)
+    assert after[3].needs.time_min >= before[3].needs.time_min
+    print_plan(after)
+    assert f"x {factor:.2f}, what 3 finished cells took" in " ".join(capsys.readouterr().out.split())
+
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 REPRODUCED = re.findall(r"^\|[^|]*\| `(\w+)` \| (\d+) \|[^|]*\| ([\d.]+) \|", README, re.MULTILINE)
 

@@ -72,13 +72,14 @@ def perplexity(
     Raises:
         NumericalError: The loss is not finite.
     """
-    batches = windows.split(batch_size)
-    hidden = list(model.embed(windows).split(batch_size))
+    batches, embedded = windows.split(batch_size), model.embed(windows)
+    home = model.resting_place(embedded)
+    hidden = list(embedded.to(home).split(batch_size))
     positions = model.positions(windows.shape[1])
     for index in range(model.n_blocks):
         with model.block(index, overlay) as block:
             for i, states in enumerate(hidden):
-                hidden[i] = forward(block, states.to(model.device), positions).cpu()
+                hidden[i] = forward(block, states.to(model.device), positions).to(home)
         on_block(index)
     with model.head() as head:
         nll = torch.cat(
@@ -86,7 +87,7 @@ def perplexity(
                 _window_nll(head, h.to(model.device), w.to(model.device), dtype)
                 for h, w in zip(hidden, batches, strict=True)
             ]
-        )
+        ).cpu()
     if not bool(torch.isfinite(nll).all()):
         bad = int((~torch.isfinite(nll)).nonzero()[0, 0])
         raise NumericalError(
@@ -98,7 +99,7 @@ def perplexity(
 
 
 def _window_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum the negative log-likelihood of tokens 1.. of each window: (batch,) float64 on the CPU."""
+    """Sum the negative log-likelihood of tokens 1.. of each window: (batch,) float64."""
     states, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     vocabulary = head(states[:1]).shape[-1]
     step = max(1, CHUNK_ELEMENTS // vocabulary)
@@ -106,7 +107,7 @@ def _window_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor
         functional.cross_entropy(_as(head(s), dtype), y, reduction="none")
         for s, y in zip(states.split(step), labels.split(step), strict=True)
     ]
-    return torch.cat(losses).view(tokens.shape[0], -1).double().sum(1).cpu()
+    return torch.cat(losses).view(tokens.shape[0], -1).double().sum(1)
 
 
 def _as(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptqbench.cells import INVALID, SKIPPED
-from ptqbench.plan import Row, counts, groups
+from ptqbench.plan import Row, calibrated, counts, groups
 from ptqbench.resources import duration
 from ptqbench.store import CANCELLED, DONE, FAILED, RUNNING
 
@@ -177,6 +177,12 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
         console.print(
             f"{len(absent)} cells whose models are not on this machine ({models}): estimated {hours:.1f} GPU-hours; "
             "load them with: python -m ptqbench prefetch",
+            highlight=False,
+        )
+    for (model, on_gpu), (factor, count) in calibrated(rows).items():
+        where = "GPU" if on_gpu else "CPU"
+        console.print(
+            f"estimates of {model} on {where}: x {factor:.2f}, what {count} finished cells took (median)",
             highlight=False,
         )
     running = [row for row in rows if row.state == RUNNING]

@@ -1,15 +1,17 @@
 """A checkpoint of which only the part in use is in memory: embedding, one decoder block, or the head.
 
 The skeleton is the installed transformers class on the meta device. A part is materialised from safetensors when it is
-needed and dropped afterwards, so the resident memory of a pass is one block, whatever the size of the model. On its way
-in, a part passes through: the edit of the checkpoint, the basis (in float64), the data type of the model, the overlay of
-quantized weights, and the installation of online transforms and quantizers.
+needed and dropped afterwards, so the resident memory of a pass is one block, whatever the size of the model; while a block
+is in use, a thread reads the next one from disk. On its way in, a part passes through: the edit of the checkpoint, the
+basis (in float64), the data type of the model, the overlay of quantized weights, and the installation of online transforms
+and quantizers.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from ptqbench.models.stages import Positions
 Overlay = Callable[[int, nn.Module], None]
 TensorEdit = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
 
+STREAM_SHARE = 0.25
+"""Of the free memory of a GPU, what residual streams may hold between blocks."""
 VOCABULARY_ROWS = 1 << 14
 """Rows of the embedding or the output projection in float64 at a time."""
 
@@ -63,6 +67,8 @@ class BlockwiseModel:
             basis: Form in which the checkpoint is loaded; its embeddings are untied if the basis says so.
         """
         self.source, self.dtype, self.device, self._edit, self.basis = source, dtype, device, edit, basis
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self.architecture: Architecture = from_config(source.config)
         self.config: Any = AutoConfig.from_pretrained(source.folder)
         self.config._attn_implementation = "sdpa"
@@ -100,10 +106,34 @@ class BlockwiseModel:
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a block as the (edited) checkpoint holds them, on the device, in no other basis."""
-        tensors = self._read_module(f"model.layers.{index}")
+        tensors = self._read_block(index)
         if self._edit is not None:
             tensors = self._edit(tensors, index)
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        """Read a block, or take it where the thread has it, and let the thread read the next."""
+        at, reading = self._ahead or (None, None)
+        tensors = reading.result() if reading and at == index else self._read_module(f"model.layers.{index}")
+        following = index + 1
+        if following == self.n_blocks:
+            self._ahead = None
+        elif at != following:
+            self._ahead = following, self._reader.submit(self._read_module, f"model.layers.{following}")
+        return tensors
+
+    def resting_place(self, hidden: Tensor, streams: int = 1) -> torch.device:
+        """Say where residual streams rest between blocks: on the device if they take little of its memory, else on the host.
+
+        Args:
+            hidden: A residual stream, of which size and data type count.
+            streams: How many there are.
+        """
+        if self.device.type != "cuda":
+            return torch.device("cpu")
+        free, _ = torch.cuda.mem_get_info(self.device)
+        fits = streams * hidden.numel() * hidden.element_size() <= STREAM_SHARE * free
+        return self.device if fits else torch.device("cpu")
 
     @contextmanager
     def block(self, index: int, overlay: Overlay | None = None) -> Iterator[nn.Module]:

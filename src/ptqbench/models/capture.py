@@ -158,14 +158,14 @@ def read_moments(
         device: Where the block lives.
 
     Returns:
-        The moments, on the device, and the residual streams leaving the block, on the CPU.
+        The moments, on the device, and the residual streams leaving the block, where those entering it are.
     """
     q_proj, up_proj = "self_attn.q_proj", "mlp.up_proj"
     moments = {name: MomentSum(hidden[0].shape[-1], torch.float64) for name in (q_proj, up_proj)}
     magnitudes = _Magnitudes()
     heads = _Heads(magnitudes)
     with _reading(block, moments, heads):
-        leaving = [forward(block, states.to(device), positions).cpu() for states in hidden]
+        leaving = [forward(block, states.to(device), positions).to(states.device) for states in hidden]
     called = {q_proj: "attention", up_proj: "mlp"}
     largest, mean_abs = (
         {called.get(name, name): value for name, value in sizes.items()}

@@ -17,6 +17,7 @@ The weights that cancel an online transform, a reorder, a rotation or a basis ch
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -89,6 +90,33 @@ class BlockPlan:
     basis_changes: tuple[BasisChange | None, BasisChange | None] = (None, None)
 
 
+class _Prepared:
+    """What a plan made of an input, kept as long as that input lives: q, k and v (gate and up) ask one after the other."""
+
+    def __init__(self) -> None:
+        self._of: weakref.ref[Tensor] | None = None
+        self._state: tuple[object, ...] = ()
+        self._ready: Tensor | None = None
+
+    def get(self, x: Tensor, enabled: bool, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``make(x)``, made anew unless the last call was about the same unchanged tensor and the same state."""
+        state = (enabled, None if x.is_inference() else x._version, torch.is_grad_enabled())
+        if self._ready is not None and self._of is not None and self._of() is x and self._state == state:
+            return self._ready
+        ready = make(x)
+        if ready is not x:
+            self._of, self._state, self._ready = weakref.ref(x, self._forget), state, ready
+        return ready
+
+    def _forget(self, of: weakref.ref[Tensor]) -> None:
+        if of is self._of:
+            self._of = self._ready = None
+
+    def __deepcopy__(self, memo: object) -> _Prepared:
+        """Remember nothing: the copy of a block sees other inputs."""
+        return _Prepared()
+
+
 class QuantizedLinear(nn.Module):
     """A linear that prepares its input; holds the very ``weight`` and ``bias`` parameters of the linear it replaces.
 
@@ -101,14 +129,16 @@ class QuantizedLinear(nn.Module):
     bias: nn.Parameter | None
     order: Tensor | None
 
-    def __init__(self, linear: nn.Linear, plan: InputPlan) -> None:
+    def __init__(self, linear: nn.Linear, plan: InputPlan, prepared: _Prepared | None = None) -> None:
         """Take over the parameters of a linear.
 
         Args:
             linear: The replaced module, not modified; its parameters are shared.
             plan: What happens to the input.
+            prepared: Shared by linears that have one plan and one input.
         """
         super().__init__()
+        self._prepared = prepared or _Prepared()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.plan, self.enabled = plan, True
         self.register_parameter("weight", linear.get_parameter("weight"))
@@ -123,8 +153,11 @@ class QuantizedLinear(nn.Module):
             x: (..., in), not modified.
 
         Returns:
-            (..., in) in the dtype of x; x itself where the plan is empty.
+            (..., in) in the dtype of x; x itself where the plan is empty. Not to be modified: it may be shared.
         """
+        return self._prepared.get(x, self.enabled, self._prepare)
+
+    def _prepare(self, x: Tensor) -> Tensor:
         if self.plan.online is not None:
             x = self.plan.online(x)
         if self.enabled and self.plan.grid is not None:
@@ -229,10 +262,13 @@ def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
     attention = block.get_submodule("self_attn")
     _check(block, plan)
     _strip(block)
+    shared: dict[object, _Prepared] = {}
     for name, input_plan in plan.inputs.items():
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        block.set_submodule(name, _keep_mode(QuantizedLinear(linear, input_plan), linear))
+        key = (linear.in_features, input_plan.grid, input_plan.n_groups, id(input_plan.online), id(input_plan.order))
+        wrapped = QuantizedLinear(linear, input_plan, shared.setdefault(key, _Prepared()))
+        block.set_submodule(name, _keep_mode(wrapped, linear))
     if plan.kv is not None or hasattr(attention, "kv_plan"):
         install_kv(attention, plan.kv)
     if any(change is not None for change in plan.basis_changes):

@@ -10,7 +10,8 @@ Legend: n input channels, m rows worked on at once, G groups, k channels of a bl
 code minus its zero point.
 
 The order of the updates is free, which is used: inside a panel of ``PANEL`` channels they are gathered when a channel
-is reached (one matrix-vector product), across panels and blocks they are spread by matrix products.
+is reached (one matrix-vector product), across panels and blocks they are spread by matrix products. On a GPU, panels are
+rounded by the kernel of ``numerics/fused_columns.py`` where it can serve; what is written here is its reference.
 
 Source: IST-DASLab/gptq@2d65066; arXiv 2210.17323 section 3. Deviation: with ``group_refit`` "fresh" a group is fitted
 on fully up-to-date weights even where it reaches beyond the column block, so ``column_block`` never changes a result;
@@ -28,6 +29,8 @@ from torch import Tensor
 from ptqbench.errors import ConfigError
 from ptqbench.numerics.affine import code_limits, to_codes, to_values
 from ptqbench.numerics.checks import require_choice
+from ptqbench.numerics.fused_columns import PANEL as FUSED_PANEL
+from ptqbench.numerics.fused_columns import FusedPanels, use_fused
 from ptqbench.numerics.grid import fit
 from ptqbench.numerics.groups import Group
 
@@ -85,9 +88,9 @@ class GroupGrids:
         self._affine = list(zip(*(t.unbind(0) for t in (self.scale, self.low, self.high)), strict=True))
         self.fitted = [False] * len(groups)
         self.of_position = [0] * len(like)
-        for g, members in enumerate(positions):
-            for p in members.tolist():
-                self.of_position[p] = g
+        owners = [g for g, members in enumerate(positions) for _ in range(len(members))]
+        for p, g in zip(torch.cat(positions).tolist(), owners, strict=True):
+            self.of_position[p] = g
 
     def fit(self, g: int, values: Tensor) -> None:
         """Fit group ``g`` on ``values`` (m, size)."""
@@ -152,8 +155,9 @@ class _Block:
 
 
 def run_columns(
-    work: Tensor, upper: Tensor, grids: GroupGrids, options: LoopOptions, drift: Drift | None, codes_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    work: Tensor, upper: Tensor, grids: GroupGrids, options: LoopOptions, drift: Drift | None, codes_dtype: torch.dtype,
+    engine: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Round all channels.
 
     Args:
@@ -163,10 +167,15 @@ def run_columns(
         options: Blocking and group options.
         drift: P, not modified.
         codes_dtype: Integer dtype that holds every code.
+        engine: ``plain``, ``fused``, or ``auto`` (``fused_columns.use_fused``).
 
     Returns:
         Codes (n, m) and values (n, m) in processing order.
+
+    Raises:
+        UnsupportedError: ``fused`` was asked for and cannot serve, or its kernel does not compile here.
     """
+    fused = FusedPanels(grids) if use_fused(engine, work, (group.spec for group in grids.groups)) else None
     size = min(options.column_block, len(work))
     stale = options.group_refit == "stale" and not all(grids.fitted)
     codes, values = torch.empty_like(work, dtype=codes_dtype), torch.empty_like(work)
@@ -186,24 +195,28 @@ def run_columns(
             None if drift is None else drift.matrix[here, start:],
             values[here] if drift is not None and drift.as_code else weights,
         )
-        for first, last in _panels(block, grids):
+        for first, last in _panels(block, grids, PANEL if fused is None else FUSED_PANEL):
             g = grids.of_position[start + first]
             if not grids.fitted[g]:
                 positions = grids.positions[g]
                 grids.fit(g, (work[positions] if stale else _current(work, block, first, positions)).T)
-            _round_panel(block, first, last, grids)
+            if fused is None:
+                _round_panel(block, first, last, grids)
+            else:
+                _round_fused(block, first, last, fused, codes[here])
             block.push(slice(first, last), slice(last, k), weights[last:], weights)
         block.push(slice(0, k), slice(k, None), work[stop:], block.drift_source)
-        grids.write_codes(start, block.centred, codes[here])
+        if fused is None:
+            grids.write_codes(start, block.centred, codes[here])
         block.values.add_(0.0)  # -0.0 (a negative value rounded to c = 0) becomes 0.0, as in dequantize(codes)
     return codes, values
 
 
-def _panels(block: _Block, grids: GroupGrids) -> list[tuple[int, int]]:
+def _panels(block: _Block, grids: GroupGrids, longest: int) -> list[tuple[int, int]]:
     """Cut a block into panels, also where an unfitted group begins (its fit needs the updates of all before)."""
     size = block.stop - block.start
     seen = {g for g, fitted in enumerate(grids.fitted) if fitted}
-    cuts = set(range(0, size, PANEL)) | {size}
+    cuts = set(range(0, size, longest)) | {size}
     for i, g in enumerate(grids.of_position[block.start : block.stop]):
         if g not in seen:
             cuts.add(i)
@@ -225,6 +238,14 @@ def _round_panel(block: _Block, first: int, last: int, grids: GroupGrids) -> Non
                 w.addmv_(past_w[:, :i], drift[i][:i])
         grids.round(block.start + first + i, w, c, q)
         torch.sub(w, q, out=e)
+
+
+def _round_fused(block: _Block, first: int, last: int, fused: FusedPanels, codes: Tensor) -> None:
+    """Do what ``_round_panel`` does with the kernel, and write ``codes`` (k, m) of the block as well."""
+    here = slice(first, last)
+    weights, errors, values = block.weights[here], block.errors[here], block.values[here]
+    drift = None if block.drift is None else block.drift[here, here]
+    fused.round(block.start + first, weights, errors, values, codes[here], block.upper[here, here], drift)
 
 
 def _current(work: Tensor, block: _Block, done: int, positions: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ def compensated_rounding(
     grid_weight: Tensor | None = None,
     drift: Drift | None = None,
     prepare: Callable[[Tensor, GroupGrids], None] | None = None,
+    engine: str = "auto",
 ) -> LinearResult:
     """Round all channels of a weight with error compensation.
 
@@ -87,12 +88,14 @@ def compensated_rounding(
         drift: GPTAQ's additional update.
         prepare: Called per chunk of rows before the loop with the weights (n, m) in processing order, dead channels
             zeroed, which it may change in place, and the grids, which it may fit.
+        engine: How the loop runs, ``auto``, ``plain`` or ``fused``: see ``numerics/fused_columns.py``.
 
     Returns:
         The rounded weight, damping entries included.
 
     Raises:
         NumericalError: The result is not finite.
+        UnsupportedError: The engine cannot serve.
     """
     dtype, order = compute_dtype(weight), factor.order
     upper = factor.upper.to(dtype)
@@ -108,7 +111,7 @@ def compensated_rounding(
         _fit_before_loop(grids, weight[here], None if grid_weight is None else grid_weight[here], work, factor, options)
         if prepare is not None:
             prepare(work, grids)
-        found = run_columns(work, upper, grids, options, drift, codes.dtype)
+        found = run_columns(work, upper, grids, options, drift, codes.dtype, engine)
         codes[here], values[here] = (t.T if order is None else t[inverse].T for t in found)
         scales.append(grids.scale)
         zeros.append(grids.zero_point)

@@ -42,6 +42,7 @@ def gptaq(
     grid_weight: Tensor | None = None,
     as_code: bool = False,
     factor: Factor | None = None,
+    engine: str = "auto",
 ) -> LinearResult:
     """Quantize one weight, or the stacked weights of linears that share their input.
 
@@ -60,6 +61,7 @@ def gptaq(
         grid_weight: See ``gptq``.
         as_code: In updates beyond the block multiply P by the rounded weights, as the original code does.
         factor: See ``gptq``.
+        engine: See ``gptq``.
 
     Returns:
         The rounded weight.
@@ -67,6 +69,7 @@ def gptaq(
     Raises:
         ConfigError: A shape or an option is wrong.
         NumericalError: NaN or infinity in an input, or a moment that is singular after damping.
+        UnsupportedError: The engine cannot serve.
     """
     options = LoopOptions(column_block, static_groups, group_refit)
     check_problem(weight, second_moment, grid, grid_weight)
@@ -76,9 +79,10 @@ def gptaq(
         return untouched_result(weight, grid, compute_dtype(weight))
     factor = checked_factor(second_moment, factor, damping, act_order, on_cholesky_failure)
     if strength == 0:
-        return compensated_rounding(weight, grid, factor, options, grid_weight=grid_weight)
+        return compensated_rounding(weight, grid, factor, options, grid_weight=grid_weight, engine=engine)
     matrix = drift_matrix(factor, cross_moment, strength).to(compute_dtype(weight))
-    return compensated_rounding(weight, grid, factor, options, grid_weight=grid_weight, drift=Drift(matrix, as_code))
+    drift = Drift(matrix, as_code)
+    return compensated_rounding(weight, grid, factor, options, grid_weight=grid_weight, drift=drift, engine=engine)
 
 
 def drift_matrix(factor: Factor, cross_moment: Tensor, strength: float) -> Tensor:

@@ -33,6 +33,7 @@ def gptq(
     on_cholesky_failure: str = "raise",
     grid_weight: Tensor | None = None,
     factor: Factor | None = None,
+    engine: str = "auto",
 ) -> LinearResult:
     """Quantize one weight, or the stacked weights of linears that share their input.
 
@@ -50,6 +51,8 @@ def gptq(
         on_cholesky_failure: ``raise`` or ``retry``.
         grid_weight: (out, in), fit all grids on this weight instead; not modified.
         factor: ``factorise(second_moment, ...)`` made with the same options, to share it between linears.
+        engine: How the column loop runs, the same up to rounding errors: ``plain``, ``fused`` (one kernel launch per block,
+            see ``numerics/fused_columns.py``), or ``auto``: fused on a GPU where it can serve, plain elsewhere.
 
     Returns:
         The rounded weight. Dead channels (zero diagonal) get the code of zero.
@@ -57,10 +60,11 @@ def gptq(
     Raises:
         ConfigError: A shape or an option is wrong, or ``factor`` was made with other options.
         NumericalError: NaN or infinity in an input, or a moment that is singular after damping.
+        UnsupportedError: The engine cannot serve.
     """
     options = LoopOptions(column_block, static_groups, group_refit)
     check_problem(weight, second_moment, grid, grid_weight)
     if all(part.spec.untouched for part in grid):
         return untouched_result(weight, grid, compute_dtype(weight))
     factor = checked_factor(second_moment, factor, damping, act_order, on_cholesky_failure)
-    return compensated_rounding(weight, grid, factor, options, grid_weight=grid_weight)
+    return compensated_rounding(weight, grid, factor, options, grid_weight=grid_weight, engine=engine)

@@ -42,6 +42,7 @@ def qronos(
     on_cholesky_failure: str = "raise",
     grid_weight: Tensor | None = None,
     factor: Factor | None = None,
+    engine: str = "auto",
 ) -> LinearResult:
     """Quantize one weight, or the stacked weights of linears that share their input.
 
@@ -58,6 +59,7 @@ def qronos(
         on_cholesky_failure: See ``gptq``.
         grid_weight: See ``gptq``.
         factor: See ``gptq``.
+        engine: See ``gptq``.
 
     Returns:
         The rounded weight.
@@ -65,6 +67,7 @@ def qronos(
     Raises:
         ConfigError: A shape or an option is wrong.
         NumericalError: NaN or infinity in an input, or a moment that is singular after damping.
+        UnsupportedError: The engine cannot serve.
     """
     options = LoopOptions(column_block, static_groups, group_refit)
     check_problem(weight, second_moment, grid, grid_weight)
@@ -95,7 +98,7 @@ def qronos(
         work[1:] += trailing.T @ (trailing @ rhs)
         work[0] = q
 
-    return compensated_rounding(weight, grid, factor, options, grid_weight=grid_weight, prepare=correct)
+    return compensated_rounding(weight, grid, factor, options, grid_weight=grid_weight, prepare=correct, engine=engine)
 
 
 def eigenvalue_damping(second_moment: Tensor, fraction: float) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ptqbench.numerics.checks import compute_dtype, require_shape
+from ptqbench.numerics.second_moment import panels
 
 
 def relative_weight_error(weight: Tensor, dequantized: Tensor) -> float:
@@ -24,7 +25,8 @@ def relative_weight_error(weight: Tensor, dequantized: Tensor) -> float:
     require_shape("dequantized", dequantized, weight.shape)
     dtype = compute_dtype(weight, dequantized)
     reference = weight.to(dtype)
-    return _ratio((reference - dequantized.to(dtype)).square(), reference.square())
+    sums = ((t.square().sum(dtype=torch.float64)) for t in (reference - dequantized.to(dtype), reference))
+    return _quotient(*sums)
 
 
 def relative_output_error(weight: Tensor, dequantized: Tensor, second_moment: Tensor) -> float:
@@ -44,13 +46,32 @@ def relative_output_error(weight: Tensor, dequantized: Tensor, second_moment: Te
     dtype = compute_dtype(weight, dequantized, second_moment)
     reference, moment = weight.to(dtype), second_moment.to(dtype)
     error = reference - dequantized.to(dtype)
-    return _ratio((error @ moment).mul_(error), (reference @ moment).mul_(reference))
+    return _quotient(energy(error, moment), energy(reference, moment))
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> float:
-    """Return the quotient of two sums taken in float64; rounding below zero counts as zero."""
-    above = max(float(numerator.sum(dtype=torch.float64)), 0.0)
-    below = max(float(denominator.sum(dtype=torch.float64)), 0.0)
+def energy(rows: Tensor, second_moment: Tensor) -> Tensor:
+    """Return trace(X S X^T), forming the block lower triangle of the symmetric S alone and counting what is off it twice.
+
+    Args:
+        rows: X (rows, in) in the dtype of ``second_moment``, not modified.
+        second_moment: S (in, in) symmetric, not modified.
+
+    Returns:
+        Scalar, float64, on the device of ``rows``.
+    """
+    total = rows.new_zeros((), dtype=torch.float64)
+    for start, stop in panels(len(second_moment)):
+        here = rows[:, start:stop]
+        product = here @ second_moment[start:stop, start:stop]
+        if start:
+            product.addmm_(rows[:, :start], second_moment[:start, start:stop], alpha=2)
+        total += product.mul_(here).sum(dtype=torch.float64)
+    return total
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> float:
+    """Return the quotient of two scalars; rounding below zero counts as zero."""
+    above, below = max(float(numerator), 0.0), max(float(denominator), 0.0)
     if below == 0.0:
         return 0.0 if above == 0.0 else float("inf")
     return above / below

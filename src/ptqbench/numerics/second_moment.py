@@ -59,9 +59,7 @@ class MomentSum:
         total = self._total(x)
         x = x if weights is None and _exact_in_half(x, total) else x.to(self.dtype)
         left = x if weights is None else _weighted(x, inputs, weights, self.dtype)
-        width = max(MIN_PANEL, -(-self.in_features // PANELS))
-        for start in range(0, self.in_features, width):
-            stop = min(start + width, self.in_features)
+        for start, stop in panels(self.in_features):
             _add_product(total[start:stop, :stop], left[:, start:stop], x[:, :stop])
         self.n_tokens += len(x)
 
@@ -116,6 +114,12 @@ class MomentSum:
         if self.total is None:
             self.total = torch.zeros(self.in_features, self.in_features, dtype=self.dtype, device=like.device)
         return self.total
+
+
+def panels(size: int) -> list[tuple[int, int]]:
+    """Cut the channels of a symmetric product into panels (start, stop), so that half of it can be left out."""
+    width = max(MIN_PANEL, -(-size // PANELS))
+    return [(start, min(start + width, size)) for start in range(0, size, width)]
 
 
 def second_moment(inputs: Tensor, weights: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:

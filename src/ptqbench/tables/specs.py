@@ -59,7 +59,7 @@ class SpecReader:
         spec = SPECS.validate_json(content)
         texts = identity_texts(spec)
         names = [_name(field) for field in fields]
-        if None not in names and len(set(names)) == len(names):
+        if len(set(names) - {None}) == len(names):
             for name, field in zip(map(str, names), fields, strict=True):
                 self._known[field] = name, getattr(spec, name), texts.get(name)
         return spec, texts

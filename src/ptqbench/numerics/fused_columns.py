@@ -1,0 +1,168 @@
+"""The column loop in one kernel launch per panel, for GPUs: what ``column_loop`` does there with a chain of launches each.
+
+Objective and legend: as in ``numerics/column_loop.py``, whose plain loop is the reference and serves everything else:
+float64, ternary grids, CPUs. Channels beyond the panel are still updated by matrix products.
+
+A program of the kernel (``numerics/column_kernel.py``) owns a few rows and keeps the errors e of the whole panel in
+registers, (``PANEL``, ``ROWS``): channel i gathers sum_j e_j U_ji / U_jj by one reduction over that tile, as the plain loop
+gathers by a product, and adds its own error to it by a mask. Gathering writes every number once and reads nothing that
+the kernel wrote, so no program ever waits for another and the next channel can be loaded while this one is rounded.
+Products are not contracted with sums, so that e is the error of the very q that is stored.
+
+Source: none but the plain loop. Deviation: sums in another order, so a weight within rounding error of the border
+between two codes may get the other one; later channels absorb the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import util
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ptqbench.errors import UnsupportedError
+from ptqbench.numerics.checks import require_choice
+
+if TYPE_CHECKING:
+    from ptqbench.numerics.column_loop import GroupGrids
+    from ptqbench.numerics.grid import GridSpec
+
+ENGINES = ("auto", "plain", "fused")
+"""``auto`` is fused wherever it can serve and there is a GPU; ``fused`` fails where it cannot."""
+PANEL = 128
+"""Most channels per launch: with ``ROWS`` and four warps, 32 registers per thread hold the errors, and as many w for GPTAQ."""
+SMALLEST_TILE = 16
+ROWS = 32
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+INTEGER, REAL, UNTOUCHED = range(3)
+"""How the kernel tells grids apart: by their zero point, or that they keep the weight."""
+
+
+def engine_on(device: torch.device) -> str:
+    """Say which column loop ``auto`` takes for float32 work on affine grids, to be recorded with a result.
+
+    Args:
+        device: Where the weights are rounded.
+
+    Returns:
+        ``"plain"``, or ``"fused"`` with the version of triton.
+    """
+    return f"fused, triton {_kernels().VERSION}" if device.type == "cuda" and _has_triton() else "plain"
+
+
+def use_fused(engine: str, work: Tensor, specs: Iterable[GridSpec]) -> bool:
+    """Choose the engine.
+
+    Args:
+        engine: One of ``ENGINES``.
+        work: (n, m), for dtype, device and layout.
+        specs: The grids of all groups.
+
+    Returns:
+        Whether to use the kernel.
+
+    Raises:
+        ConfigError: There is no such engine.
+        UnsupportedError: ``fused`` was asked for and cannot serve.
+    """
+    require_choice("engine", engine, ENGINES)
+    if engine == "plain" or (engine == "auto" and not work.is_cuda):
+        return False
+    reason = _obstacle(work, specs)
+    if reason and engine == "fused":
+        raise UnsupportedError(f"engine fused: {reason}; choose engine 'auto' or 'plain'")
+    return not reason
+
+
+class FusedPanels:
+    """Rounds panels of one weight with the kernel."""
+
+    def __init__(self, grids: GroupGrids) -> None:
+        """Put the group and the kind of grid of every channel where the kernel reads them.
+
+        Args:
+            grids: Grids of the rows at hand; they may be fitted later, panel by panel.
+        """
+        self._grids = grids
+        kinds = [_kind(group.spec) for group in grids.groups]
+        rows = [grids.of_position, [kinds[g] for g in grids.of_position]]
+        self._group, self._kind = torch.tensor(rows, dtype=torch.int32).to(grids.scale.device).unbind(0)
+
+    def round(
+        self,
+        position: int,
+        weights: Tensor,
+        errors: Tensor,
+        values: Tensor,
+        codes: Tensor,
+        upper: Tensor,
+        drift: Tensor | None,
+    ) -> None:
+        """Round the k channels from a position on; their groups must be fitted.
+
+        Args:
+            position: Processing position of the first channel.
+            weights: (k, m) contiguous float32, updated in place to the values just before rounding.
+            errors: (k, m) contiguous float32, receives e.
+            values: (k, m) contiguous float32, receives q.
+            codes: (k, m) contiguous integers, receives the codes.
+            upper: U_jl / U_jj, (k, k), not modified; its strictly upper part counts.
+            drift: P, (k, k) likewise.
+
+        Raises:
+            UnsupportedError: Triton cannot compile or start the kernel here.
+        """
+        k, m = weights.shape
+        here = slice(position, position + k)
+        upper = upper.T.contiguous()
+        coefficients = (upper, upper if drift is None else drift.T.contiguous())
+        grids = (self._grids.scale, self._grids.zero_point, self._grids.low, self._grids.high)
+        tile = max(SMALLEST_TILE, 1 << (k - 1).bit_length())
+        try:
+            with torch.cuda.device_of(weights):
+                _kernels().round_panel[(-(-m // ROWS),)](
+                    weights, errors, values, codes, *coefficients, *grids, self._group[here], self._kind[here], m, k,
+                    CHANNELS=tile, ROWS=ROWS, DRIFT=drift is not None, **LAUNCH,
+                )  # fmt: skip
+        except Exception as error:
+            found = next(iter(str(error).splitlines()), "")
+            raise UnsupportedError(
+                f"engine fused: expected triton to compile the column loop for {weights.device}, got "
+                f"{type(error).__name__}: {found}; pass engine='plain' to the solver, or uninstall triton"
+            ) from error
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Import the kernel, and triton with it."""
+    from ptqbench.numerics import column_kernel
+
+    return column_kernel
+
+
+@cache
+def _has_triton() -> bool:
+    return util.find_spec("triton") is not None
+
+
+def _kind(spec: GridSpec) -> int:
+    if spec.untouched:
+        return UNTOUCHED
+    return REAL if spec.zero_point == "real" else INTEGER
+
+
+def _obstacle(work: Tensor, specs: Iterable[GridSpec]) -> str:
+    """Say why the kernel cannot serve, in words; empty if it can."""
+    if not _has_triton():
+        return "triton is not installed"
+    if work.dtype != torch.float32 or not work.is_contiguous():
+        return f"expected contiguous float32 work, got {work.dtype}"
+    if any(spec.scheme == "ternary" and not spec.untouched for spec in specs):
+        return "a ternary grid is not affine"
+    if not work.is_cuda and not _kernels().INTERPRETED:
+        return f"expected a CUDA device, got {work.device}"
+    return ""
