@@ -114,6 +114,35 @@ def test_front_agrees_with_the_definition(cells):
     assert best["front"]
 
 
+def legend(figure):
+    (axis,) = figure.axes
+    marks, names = axis.get_legend_handles_labels()
+    lines = [mark if hasattr(mark, "get_marker") else mark.lines[0] for mark in marks]
+    return {name: (line.get_marker(), line.get_color()) for name, line in zip(names, lines, strict=True)}
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_method_looks_the_same_in_every_plot(cells, given):
+    looks = analysis.deal_looks(cells["method"].dropna()) if given else None
+    rows = analysis.pareto(cells, "wikitext2/perplexity")
+    backwards = rows.iloc[::-1]
+    first, second = (
+        legend(analysis.plot_pareto(each, "wikitext2/perplexity", "x", looks)) for each in (rows, backwards)
+    )
+    assert first == second
+    assert list(first) == [name for name in (looks or sorted(first)) if name in first]
+    assert len({marker for marker, _ in first.values()}) == len(first)
+    report = analysis.layers(cells)
+    curves = legend(analysis.plot_layers(report, "relative_output_error", "mlp.down_proj", looks))
+    assert len(curves) > 3
+    assert given is all(first[name] == curves[name] for name in first.keys() & curves.keys())
+
+
+def test_looks_stay_apart_without_colours():
+    looks = analysis.deal_looks([*map(str, range(48)), "0"])
+    assert len(looks) == len({(look.marker, look.line) for look in looks.values()}) == 48
+
+
 def test_paired_tests_use_the_examples_and_say_what_lacks_them(cells, tmp_path):
     found = analysis.paired_tests(cells[cells["model"] == "toy-1b"], "gptq")
     rtn = found[(found["method"] == "rtn") & (found["seed"] == 0) & (found["metric"] == "wikitext2/perplexity")]

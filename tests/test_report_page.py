@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import golden_store
-from ptqbench import provenance, store, tables
+from ptqbench import analysis, provenance, store, tables
 from ptqbench.cli import main
-from ptqbench.report_page import facts, report_page
+from ptqbench.report_page import facts, plots, report_page
 from ptqbench.report_page.plots import _shifts
 
 VOID = {"meta", "img", "br", "hr", "link"}
@@ -207,10 +207,89 @@ def test_layers_are_those_of_the_lowest_bitwidth(page):
     assert "coquant" not in alts[0]
 
 
+def test_a_cell_whose_spec_is_lost_is_in_no_plot_of_layers(two):
+    golden_store.write_reports(two)
+    (lost,) = two.glob("*-gptq-*")
+    (lost / "spec.json").write_text("[")
+    (alt,) = [i["alt"] for i in Page(report_page(sources_of(two))).all("img") if "by block and linear" in i["alt"]]
+    assert "rtn" in alt
+    assert "gptq" not in alt
+
+
+def drawn_looks(figures):
+    """For every name in a legend: marker, line and colour in each figure."""
+    looks = {}
+    for figure in figures:
+        entries = [(mark, text) for axis in figure.axes if axis.get_legend() for mark, text in legend_of(axis)]
+        assert entries
+        for mark, text in entries:
+            looks.setdefault(text, []).append((mark.get_marker(), mark.get_linestyle(), mark.get_color()))
+    return looks
+
+
+def legend_of(axis):
+    legend = axis.get_legend()
+    return zip(legend.legend_handles, [text.get_text() for text in legend.get_texts()], strict=True)
+
+
+def test_a_bitwidth_and_a_method_look_the_same_in_all_plots_of_a_page(tmp_path, monkeypatch):
+    """Against bits and against time the order of bitwidths is opposite, and the second model lacks what the first begins with."""
+    cells = [("m", "rtn", "w3", 3, 40.0), ("m", "gptq", "w4a4kv4", 4, 10.0), ("m", "loaq", "w4a4kv4", 4, 20.0),
+             ("m", "gptq", "w3", 3, 50.0), ("n", "gptq", "w4a4kv4", 4, 10.0), ("n", "loaq", "w4a4kv4", 4, 30.0)]  # fmt: skip
+    sources = []
+    for model, method, bitwidth, bits, seconds in cells:
+        spec = golden_store.cell(model, method, bitwidth, 0, execution={"runs_dir": str(tmp_path)})
+        folder = store.create(spec)
+        done = golden_store.result(spec, folder, bits, 9.0 - bits, 0.5) | {"timings": {"round_s": seconds}}
+        store.write_json(folder.result_path, done)
+        sources.append((folder, spec))
+    golden_store.write_reports(tmp_path)
+    figures = []
+    monkeypatch.setattr(plots, "_address", lambda figure: figures.append(figure) or "data:")
+    report_page(sources)
+    looks = drawn_looks(figures)
+    assert {name: len(found) for name, found in looks.items()} == {
+        "w3": 4,
+        "w4a4kv4": 8,
+        "rtn": 1,
+        "gptq": 2,
+        "loaq": 1,
+    }
+    assert all(len(set(found)) == 1 for found in looks.values()), looks
+    for names in (("w3", "w4a4kv4"), ("rtn", "gptq", "loaq")):
+        assert len({looks[name][0][0] for name in names}) == len(names), "markers differ: no colour is needed"
+
+
 def test_cost_is_that_of_the_results(page):
     (row,) = [row for row in page.tables[1] if row[:3] == ["toy-1b", "coquant", "w4a4kv4"]]
-    assert row[3:] == ["65.7", "25.0", f"{6.57e8 / 2**20:.2f}", "-", "-"]
+    assert row[3:] == ["65.7", "-^1", "25.0", f"{6.57e8 / 2**20:.2f}", "-", "-"]
+    assert "not recorded: the time leaves out what the cell found" in page.words()
     assert "in one process" not in page.text
+
+
+def test_time_to_quantize_is_the_full_cost_whoever_paid_it(two):
+    """gptq found what took 30 s, and stood 4 s at a lock: against time rtn is cheaper, although it spent more of its own."""
+    shared = {"rtn": {"spared_s": 0.0, "waited_s": 0.0}, "gptq": {"spared_s": 30.0, "waited_s": 4.0}}
+    for folder in store.all_runs(two):
+        result = folder.result()
+        own = {"rtn": 20.0, "gptq": 10.0}.get(result["method"], 0.0)
+        changes = {
+            "timings": {"round_s": own, "perplexity_s": 7.0},
+            "shared": shared.get(result["method"], shared["rtn"]),
+        }
+        store.write_json(folder.result_path, result | changes)
+    page = Page(report_page(sources_of(two)))
+    times = {row[1]: row[3:6] for row in page.tables[1][2:]}
+    assert times == {"fp16": ["0.0", "0.0", "7.0"], "rtn": ["20.0", "0.0", "7.0"], "gptq": ["36.0", "30.0", "7.0"]}
+    assert page.tables[1][1][3:5] == ["quantize", "of it found"]
+    assert "not recorded: the time" not in page.text
+    assert "what a cell found made by another counts too" in page.words()
+    frame = tables.tidy(sources_of(two))
+    front = analysis.pareto(frame, "wikitext2/perplexity", "quantize_s").set_index("method")
+    frame = frame.drop_duplicates("run_id").set_index("method")
+    assert frame["quantize_s"].to_dict() == {"fp16": 0.0, "rtn": 20.0, "gptq": 36.0}
+    assert frame["spared_s"].to_dict() == {"fp16": 0.0, "rtn": 0.0, "gptq": 30.0}
+    assert front["cost"].to_dict() == {"fp16": 0.0, "rtn": 20.0, "gptq": 36.0}
 
 
 def test_same_folders_give_the_same_bytes(runs, text):
@@ -246,14 +325,14 @@ def test_cost_says_where_a_figure_is_not_that_of_the_cell_alone(two):
     give_provenance(two)
     frame = tables.tidy(sources_of(two))
     sheet = facts.cost(cells_of(two), tables.pivot(frame))
-    assert not sheet.notes
+    assert "resumed" not in " ".join(sheet.notes)
     assert "in one process" not in " ".join(sheet.remarks)
     give_provenance(two)
     for folder in store.all_runs(two):
         for path in folder.attempts:
             store.write_json(path / "meta.json", json.loads((path / "meta.json").read_text()) | {"pid": 7})
     sheet = facts.cost(cells_of(two), tables.pivot(frame))
-    assert sheet.notes == ["resumed: the time is that of the last attempt alone"]
+    assert "resumed: the time is that of the last attempt alone" in sheet.notes
     assert "in one process" in " ".join(sheet.remarks)
 
 
@@ -316,6 +395,13 @@ def test_names_in_a_plot_overlap_neither_each_other_nor_marks():
     ends = sorted([*placed, (20, 26)])
     assert all(upper[0] - lower[1] > -0.1 for lower, upper in pairwise(ends))
     assert _shifts(np.array([[0, 0, 9, 9], [20, 0, 29, 9]], float), 2) == [0, 0], "side by side"
+
+
+def test_a_name_that_does_not_fit_between_marks_goes_around_them():
+    names, marks = [[10, 24, 40, 32], [10, 25, 40, 33]], [[0, 20, 12, 26], [0, 30, 12, 36], [0, 8, 12, 14]]
+    shifts = _shifts(np.array([*names, *marks], float), 2)
+    spans = sorted((low + by, high + by) for (_, low, _, high), by in zip(names, shifts, strict=True))
+    assert spans == [(36, 44), (44, 52)]
 
 
 def test_page_needs_no_torch():

@@ -5,8 +5,8 @@ Frames in, frames out; a plot takes a frame and returns a figure that can be rea
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +25,32 @@ MARKERS = "osD^vP*X<>hp"
 LINES = ("-", "--", ":", "-.")
 WIDE = 5.0
 """Ratio of largest to smallest value from which an axis is logarithmic."""
-GREYS = ("0.0", "0.35", "0.55", "0.7")
+SHADES = tuple(grey for grey in ("0.0", "0.35", "0.55", "0.7") for _ in LINES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How something is drawn wherever it is drawn; marker and line tell it apart in black and white too."""
+
+    marker: str
+    line: str
+    colour: str
+
+
+def deal_looks(names: Iterable[str], colours: Sequence[str] = SHADES) -> dict[str, Look]:
+    """Give every name a look of its own; deal once for all plots that are looked at together.
+
+    Args:
+        names: Names, perhaps repeated; the first to come gets the first look.
+        colours: Dealt one after another, again and again.
+
+    Returns:
+        Looks by name. No two of 48 are equal even where colours cannot be seen.
+    """
+    return {
+        name: Look(MARKERS[i % len(MARKERS)], LINES[(i + i // len(MARKERS)) % len(LINES)], colours[i % len(colours)])
+        for i, name in enumerate(dict.fromkeys(names))
+    }
 
 
 def cells(root: str | Path) -> pd.DataFrame:
@@ -225,17 +250,27 @@ def _combinations(frame: pd.DataFrame, metric: str, bitwidth: str) -> pd.DataFra
     return rows.assign(**{role: [member_name(cell, role) for cell in _records(rows)] for role in ROLES})
 
 
-def plot_pareto(rows: pd.DataFrame, metric: str, cost: str) -> Figure:
-    """Draw quality against cost: one marker per method, filled where nothing beats the row in both."""
+def plot_pareto(rows: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look] | None = None) -> Figure:
+    """Draw quality against cost: one marker per method, filled where nothing beats the row in both.
+
+    Args:
+        rows: As ``pareto`` returns it, not modified.
+        metric: Name of the quality.
+        cost: Name of the cost.
+        looks: Looks by method, dealt once for all plots that are compared; None deals them by name.
+    """
     figure, axis = _axes()
-    markers = dict(zip(dict.fromkeys(rows["method"]), itertools.cycle(MARKERS)))
-    for method, group in rows.groupby("method", sort=False):
-        marker = markers[method]
+    looks = looks or deal_looks(sorted(rows["method"]))
+    for method in (name for name in looks if (rows["method"] == name).any()):
+        group, colour = rows[rows["method"] == method], looks[method].colour
         for on_front, part in group.groupby("front"):
-            face = "black" if on_front else "white"
-            label = str(method) if on_front or not group["front"].any() else None
-            look: dict[str, Any] = {"fmt": marker, "color": "black", "mfc": face, "capsize": 2, "label": label}
-            axis.errorbar(part["cost"], part["quality"], part["spread"].fillna(0.0), **look)
+            label = method if on_front or not group["front"].any() else None
+            look: dict[str, Any] = {
+                "fmt": looks[method].marker,
+                "color": colour,
+                "mfc": colour if on_front else "white",
+            }
+            axis.errorbar(part["cost"], part["quality"], part["spread"].fillna(0.0), **look, capsize=2, label=label)
     wide = len(rows) > 1 and rows["quality"].min() > 0 and rows["quality"].max() > WIDE * rows["quality"].min()
     axis.set_yscale("log" if wide else "linear")
     axis.set_xlabel(f"{cost} (lower is better)")
@@ -244,17 +279,22 @@ def plot_pareto(rows: pd.DataFrame, metric: str, cost: str) -> Figure:
     return figure
 
 
-def plot_layers(report: pd.DataFrame, value: str, linear: str, methods: Sequence[str] | None = None) -> Figure:
-    """Draw a layer figure over the blocks, one line style per method; mean over seeds."""
+def plot_layers(report: pd.DataFrame, value: str, linear: str, looks: Mapping[str, Look] | None = None) -> Figure:
+    """Draw a layer figure over the blocks, one look per method; mean over seeds.
+
+    Args:
+        report: As ``layers`` returns it, not modified.
+        value: One of its columns.
+        linear: The kind of linear.
+        looks: Looks by method, dealt once for all plots that are compared; None deals them by name.
+    """
     rows = report[report["linear"] == linear]
-    chosen: Iterable[Any] = dict.fromkeys(rows["method"]) if methods is None else methods
     figure, axis = _axes()
-    styles = itertools.cycle(itertools.product(GREYS, LINES))
-    for method, marker, (grey, line) in zip(chosen, itertools.cycle(MARKERS), styles, strict=False):
-        curve = rows[rows["method"] == method].groupby("block")[value].mean()
-        axis.plot(
-            curve.index, curve, color=grey, linestyle=line, marker=marker, markersize=3, linewidth=1, label=method
-        )
+    looks = looks or deal_looks(sorted(rows["method"]))
+    for method in (name for name in looks if (rows["method"] == name).any()):
+        look, curve = looks[method], rows[rows["method"] == method].groupby("block")[value].mean()
+        style: dict[str, Any] = {"color": look.colour, "linestyle": look.line, "marker": look.marker, "label": method}
+        axis.plot(curve.index, curve, **style, markersize=3, linewidth=1)
     axis.set_xlabel("block")
     axis.set_ylabel(f"{value}, {linear}")
     axis.set_yscale("log" if (rows[value].dropna() > 0).all() and len(rows) else "linear")

@@ -7,7 +7,8 @@ is removed and made again. A file lock held while an artefact is made keeps twen
 times; where a file system ignores locks, that work is wasted and nothing is wrong. A folder has a budget: what does not fit
 beside artefacts in use is not stored.
 
-An artefact never changes a result: a cell computes the same numbers with an empty folder.
+An artefact never changes a result: a cell computes the same numbers with an empty folder. It carries the seconds that making
+it took, so that a cell can say what it was spared (``Artefacts.account``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,13 +43,35 @@ class Artefacts:
     Attributes:
         root: Where it is; created when something is stored.
         budget_bytes: What the folder may take; None for as much as there is.
-        hits: How many artefacts were found by this process.
+        found: How many artefacts this object found, by kind.
         made: How many it made.
+        spared_s: What it cost others to make what was found; what this object made or found before counts once.
+        waited_s: How long this object waited while others made something.
     """
 
     def __init__(self, root: Path, budget_bytes: int | None = None) -> None:
         """Look at a folder, which need not exist yet."""
-        self.root, self.budget_bytes, self.hits, self.made = root, budget_bytes, 0, 0
+        self.root, self.budget_bytes, self.made = root, budget_bytes, 0
+        self.found: Counter[str] = Counter()
+        self.spared_s = self.waited_s = 0.0
+        self._paid: set[Path] = set()
+
+    @property
+    def hits(self) -> int:
+        """How many artefacts were found."""
+        return self.found.total()
+
+    def clock(self) -> float:
+        """Seconds whose differences are full costs: as if what was found had been made here, without waiting for others."""
+        return time.perf_counter() + self.spared_s - self.waited_s
+
+    def account(self) -> dict[str, Any]:
+        """What this object found and what that cost others, as plain data."""
+        return {
+            "found": dict(self.found),
+            "spared_s": round(self.spared_s, 4),
+            "waited_s": round(self.waited_s, 4),
+        }
 
     def path(self, kind: str, key: Mapping[str, Any]) -> Path:
         """The file of an artefact."""
@@ -57,10 +81,13 @@ class Artefacts:
     def find(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """Read an artefact; None if it is missing or damaged (a damaged one is removed)."""
         path = self.path(kind, key)
-        tensors = _read(path)
-        if tensors is None:
+        read = _read(path)
+        if read is None:
             return None
-        self.hits += 1
+        tensors, seconds = read
+        self.found[kind] += 1
+        self.spared_s += 0.0 if path in self._paid else seconds
+        self._paid.add(path)
         with contextlib.suppress(OSError):
             os.utime(path)  # the least recently used go first when space is short
         return tensors
@@ -83,25 +110,33 @@ class Artefacts:
             found = self.find(kind, key)
             if found is not None:
                 return found
+            start = self.clock()
             tensors = _stored_form(make())
             self.made += 1
-            self.put(kind, key, tensors)
+            self.put(kind, key, tensors, self.clock() - start)
             return tensors
 
-    def put(self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    def put(self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor], seconds: float) -> bool:
         """Store an artefact, unless it does not fit the budget or the disk.
+
+        Args:
+            kind: First part of the file's name.
+            key: Plain data that determines the tensors.
+            tensors: The artefact, not modified.
+            seconds: Its full cost, a difference of ``clock``.
 
         Returns:
             Whether it is stored.
         """
-        held = _stored_form(tensors)
+        held, path = _stored_form(tensors), self.path(kind, key)
+        self._paid.add(path)
         size = sum(tensor.nbytes for tensor in held.values())
         try:
             if self.budget_bytes is not None:
                 left = collect_garbage(self.root, self.budget_bytes - size, IN_USE_S)[2]
                 if left + size > self.budget_bytes:
                     return False
-            _write(self.path(kind, key), held)
+            _write(path, held, seconds)
         except OSError:  # a full disk costs the sharing, not the cell
             return False
         return True
@@ -111,7 +146,9 @@ class Artefacts:
         """Keep other processes from making the same artefact meanwhile; the lock of a killed process is free."""
         path = self.path(kind, key)
         path.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
         with FileLock(path.with_suffix(".lock")):
+            self.waited_s += time.perf_counter() - start
             yield
 
 
@@ -168,26 +205,28 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
+def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
+    """Tensors and their cost; a file that is damaged or does not say what it cost is removed."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
-            expected = (stored.metadata() or {}).get("sha256")
+            said = stored.metadata() or {}
+        seconds = float(said["seconds"])
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, KeyError, ValueError):
         path.unlink(missing_ok=True)
         return None
-    if _digest(tensors) != expected:
+    if _digest(tensors) != said.get("sha256"):
         path.unlink(missing_ok=True)
         return None
-    return tensors
+    return tensors, seconds
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], seconds: float) -> None:
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+        save_file(tensors, temporary, metadata={"sha256": _digest(tensors), "seconds": f"{seconds:.6f}"})

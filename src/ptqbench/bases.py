@@ -218,17 +218,18 @@ class _Computation:
     def compute(self, windows: Tensor, on_block: Callable[[int], None]) -> None:
         """Compute and store what is missing, block by block."""
         stream, total, missing = _Stream(self.model, self.transform, windows), None, self.missing()
+        start = self._clock()
         for index in range(self.model.n_blocks):
             if str(index) in missing or self.one_for_all:
                 moments = self._moments(index, stream)
                 if str(index) in missing:
-                    self._save(str(index), self._bases(index, moments))
+                    start = self._save(str(index), self._bases(index, moments), start)
                 if self.one_for_all:
                     both = moments.attention + moments.mlp
                     total = both if total is None else total + both
             on_block(index)
         if total is not None:
-            self._save(SHARED, {"residual": eigenbasis(total / (2 * self.model.n_blocks))})
+            self._save(SHARED, {"residual": eigenbasis(total / (2 * self.model.n_blocks))}, start)
 
     def _moments(self, index: int, stream: _Stream) -> BlockMoments:
         if self.shelf is None:
@@ -245,10 +246,17 @@ class _Computation:
         except NumericalError as error:
             raise NumericalError(f"block {index}: {error}") from error
 
-    def _save(self, part: str, bases: Mapping[str, Tensor]) -> None:
+    def _clock(self) -> float:
+        return 0.0 if self.shelf is None else self.shelf.artefacts.clock()
+
+    def _save(self, part: str, bases: Mapping[str, Tensor], start: float) -> float:
+        """Store a part, with what it cost since ``start``; returns when the next one begins."""
         self.stored.save(part, bases)
+        end = self._clock()
         if self.shelf is not None:
-            self.shelf.artefacts.put("bases", self.shelf.bases_key(self.transform, self.spec, part), bases)
+            key = self.shelf.bases_key(self.transform, self.spec, part)
+            self.shelf.artefacts.put("bases", key, bases, end - start)
+        return end
 
 
 @contextmanager

@@ -6,9 +6,11 @@ Exit status: 0 done, 1 a cell failed, 2 the request was wrong (one line on stand
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,12 +179,25 @@ def _table(arguments: list[str]) -> int:
     parser.add_argument("--picture", metavar="FILE", help="also draw the table's figures to a PNG or PDF file")
     parser.add_argument("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders")
     options = parser.parse_intermixed_args(arguments)
-    from ptqbench.show import print_table, table_options
+    with _uncollected():
+        from ptqbench.show import print_table, table_options
 
-    find = _wandb_sources if options.from_wandb is not None else _table_sources
-    sources, title, columns = find(options)
-    print_table(sources, table_options(options, title, columns))
+        find = _wandb_sources if options.from_wandb is not None else _table_sources
+        sources, title, columns = find(options)
+        print_table(sources, table_options(options, title, columns))
     return 0
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the cyclic garbage collector: it would look through thousands of rows that all stay in use to the end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _report(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ptqbench.spec import IDENTITY, RunSpec
@@ -51,6 +52,20 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+def identity_texts(spec: RunSpec) -> dict[str, str]:
+    """Serialise every identity field of a cell by itself: cells that share a field share its text."""
+    return {name: canonical_json(identity_fields(getattr(spec, name))) for name in _identity_names(RunSpec) or ()}
+
+
+def joined(texts: Mapping[str, str]) -> str:
+    """Make the canonical JSON of an object from that of its values.
+
+    >>> joined({"b": "[1]", "a": "null"})
+    '{"a":null,"b":[1]}'
+    """
+    return "{" + ",".join(f'"{name}":{texts[name]}' for name in sorted(texts)) + "}"
+
+
 def run_id(spec: RunSpec) -> str:
     """Hash the identity of a cell.
 
@@ -60,13 +75,13 @@ def run_id(spec: RunSpec) -> str:
     Returns:
         12 lower-case hexadecimal digits.
     """
-    return identity_id(identity_fields(spec))
+    return identity_id(identity_texts(spec))
 
 
-def identity_id(identity: Any) -> str:
-    """Hash what ``identity_fields`` returned for a cell, to its run id."""
-    payload = {"format": FORMAT, "spec": identity}
-    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()[:RUN_ID_LENGTH]
+def identity_id(texts: Mapping[str, str]) -> str:
+    """Hash what ``identity_texts`` returned for a cell, to its run id."""
+    payload = joined({"format": canonical_json(FORMAT), "spec": joined(texts)})
+    return hashlib.sha256(payload.encode()).hexdigest()[:RUN_ID_LENGTH]
 
 
 def slug(spec: RunSpec) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -99,12 +100,13 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
     timings, state = Timings(), BlockState(folder.state_path, folder.run_id)
     transform = create("transform", spec.method.transform)
     precision = transform.precision(spec, model.architecture)
+    calibration = _Calibration(spec, model, tokenizer)
     if spec.quantizes:
-        calibration = _Calibration(spec, model, tokenizer)
         model = _transformed(spec, model, transform, calibration, folder, timings, observer)
         _quantize(spec, model, precision, calibration, state, timings, observer)
     metrics = _evaluate(spec, folder, model, tokenizer, state, timings, observer)
-    return _result(spec, folder, model, metrics, _record_layers(spec, folder, state, model, precision), timings)
+    result = _result(spec, folder, model, metrics, _record_layers(spec, folder, state, model, precision), timings)
+    return result | {"shared": calibration.artefacts.account()}
 
 
 def _configure(spec: RunSpec) -> None:
@@ -153,7 +155,7 @@ class _Calibration:
             "rows": rows,
         }
         make = lambda: {"windows": calibration_windows(text, self.tokenizer, rows, seed)}  # noqa: E731
-        return self._artefacts().get("calibration", key, make)["windows"]
+        return self.artefacts.get("calibration", key, make)["windows"]
 
     def shelf(self, n_samples: int) -> Shelf:
         """Where moments over so many windows are left for other cells."""
@@ -165,13 +167,15 @@ class _Calibration:
             "seed": self.spec.seed,
             "device": self.model.device.type,
         }
-        return Shelf(self._artefacts(), key)
+        return Shelf(self.artefacts, key)
 
     def _text(self, n_samples: int | None) -> CalibrationSpec:
         assert self.spec.calibration is not None, "a cell that quantizes has a calibration"
         return dataclasses.replace(self.spec.calibration, n_samples=n_samples or self.spec.calibration.n_samples)
 
-    def _artefacts(self) -> Artefacts:
+    @functools.cached_property
+    def artefacts(self) -> Artefacts:
+        """One object for the whole cell: it knows what the cell was spared."""
         execution = self.spec.execution
         return Artefacts(Path(execution.runs_dir) / FOLDER, int(execution.artefacts_gib * 2**30))
 
@@ -212,7 +216,8 @@ def _quantize(
         true_sequential=spec.method.true_sequential,
         during_calibration=spec.method.activation.during_calibration,
     )
-    windows = calibration.windows()
+    with timings.measure("windows_s"):
+        windows = calibration.windows()
     observer.stage("quantize", model.n_blocks)
     quantize(model, method, windows, state, timings, lambda index: observer.advance())
 

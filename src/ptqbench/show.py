@@ -8,18 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
-
 from ptqbench.errors import ConfigError
-from ptqbench.plan import describe
-from ptqbench.squeue import look
 from ptqbench.store import DONE, PENDING, RunFolder, write_text
 
 if TYPE_CHECKING:
     import argparse
+
+    from rich.table import Table
+    from rich.text import Text
 
     from ptqbench.tables import Entry, Sheet, Source
 
@@ -43,6 +39,8 @@ class TableOptions:
 
 def result_table(title: str, result: dict[str, Any]) -> Table:
     """Lay out the result of one cell."""
+    from rich.table import Table
+
     from ptqbench.tables import format_value
 
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
@@ -74,6 +72,13 @@ def print_status(folders: Sequence[RunFolder], every: bool = False) -> None:
         folders: Run folders.
         every: Whether finished and pending cells are listed too, without a limit.
     """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ptqbench.plan import describe
+    from ptqbench.squeue import look
+
     console, table, counts, hidden = Console(), Table(show_edge=False, pad_edge=False), Counter[str](), 0
     for column in ("cell", "state", "detail"):
         table.add_column(column, overflow="fold")
@@ -136,6 +141,8 @@ def print_sheet(sheet: Sheet, style: str, output: str | None = None) -> None:
     from ptqbench import tables
 
     if style == "terminal":
+        from rich.console import Console
+
         console = Console(highlight=False)
         console.print(rich_table(sheet))
         for line in [*(f"[{number}] {text}" for number, text in enumerate(sheet.notes, 1)), *sheet.remarks]:
@@ -157,6 +164,8 @@ def put(text: str, output: str | None) -> None:
 
 def rich_table(sheet: Sheet) -> Table:
     """Lay out a sheet for the terminal; a text column that says the same in every row moves into the title."""
+    from rich.table import Table
+
     constant = [
         place
         for place, column in enumerate(sheet.columns)
@@ -178,10 +187,12 @@ def rich_table(sheet: Sheet) -> Table:
     return out
 
 
-def _rich_entry(entry: Entry) -> str:
+def _rich_entry(entry: Entry) -> Text:
+    """An entry as text of its own: as markup it would be parsed once to be measured and once to be printed."""
+    from rich.text import Text
+
     text = entry.text.replace(" ± ", "±")
-    text = escape(text if entry.note is None else f"{text} [{entry.note}]")
-    return f"[bold]{text}[/]" if entry.bold else text
+    return Text(text if entry.note is None else f"{text} [{entry.note}]", style="bold" if entry.bold else "")
 
 
 def _broken(group: str, width: int = 12) -> str:

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,13 +63,82 @@ def test_a_damaged_artefact_is_made_again(tmp_path, damage):
 
 
 def test_a_full_disk_costs_only_the_sharing(tmp_path, monkeypatch):
-    def full(path, tensors):
+    def full(path, tensors, seconds):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ptqbench.artefacts._write", full)
     store = Artefacts(tmp_path)
     assert torch.equal(store.get("windows", KEY, tensors)["a"], tensors()["a"])
     assert store.find("windows", KEY) is None
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless it is moved."""
+    now = SimpleNamespace(seconds=100.0)
+    fake = SimpleNamespace(perf_counter=lambda: now.seconds, time=time.time)
+    monkeypatch.setattr("ptqbench.artefacts.time", fake)
+    return now
+
+
+def taking(clock, seconds):
+    def make():
+        clock.seconds += seconds
+        return tensors()
+
+    return make
+
+
+def test_an_artefact_carries_what_it_cost_and_who_finds_it_is_spared_that_once(tmp_path, clock):
+    maker, finder = Artefacts(tmp_path), Artefacts(tmp_path)
+    for _ in range(2):
+        maker.get("windows", KEY, taking(clock, 5))
+    assert maker.account() == {"found": {"windows": 1}, "spared_s": 0.0, "waited_s": 0.0}, "it paid for it"
+    for _ in range(2):
+        finder.get("windows", KEY, taking(clock, 7))
+    assert finder.account() == {"found": {"windows": 2}, "spared_s": 5.0, "waited_s": 0.0}
+
+
+def test_the_cost_of_what_is_made_from_something_found_includes_that(tmp_path, clock):
+    Artefacts(tmp_path).get("moments", KEY, taking(clock, 5))
+    second = Artefacts(tmp_path)
+    start = second.clock()
+    second.get("moments", KEY, taking(clock, 7))
+    second.put("bases", KEY, taking(clock, 2)(), second.clock() - start)
+    third = Artefacts(tmp_path)
+    third.find("bases", KEY)
+    assert third.spared_s == 7.0
+
+
+def test_waiting_for_another_process_is_no_cost(tmp_path, clock, monkeypatch):
+    @contextmanager
+    def contended(path):
+        clock.seconds += 30
+        yield
+
+    monkeypatch.setattr("ptqbench.artefacts.FileLock", contended)
+    store = Artefacts(tmp_path)
+    start = store.clock()
+    store.get("windows", KEY, taking(clock, 5))
+    assert store.account() == {"found": {}, "spared_s": 0.0, "waited_s": 30.0}
+    assert store.clock() - start == 5
+    other = Artefacts(tmp_path)
+    other.find("windows", KEY)
+    assert other.spared_s == 5
+
+
+@pytest.mark.parametrize("said", [{}, {"seconds": "dear"}])
+def test_an_artefact_that_does_not_say_its_cost_is_made_again(tmp_path, said):
+    from safetensors.torch import load_file, safe_open, save_file
+
+    store = Artefacts(tmp_path)
+    store.get("windows", KEY, tensors)
+    path = store.path("windows", KEY)
+    with safe_open(path, framework="pt") as stored:
+        digest = stored.metadata()["sha256"]
+    save_file(load_file(path), path, metadata={"sha256": digest} | said)
+    store.get("windows", KEY, tensors)
+    assert (store.hits, store.made) == (0, 2)
 
 
 MAKER = """
@@ -116,9 +187,9 @@ def test_what_is_in_use_makes_no_room_for_another(tmp_path):
         assert torch.equal(store.get("windows", {"k": name}, lambda: value)["a"], value["a"])
     assert [store.find("windows", {"k": name}) is not None for name in "abc"] == [True, True, False]
     os.utime(store.path("windows", {"k": "a"}), (0, 0))
-    assert store.put("windows", {"k": "c"}, value)
+    assert store.put("windows", {"k": "c"}, value, 1.0)
     assert [store.find("windows", {"k": name}) is not None for name in "abc"] == [False, True, True]
-    assert not Artefacts(tmp_path / "none", budget_bytes=0).put("windows", KEY, value)
+    assert not Artefacts(tmp_path / "none", budget_bytes=0).put("windows", KEY, value, 1.0)
 
 
 def test_cells_share_calibration_windows_and_an_empty_folder_gives_the_same(tmp_path, monkeypatch):
@@ -140,6 +211,9 @@ def test_cells_share_calibration_windows_and_an_empty_folder_gives_the_same(tmp_
             run_cell(spec, folder)
             result = json.loads(folder.result_path.read_text())
             found[runs, method] = {key: result[key] for key in ("metrics", "bits")}
+            assert result["shared"]["found"] == ({"calibration": 1} if (runs, method) == ("shared", "rtn") else {})
+            assert (result["shared"]["spared_s"] > 0) == bool(result["shared"]["found"])
+            assert "windows_s" in result["timings"], "who draws them pays for them"
     assert len(drawn) == 2, "once per folder of runs"
     assert found["shared", "rtn"] == found["alone", "rtn"]
     assert found["shared", "gptq"] != found["shared", "rtn"]

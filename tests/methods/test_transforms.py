@@ -1,6 +1,8 @@
 """Transforms: the same function at 16 bits, the published grids below, bases that gather what they should."""
 
 import copy
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from ptqbench import bases
 from ptqbench.artefacts import Artefacts
 from ptqbench.attempt import Silent
 from ptqbench.bases import Shelf, compute_bases
@@ -425,6 +428,32 @@ def test_cells_share_moments_and_bases(checkpoint, tmp_path, monkeypatch, label)
     for found in (after, seeded):
         assert set(found) == set(alone)
         assert all(torch.equal(found[key], alone[key]) for key in alone)
+
+
+def test_found_bases_cost_what_they_and_their_moments_took(checkpoint, tmp_path, monkeypatch):
+    """On a clock of 10 s per block's moments and 1 s per basis: who finds anything is spared the same as who pays for it."""
+    now, model = SimpleNamespace(seconds=0.0), open_model(checkpoint(), torch.float32)
+    monkeypatch.setattr("ptqbench.artefacts.time", SimpleNamespace(perf_counter=lambda: now.seconds, time=time.time))
+
+    def slow(name, seconds):
+        real = getattr(bases, name)
+
+        def call(*given):
+            now.seconds += seconds
+            return real(*given)
+
+        monkeypatch.setattr(bases, name, call)
+
+    for name, seconds in {"read_moments": 10, "eigenbases": 1, "eigenbasis": 1}.items():
+        slow(name, seconds)
+    accounts = []
+    for number, (label, seed) in enumerate([("full_shared", 0), ("joint", 0), ("joint", 7), ("full_shared", 7)]):
+        name, options = TRANSFORMS[label]
+        shelf, start = Shelf(Artefacts(tmp_path / "shared"), SHELF), now.seconds
+        transform = member(name, **options, rotation_seed=seed)
+        compute_bases(transform, model, WINDOWS, cell(), tmp_path / f"{number}", "x", shelf=shelf)
+        accounts.append((now.seconds - start, shelf.artefacts.spared_s))
+    assert accounts == [(23, 0), (2, 20), (0, 22), (0, 23)]
 
 
 def test_moments_are_shared_only_where_they_are_the_same(checkpoint, tmp_path):

@@ -142,6 +142,7 @@ def test_offline_file_holds_the_whole_cell(done):
     for record in found:
         summary |= items(record.summary.update)
     assert summary["file/perplexity"] == done.result["metrics"]["file/perplexity"]["value"]
+    assert summary["spared_s"] == done.result["shared"]["spared_s"]
     assert summary["effective_w_bits"] == done.result["bits"]["effective_w_bits"]
     assert json.loads(summary["result"]) == done.folder.result()
     artifacts = {record.artifact.name: record.artifact for record in found if record.artifact.name}

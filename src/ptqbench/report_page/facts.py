@@ -15,7 +15,7 @@ from ptqbench.spec import UNTOUCHED_BITS
 from ptqbench.store import DONE, RunFolder, read_json
 from ptqbench.tables import KEYS, Column, Entry, Pivot, Sheet, best, format_bits, format_value, higher_is_better
 from ptqbench.tables.metrics import AVERAGE, MISSING, kind
-from ptqbench.tables.tidy import EVALUATION_TIMINGS
+from ptqbench.tables.tidy import EVALUATION_TIMINGS, quantize_seconds, spared_seconds
 
 NOT_RECORDED = "not recorded"
 MILLION, BILLION, MIB = 1e6, 1e9, 2**20
@@ -159,8 +159,9 @@ def measured(frame: pd.DataFrame, found: Pivot, cells: Sequence[Cell]) -> Facts:
 def cost(cells: Sequence[Cell], found: Pivot) -> Sheet:
     """Time, memory and size of every row of the table, means over its finished cells."""
     heads = [Column(key, numeric=False) for key in KEYS]
-    heads += [Column("quantize", "time, s"), Column("evaluate", "time, s"), Column("packed", "weights, MiB")]
-    sheet = Sheet([*heads, Column("host", "peak memory, GiB"), Column("GPU", "peak memory, GiB")])
+    heads += [Column(name, "time, s") for name in ("quantize", "of it found", "evaluate")]
+    heads += [Column("packed", "weights, MiB"), Column("host", "peak memory, GiB"), Column("GPU", "peak memory, GiB")]
+    sheet = Sheet(heads)
     previous = None
     for key in cast("list[Names]", list(found.mean.index)):
         done = [cell for cell in cells if cell.names == key and cell.result]
@@ -171,10 +172,11 @@ def cost(cells: Sequence[Cell], found: Pivot) -> Sheet:
         previous = key[0], key[2]
         resumed = any(cell.n_attempts > 1 for cell in done)
         note = sheet.note("resumed: the time is that of the last attempt alone") if resumed else None
-        sheet.rows.append([*map(Entry, key[:2]), Entry(key[2]), Entry(_time(done, False), note=note), *_rest(done)])
+        quantize = Entry(f"{_mean(quantize_seconds(cell.result) for cell in done):.1f}", note=note)
+        sheet.rows.append([*map(Entry, key), quantize, _found(done, sheet), *_rest(done)])
     sheet.remarks = [
-        "Time to quantize leaves out what a cell found instead of computing: calibration windows, moments and eigenbases that an "
-        "earlier cell had left.",
+        "Time to quantize is the full cost: what a cell found (calibration windows, moments, eigenbases that another cell had "
+        "left) counts with the time that making it took, as if the cell had made it itself.",
     ]
     if _share_a_process(cells):
         sheet.remarks.append(
@@ -189,16 +191,21 @@ def _rest(done: Sequence[Cell]) -> list[Entry]:
     packed = _mean(cell.result.get("bits", {}).get("packed_bytes") for cell in done)
     memory = [_mean(cell.result.get(name) for cell in done) for name in ("peak_host_gib", "peak_gpu_gib")]
     size = None if packed is None else packed / MIB
-    return [Entry(_time(done, True)), *(Entry(MISSING if n is None else f"{n:.2f}") for n in (size, *memory))]
+    return [Entry(_evaluation(done)), *(Entry(MISSING if n is None else f"{n:.2f}") for n in (size, *memory))]
 
 
-def _time(done: Sequence[Cell], evaluation: bool) -> str:
-    """Mean seconds of evaluation, or of everything else."""
-    sums = []
-    for cell in done:
-        timings = cell.result.get("timings", {})
-        sums.append(sum(s for name, s in timings.items() if (name in EVALUATION_TIMINGS) == evaluation))
-    return f"{sum(sums) / len(sums):.1f}"
+def _found(done: Sequence[Cell], sheet: Sheet) -> Entry:
+    """Mean seconds that made what the cells found."""
+    spared = [spared_seconds(cell.result) for cell in done]
+    if None in spared and any(quantize_seconds(cell.result) for cell in done):
+        return Entry(MISSING, note=sheet.note("not recorded: the time leaves out what the cell found"))
+    return Entry(f"{_mean(spared) or 0.0:.1f}")
+
+
+def _evaluation(done: Sequence[Cell]) -> str:
+    """Mean seconds of evaluation."""
+    sums = [[cell.result.get("timings", {}).get(name, 0.0) for name in EVALUATION_TIMINGS] for cell in done]
+    return f"{_mean(map(sum, sums)):.1f}"
 
 
 def provenance(cells: Sequence[Cell]) -> Facts:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
 
 from ptqbench import analysis
-from ptqbench.analysis import LINES, MARKERS, WIDE
+from ptqbench.analysis import WIDE, Look, deal_looks
 from ptqbench.report_page.facts import Names, main_metrics, reference_value
 from ptqbench.spec import UNTOUCHED_BITS
 from ptqbench.tables import Pivot, format_value, higher_is_better
@@ -30,8 +30,8 @@ WIDE_COST = 2.0
 PANELS_ACROSS = 4
 ROOM_FOR_NAMES = 0.3
 """Share of the horizontal axis that is kept free at its end."""
-PASSES = 100
-"""Over all names that may overlap; a few suffice where there is room."""
+HAIR = 1e-6
+"""Boxes that overlap by no more than this touch."""
 ASIDE, MARK, POINTS_PER_INCH = 8.0, 6.0, 72.0
 
 
@@ -56,12 +56,13 @@ def trade_offs(frame: pd.DataFrame, found: Pivot, references: set[Names]) -> lis
         No plot where no quantized cell is done.
     """
     plots = []
+    looks = deal_looks(_quantized(frame)["bitwidth"].dropna(), COLOURS)
     compared = {(m, cost): _compared(frame, m, cost) for m in main_metrics(found) for cost in COSTS}
     for model in frame["model"].dropna().unique():
         for (metric, cost), rows in compared.items():
             part = rows[rows["model"] == model]
             if len(part):
-                drawn = _scatter(part, metric, COSTS[cost], reference_value(found, references, model, metric))
+                drawn = _scatter(part, looks, metric, COSTS[cost], reference_value(found, references, model, metric))
                 title = f"{model}: {metric} against {COSTS[cost].removesuffix(', s')}"
                 plots.append(Plot(title, _in_words(part, title), _address(drawn)))
     return plots
@@ -76,9 +77,9 @@ def layers(frame: pd.DataFrame) -> list[Plot]:
     Returns:
         One plot per model; none for a model without a layer report.
     """
-    report = analysis.layers(frame[frame["folder"] != ""])
+    report = analysis.layers(frame[(frame["folder"] != "") & frame["w_bits"].notna()])
     bits = frame.dropna(subset=["w_bits"]).groupby(["model", "bitwidth"], sort=False)["w_bits"].min()
-    plots = []
+    plots, looks = [], deal_looks(_quantized(frame)["method"].dropna(), COLOURS)
     for model, rows in report.groupby("model", sort=False):
         present = bits[model].loc[list(rows["bitwidth"].unique())]
         lowest = str(cast("pd.Series[int]", present).astype(int).idxmin())
@@ -86,9 +87,8 @@ def layers(frame: pd.DataFrame) -> list[Plot]:
         title = f"{model}, {lowest}: relative output error"
         means = rows.groupby("method", sort=False)[ERROR].mean()
         words = ", ".join(f"{method} {value:.2g}" for method, value in means.items())
-        plots.append(
-            Plot(title, f"{title} by block and linear. Means over all linears: {words}.", _address(_panels(rows)))
-        )
+        alt = f"{title} by block and linear. Means over all linears: {words}."
+        plots.append(Plot(title, alt, _address(_panels(rows, looks))))
     return plots
 
 
@@ -105,20 +105,24 @@ def _compared(frame: pd.DataFrame, metric: str, cost: str) -> pd.DataFrame:
     return rows.assign(model=[leagues[name][0] for name in rows["model"]])
 
 
+def _quantized(frame: pd.DataFrame) -> pd.DataFrame:
+    bits = frame[["w_bits", "a_bits", "k_bits", "v_bits"]].astype(float)
+    return frame[(bits < UNTOUCHED_BITS).any(axis=1)]
+
+
 def _in_words(rows: pd.DataFrame, title: str) -> str:
     best = [f"{row['method']} {row['bitwidth']}" for row in rows[rows["front"]].to_dict("records")]
     return f"{title}: {len(rows)} methods and bitwidths. Not beaten in both: {', '.join(best)}."
 
 
-def _scatter(rows: pd.DataFrame, metric: str, label: str, reference: float | None) -> Figure:
+def _scatter(rows: pd.DataFrame, looks: Mapping[str, Look], metric: str, label: str, reference: float | None) -> Figure:
     percent = 1.0 if kind(metric) == "perplexity" else 100.0
     rows = rows.assign(quality=percent * rows["quality"], spread=percent * rows["spread"])
     figure, (axis,) = _figure(5.4, 4.1)
-    looks = dict(zip(rows["bitwidth"].unique(), zip(MARKERS, itertools.cycle(COLOURS), strict=False), strict=False))
-    for bitwidth, group in rows.groupby("bitwidth", sort=False):
-        marker, colour = looks.get(bitwidth, ("o", "black"))
+    for bitwidth in (name for name in looks if (rows["bitwidth"] == name).any()):
+        marker, colour = looks[bitwidth].marker, looks[bitwidth].colour
         axis.plot([], [], marker, color=colour, label=bitwidth)
-        for on_front, part in group.groupby("front"):
+        for on_front, part in rows[rows["bitwidth"] == bitwidth].groupby("front"):
             look: dict[str, Any] = {"fmt": marker, "color": colour, "mfc": colour if on_front else "white"}
             axis.errorbar(part["cost"], part["quality"], part["spread"].fillna(0.0), **look, capsize=2, elinewidth=0.8)
     _scale(axis, "y", rows["quality"], WIDE)
@@ -188,40 +192,37 @@ def _shifts(boxes: np.ndarray, n_free: int) -> list[float]:
         n_free: Number of boxes that may move, the first ones.
 
     Returns:
-        A distance for each free box, in the unit of the boxes; where there is no room, some still overlap.
+        A distance for each free box, in the unit of the boxes: to the nearest place that is free when its turn comes, the lowest
+        box first.
     """
-    middles, heights = boxes[:, [1, 3]].mean(axis=1), boxes[:, 3] - boxes[:, 1]
-    start = middles.copy()
-    order = np.argsort(middles, kind="stable")
-    near = [
-        (low, high)
-        for low, high in itertools.combinations(order, 2)
-        if min(low, high) < n_free and boxes[low, 0] < boxes[high, 2] and boxes[high, 0] < boxes[low, 2]
-    ]
-    for _ in range(PASSES):
-        for low, high in near:
-            missing = (heights[low] + heights[high]) / 2 - (middles[high] - middles[low])
-            if missing > 0:
-                share = 0.5 if max(low, high) < n_free else 1.0
-                middles[low] -= share * missing if low < n_free else 0.0
-                middles[high] += share * missing if high < n_free else 0.0
-    return [float(shift) for shift in (middles - start)[:n_free]]
+    placed = list(boxes[n_free:])
+    shifts = [0.0] * n_free
+    for one in np.argsort(boxes[:n_free, [1, 3]].mean(axis=1), kind="stable"):
+        left, low, right, high = boxes[one]
+        beside = np.array([box for box in placed if box[0] < right and left < box[2]]).reshape(-1, 4)
+        tries = sorted([0.0, *(beside[:, 3] - low), *(beside[:, 1] - high)], key=abs)
+        taken = [((beside[:, 1] < high + by - HAIR) & (low + by + HAIR < beside[:, 3])).any() for by in tries]
+        shifts[one] = float(tries[taken.index(False)])  # above the highest there is always room
+        placed.append(boxes[one] + np.array([0.0, shifts[one], 0.0, shifts[one]]))
+    return shifts
 
 
-def _panels(rows: pd.DataFrame) -> Figure:
+def _panels(rows: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     """One panel per kind of linear over the blocks; mean over seeds."""
     from matplotlib.ticker import MaxNLocator
 
     linears = list(rows["linear"].unique())
-    methods = list(rows["method"].unique())
+    present = set(rows["method"])
+    methods = [name for name in looks if name in present]
     down = -(-(len(linears) + 1) // PANELS_ACROSS)
     figure, axes = _figure(11.0, 0.4 + 2.1 * down, down * PANELS_ACROSS, PANELS_ACROSS)
-    looks = zip(itertools.cycle(COLOURS), itertools.cycle(LINES), itertools.cycle(MARKERS))
-    for method, (colour, line, marker) in zip(methods, looks, strict=False):
+    for method in methods:
+        look = looks[method]
+        style: dict[str, Any] = {"color": look.colour, "linestyle": look.line, "marker": look.marker, "label": method}
         means = rows[rows["method"] == method].groupby(["linear", "block"])[ERROR].mean()
         for axis, linear in zip(axes, linears, strict=False):
             curve = means[linear] if linear in means else means.iloc[:0]
-            axis.plot(curve.index, curve, line, color=colour, marker=marker, markersize=3.5, linewidth=1, label=method)
+            axis.plot(curve.index, curve, **style, markersize=3.5, linewidth=1)
     for axis, linear in zip(axes, linears, strict=False):
         axis.set_title(linear, fontsize=8.5)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -108,15 +108,14 @@ def best(found: Pivot) -> pd.DataFrame:
     Returns:
         A boolean frame like ``found.mean``; nothing is marked where a value has no rival.
     """
-    marks = {}
-    for metric in found.mean.columns:
-        groups = found.mean[metric].groupby(level=["model", "bitwidth"], sort=False)
-        top = groups.transform("max" if higher_is_better(metric) else "min")
-        errors = found.error[metric].fillna(0.0)
-        at_top = errors.where(found.mean[metric] == top).groupby(level=["model", "bitwidth"], sort=False)
-        noise = np.hypot(errors, at_top.transform("max"))
-        marks[metric] = ((found.mean[metric] - top).abs() <= noise) & (groups.transform("count") > 1)
-    return pd.DataFrame(marks, index=found.mean.index, columns=found.mean.columns)
+    groups = found.mean.groupby(level=["model", "bitwidth"], sort=False)
+    errors, top = found.error.fillna(0.0), groups.transform("min")
+    upwards = [metric for metric in found.mean.columns if higher_is_better(metric)]
+    if upwards:
+        top[upwards] = groups[upwards].transform("max")
+    at_top = errors.where(found.mean == top).groupby(level=["model", "bitwidth"], sort=False)
+    noise = np.hypot(errors, at_top.transform("max"))
+    return ((found.mean - top).abs() <= noise) & (groups.transform("count") > 1)
 
 
 def task_average(frame: pd.DataFrame, tasks: Sequence[str] | None = None) -> pd.DataFrame:
@@ -205,11 +204,14 @@ def _row_order(known: pd.DataFrame) -> pd.DataFrame:
 def _expected(done: pd.DataFrame, wanted: pd.DataFrame, rows: pd.MultiIndex, names: list[str]) -> pd.DataFrame:
     """Number of seeds of which a mean must be made: those of cells that ask for the metric, or may do so."""
     evaluations = done.groupby("metric")["evaluation"].unique()
-    seeds = {}
+    seeds: dict[frozenset[str], pd.Series[int]] = {}
     for name in names:
-        asking = wanted[wanted["evaluation"].isin(evaluations[name]) | wanted["evaluation"].isna()]
-        seeds[name] = asking.groupby(KEYS, sort=False)["seed"].nunique().reindex(rows)
-    return pd.DataFrame(seeds, index=rows, columns=names).fillna(0)
+        among = frozenset(evaluations[name])
+        if among not in seeds:
+            asking = wanted[wanted["evaluation"].isin(among) | wanted["evaluation"].isna()]
+            seeds[among] = asking.groupby(KEYS, sort=False)["seed"].nunique().reindex(rows)
+    expected = {name: seeds[frozenset(evaluations[name])] for name in names}
+    return pd.DataFrame(expected, index=rows, columns=names).fillna(0)
 
 
 def _reasons(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:

@@ -81,10 +81,10 @@ def comparison_sheet(
     if brief and any(name.startswith(AVERAGE) for name in metrics):
         metrics = [name for name in metrics if kind(name) == "perplexity" or name.startswith(AVERAGE)]
         remarks.append("The scores of single tasks: --format md or csv.")
-    wide = "model" in columns and found.mean.index.get_level_values("model").nunique() > 1
-    sheet = _by_model(found, metrics) if wide else _by_row(found, metrics)
+    wide, look = "model" in columns and found.mean.index.get_level_values("model").nunique() > 1, _Lookup(found)
+    sheet = _by_model(look, metrics) if wide else _by_row(look, metrics)
     sheet.title = title
-    sheet.remarks = [*_legend(found, metrics), *remarks, *_unknown(frame)]
+    sheet.remarks = [*_legend(found, metrics, look), *remarks, *_unknown(frame)]
     return sheet
 
 
@@ -92,10 +92,12 @@ class _Lookup:
     """A comparison as plain dictionaries: a thousand single look-ups in a frame take a second."""
 
     def __init__(self, found: Pivot) -> None:
-        self.reasons = found.reasons
+        self.reasons, marks = found.reasons, best(found)
+        self.several = bool((found.bits["n_seeds"] > 1).any())
+        self.any_bold = bool(marks.any(axis=None))
         self.bits, self.mean, self.spread, self.count, self.marks = (
             {cast("tuple[str, ...]", key): row for key, row in frame.to_dict("index").items()}
-            for frame in (found.bits, found.mean, found.spread, found.count, best(found))
+            for frame in (found.bits, found.mean, found.spread, found.count, marks)
         )
 
     def entry(self, sheet: Sheet, key: tuple[str, ...], metric: str) -> Entry:
@@ -116,10 +118,9 @@ class _Lookup:
         return sheet.note(self.reasons[key]) if key in self.reasons and somewhere else None
 
 
-def _by_row(found: Pivot, metrics: list[str]) -> Sheet:
-    look, several = _Lookup(found), bool((found.bits["n_seeds"] > 1).any())
+def _by_row(look: _Lookup, metrics: list[str]) -> Sheet:
     heads = [Column(key, numeric=False) for key in KEYS]
-    heads += [Column("nominal", "w bits"), Column("true", "w bits"), *([Column("seeds")] if several else [])]
+    heads += [Column("nominal", "w bits"), Column("true", "w bits"), *([Column("seeds")] if look.several else [])]
     sheet = Sheet(heads + [Column(heading(name), name.rpartition("/")[0]) for name in metrics])
     previous = None
     for place, key in enumerate(look.mean):
@@ -128,14 +129,13 @@ def _by_row(found: Pivot, metrics: list[str]) -> Sheet:
         previous = key[0], key[2]
         bits = look.bits[key]
         lead = [*key, format_nominal(bits["nominal_w_bits"]), format_bits(bits["effective_w_bits"])]
-        entries = [Entry(text) for text in [*lead, *([str(bits["n_seeds"])] if several else [])]]
+        entries = [Entry(text) for text in [*lead, *([str(bits["n_seeds"])] if look.several else [])]]
         entries[1] = Entry(key[1], note=look.partly(sheet, key))
         sheet.rows.append(entries + [look.entry(sheet, key, name) for name in metrics])
     return sheet
 
 
-def _by_model(found: Pivot, metrics: list[str]) -> Sheet:
-    look = _Lookup(found)
+def _by_model(look: _Lookup, metrics: list[str]) -> Sheet:
     models = list(dict.fromkeys(key[0] for key in look.mean))
     heads = [Column(key, numeric=False) for key in KEYS[1:]] + [Column("nominal", "w bits"), Column("true", "w bits")]
     sheet = Sheet(heads + [Column(short(name), model) for model in models for name in metrics])
@@ -174,8 +174,8 @@ def _range(values: list[float], style: str) -> str:
     return texts[0] if texts[0] == texts[-1] else f"{texts[0]}-{texts[-1]}"
 
 
-def _legend(found: Pivot, metrics: list[str]) -> list[str]:
-    lines = [BOLD] if best(found).any(axis=None) else []
+def _legend(found: Pivot, metrics: list[str], look: _Lookup) -> list[str]:
+    lines = [BOLD] if look.any_bold else []
     if found.spread.notna().any(axis=None):
         counts = sorted(set(found.count.where(found.mean.notna(), 0).to_numpy().ravel().tolist()) - {0, 1})
         lines.append(f"{SPREAD} n = {' or '.join(map(str, counts))}.")

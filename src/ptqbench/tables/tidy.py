@@ -7,7 +7,6 @@ is a digest of just that, and cells of one name that differ in it get names that
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import math
@@ -15,12 +14,12 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import pandas as pd
-from pydantic import TypeAdapter, ValidationError
 
 from ptqbench.errors import PtqbenchError
-from ptqbench.fingerprint import canonical_json, identity_fields, identity_id
+from ptqbench.fingerprint import identity_fields, identity_texts, joined
 from ptqbench.spec import ROLES, UNTOUCHED_BITS, RunSpec
 from ptqbench.store import DONE, RunFolder
+from ptqbench.tables.specs import SpecReader
 
 KEYS = ["model", "method", "bitwidth"]
 SETTINGS = [
@@ -28,13 +27,14 @@ SETTINGS = [
     "a_symmetric", "a_clip_ratio",
 ]  # fmt: skip
 NUMBERS = [
-    "nominal_w_bits", "nominal_a_bits", "nominal_kv_bits", "effective_w_bits", "packed_bytes", "quantize_s", "value", "stderr",
+    "nominal_w_bits", "nominal_a_bits", "nominal_kv_bits", "effective_w_bits", "packed_bytes", "quantize_s", "spared_s",
+    "value", "stderr",
 ]  # fmt: skip
 COLUMNS = [
     *KEYS, "w_bits", "a_bits", "k_bits", "v_bits", "group_size", *ROLES, *SETTINGS, "seed", "run_id", "variant", "evaluation",
     *NUMBERS[:-2], "metric", *NUMBERS[-2:], "protocol", "state", "reason",
 ]  # fmt: skip
-SPECS = TypeAdapter(RunSpec)
+BESIDE_VARIANT = ("seed", "evaluation")
 EVALUATION_TIMINGS = ("perplexity_s", "zero_shot_s")
 
 
@@ -81,7 +81,8 @@ def tidy(cells: Iterable[Source]) -> pd.DataFrame:
         ``protocol`` says in words what a value was measured on. Order of the input is kept.
     """
     rows: list[dict[str, Any]] = []
-    identities: dict[str, dict[str, Any]] = {}
+    variants: dict[str, RunSpec] = {}
+    reader = SpecReader()
     for cell in cells:
         if isinstance(cell, Absent):
             known = {} if cell.spec is None else _key(cell.spec)
@@ -92,18 +93,24 @@ def tidy(cells: Iterable[Source]) -> pd.DataFrame:
         try:
             if spec is None:
                 assert isinstance(folder, RunFolder), "only a run folder can be read for its cell"
-                spec, identity = _read(folder)
+                spec, texts = reader.read(folder)
             else:
-                identity = identity_fields(spec)
+                texts = identity_texts(spec)
         except PtqbenchError as error:
             rows.append(_unreadable(folder, str(error)))
             continue
-        key = _key(spec) | _identity_key(folder, identity)
-        identities.setdefault(key["variant"], identity)
+        key = {**_key(spec), "run_id": folder.run_id, **_digests(texts)}
+        variants.setdefault(key["variant"], spec)
         rows += _measurements(folder, spec, key)
-    _tell_apart(rows, identities)
-    frame = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    return frame.astype({name: float if name in NUMBERS else object for name in COLUMNS})
+    _tell_apart(rows, variants)
+    return _framed(rows)
+
+
+def _framed(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Lay out rows in ``COLUMNS``; what a row lacks is missing."""
+    columns = {name: [row.get(name, math.nan) for row in rows] for name in COLUMNS}
+    kinds = {name: float if name in NUMBERS else object for name in COLUMNS}
+    return pd.DataFrame({name: pd.Series(columns[name], dtype=kind) for name, kind in kinds.items()})
 
 
 def _unreadable(folder: Measured, reason: str) -> dict[str, Any]:
@@ -113,22 +120,10 @@ def _unreadable(folder: Measured, reason: str) -> dict[str, Any]:
     return {**names, "run_id": folder.run_id, "state": "damaged", "reason": reason}
 
 
-def _read(folder: RunFolder) -> tuple[RunSpec, dict[str, Any]]:
-    """Read a cell and its identity: as ``RunFolder.read_spec`` does, which says what is wrong, but computing each thing once."""
-    with contextlib.suppress(OSError, ValidationError):
-        spec = SPECS.validate_json(folder.spec_path.read_bytes())
-        identity = identity_fields(spec)
-        if identity_id(identity) == folder.run_id:
-            return spec, identity
-    spec = folder.read_spec()
-    return spec, identity_fields(spec)
-
-
-def _identity_key(folder: Measured, identity: dict[str, Any]) -> dict[str, Any]:
-    """What tells cells apart; leaves in ``identity`` what its variant digests."""
-    evaluation = identity.pop("evaluation")
-    identity.pop("seed")
-    return {"run_id": folder.run_id, "variant": _digest(identity), "evaluation": _digest(evaluation)}
+def _digests(texts: dict[str, str]) -> dict[str, str]:
+    """What tells cells apart: everything but seed and evaluation, and the evaluation."""
+    variant = {name: text for name, text in texts.items() if name not in BESIDE_VARIANT}
+    return {"variant": _digest(joined(variant)), "evaluation": _digest(texts["evaluation"])}
 
 
 def _key(spec: RunSpec) -> dict[str, Any]:
@@ -197,13 +192,25 @@ def _measurements(folder: Measured, spec: RunSpec, key: dict[str, Any]) -> list[
 
 
 def _shared(result: dict[str, Any]) -> dict[str, Any]:
-    timings = result.get("timings", {})
     return {
         "effective_w_bits": float(result["bits"]["effective_w_bits"]),
         "packed_bytes": int(result["bits"]["packed_bytes"]),
-        "quantize_s": sum(seconds for name, seconds in timings.items() if name not in EVALUATION_TIMINGS),
+        "quantize_s": quantize_seconds(result),
+        "spared_s": spared_seconds(result),
         "state": DONE,
     }
+
+
+def quantize_seconds(result: dict[str, Any]) -> float:
+    """Full cost of quantizing: a cell's own work, and what made the artefacts that it found; without waiting for others."""
+    own = sum(seconds for name, seconds in result.get("timings", {}).items() if name not in EVALUATION_TIMINGS)
+    return float(own + (spared_seconds(result) or 0.0) - result.get("shared", {}).get("waited_s", 0.0))
+
+
+def spared_seconds(result: dict[str, Any]) -> float | None:
+    """What it cost others to make what a cell found; None in a result that was written before that was recorded."""
+    spared = result.get("shared", {}).get("spared_s")
+    return None if spared is None else float(spared)
 
 
 def _measurement(spec: RunSpec, name: str, metric: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +240,7 @@ def protocol(spec: RunSpec, name: str, metric: dict[str, Any]) -> str:
     return f"lm-eval {metric.get('lm_eval', '')} {label} version {metric.get('task_version')}, {facts}"
 
 
-def _tell_apart(rows: list[dict[str, Any]], identities: dict[str, dict[str, Any]]) -> None:
+def _tell_apart(rows: list[dict[str, Any]], specs: dict[str, RunSpec]) -> None:
     """Append to the method's name what distinguishes variants that would otherwise share a row."""
     variants: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
@@ -244,13 +251,17 @@ def _tell_apart(rows: list[dict[str, Any]], identities: dict[str, dict[str, Any]
     labels: dict[tuple[Any, ...], str] = {}
     for names, several in variants.items():
         if len(several) > 1:
-            flat = {variant: _flat(identities[variant]) for variant in several}
+            flat = {variant: _flat(_of_variant(specs[variant])) for variant in several}
             for variant in several:
                 labels[*names, variant] = _differences(flat, variant)
     for row in rows:
         label = labels.get((*(row.get(key) for key in KEYS), row.get("variant")))
         if label is not None:
             row["method"] = f"{row['method']} [{label}]"
+
+
+def _of_variant(spec: RunSpec) -> dict[str, Any]:
+    return {name: value for name, value in identity_fields(spec).items() if name not in BESIDE_VARIANT}
 
 
 def _differences(flat: dict[str, dict[str, str]], variant: str) -> str:
@@ -284,5 +295,5 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: text.removeprefix("sha256:")[:12] if prefix.endswith("digest") else text}
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -46,8 +46,16 @@ def summary_of(result: dict[str, Any]) -> dict[str, Any]:
         figures[name] = metric["value"]
         if metric.get("stderr") is not None:
             figures[f"{name}_stderr"] = metric["stderr"]
+    spared = {key: result["shared"][key] for key in ("spared_s", "waited_s") if key in result.get("shared", {})}
     peaks = {key: result[key] for key in ("peak_host_gib", "peak_gpu_gib") if result.get(key) is not None}
-    return {**figures, **result["bits"], **result.get("timings", {}), **peaks, "result": canonical_json(result)}
+    return {
+        **figures,
+        **result["bits"],
+        **result.get("timings", {}),
+        **spared,
+        **peaks,
+        "result": canonical_json(result),
+    }
 
 
 def row_of(index: int, reports: list[dict[str, Any]]) -> dict[str, float]:
