@@ -7,6 +7,7 @@ inputs of the next: five block runs. It shares nothing with the package but the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +122,8 @@ def llmcompressor(folder: Path, windows: Tensor, bits: int, group_size: int, dev
     rows = {"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()}
     length, count = windows.shape[1], len(windows)
     data = Dataset.from_dict(rows)
-    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=length, num_calibration_samples=count)
+    with contextlib.chdir(folder):  # it leaves log files where it stands
+        oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=length, num_calibration_samples=count)
 
 
 def gptqmodel(folder: Path, windows: Tensor, bits: int, group_size: int, device: str) -> None:
@@ -132,4 +134,5 @@ def gptqmodel(folder: Path, windows: Tensor, bits: int, group_size: int, device:
     config = QuantizeConfig(bits=bits, group_size=group_size, desc_act=False, sym=False, true_sequential=True)
     model = GPTQModel.load(str(folder), config, device=device)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in windows]
-    model.quantize(rows, batch_size=1)
+    with contextlib.chdir(folder):  # as above
+        model.quantize(rows, batch_size=1)
