@@ -1,6 +1,9 @@
 """Fixtures: small random checkpoints of the supported architectures, real data where it is at hand."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,11 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 torch.set_num_threads(1)
+if (
+    "PTQBENCH_CACHE" not in os.environ
+):  # nothing of a person's own cache is read or written; processes of a run share one
+    os.environ["PTQBENCH_CACHE"] = tempfile.mkdtemp(prefix="ptqbench-cache-")
+    atexit.register(shutil.rmtree, os.environ["PTQBENCH_CACHE"], ignore_errors=True)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Python; read when triton is first imported
 

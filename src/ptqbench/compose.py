@@ -14,9 +14,11 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ptqbench.cells import Cell, cell_name, with_folders
+from ptqbench.compositions import Compositions
 from ptqbench.confdir import conf_folder, group_names
 from ptqbench.errors import ConfigError, NotHereError, PtqbenchError
 from ptqbench.resolve import Known, resolve, skip_reason, validated
@@ -241,10 +243,13 @@ class Composer:
         """
         read: dict[str, Any] = {}
         self._trims = compose is None  # else Hydra composes a job of a multirun, and wants its settings
-        self._compose_words = compose or (lambda words: compose_data(words, read))
+        self._compose_words = compose or self._remembering(read)
         self._sections: dict[tuple[str, tuple[str, ...]], bytes] = {}
         self._whole: dict[str, Any] | None = None
-        self._interpolates = any("${" in path.read_text(encoding="utf-8") for path in conf_folder().rglob("*.yaml"))
+        folder = conf_folder()
+        files = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob("*.yaml")}
+        self._interpolates = any("${" in text for text in files.values())
+        self._before = None if compose or self._interpolates else Compositions(files, Path(__file__))
 
     def __call__(self, words: list[str]) -> dict[str, Any]:
         """Compose override words to plain data, as :func:`compose_data` does."""
@@ -260,6 +265,24 @@ class Composer:
             return self._compose_words(words)
         unknown = next((word for word, owner in zip(words, owners, strict=True) if owner not in data), None)
         return self._compose_words(words) if unknown is not None else data
+
+    def _remembering(self, read: dict[str, Any]) -> Callable[[list[str]], dict[str, Any]]:
+        """Compose what no command composed before with the same files."""
+
+        def compose(words: list[str]) -> dict[str, Any]:
+            data = None if self._before is None else self._before.get(words)
+            if data is None:
+                data = compose_data(words, read)
+                if self._before is not None:
+                    self._before.put(words, data)
+            return data
+
+        return compose
+
+    def save(self) -> None:
+        """Leave what was composed to later commands."""
+        if self._before is not None:
+            self._before.save()
 
     def _by_sections(self, words: list[str], owners: list[str | None], choice: list[str]) -> dict[str, Any]:
         data = {}
@@ -332,7 +355,9 @@ def requested(words: list[str]) -> list[RunSpec]:
     if "=" in words[0]:
         return [validated(compose_data(words))]
     sweep, composer = load_sweep(words[0]), Composer()
-    return [validated(composer(overrides(sweep, point) + words[1:])) for point in expand(sweep)]
+    found = [validated(composer(overrides(sweep, point) + words[1:])) for point in expand(sweep)]
+    composer.save()
+    return found
 
 
 def resolved(requests: list[tuple[str, list[str]]], composer: Composer | None = None) -> list[Cell]:
@@ -348,4 +373,5 @@ def resolved(requests: list[tuple[str, list[str]]], composer: Composer | None = 
             found.append(Cell(cell_name(draft), None, problem=error, draft=draft))
         except PtqbenchError as error:
             found.append(Cell(name, None, problem=error))
+    composer.save()
     return with_folders(found)

@@ -35,6 +35,11 @@ def group_names(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
 
 
+def cache_folder() -> Path:
+    """Where what can be found out again is remembered between commands: ``PTQBENCH_CACHE``, else ``~/.cache/ptqbench``."""
+    return Path(os.environ.get("PTQBENCH_CACHE", Path.home() / ".cache" / "ptqbench"))
+
+
 def _shipped(name: str, witness: str) -> Path:
     for folder in (PACKAGE / name, PACKAGE.parents[1] / name):
         if (folder / witness).is_file():
