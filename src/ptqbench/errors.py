@@ -21,12 +21,12 @@ class NotHereError(ConfigError):
 class DataNotHereError(NotHereError):
     """A data set of the hub is neither on this machine nor can it be downloaded now."""
 
-    def __init__(self, message: str, repository: str) -> None:
+    def __init__(self, message: str, repository: str = "") -> None:
         """Say what is missing.
 
         Args:
             message: One line, for people.
-            repository: The data set.
+            repository: The data set; has a default because pickle calls with the message alone and sets attributes after.
         """
         super().__init__(message)
         self.repository = repository

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,8 @@ def test_a_branch_that_names_no_commit_here_says_what_is_missing_and_how_to_get_
     assert str(cache / "datasets--EleutherAI--race" / "refs" / "main") in said
     for words in ("task 'race'", RACE, "'main'", "python -m ptqbench prefetch", "evaluation.data_dir=FOLDER"):
         assert words in said
+    sent = pickle.loads(pickle.dumps(stopped.value))
+    assert (str(sent), sent.repository) == (said, RACE)
     with pytest.raises(DataNotHereError, match=r"'ptb'.*refs/convert/parquet.*ptqbench prefetch.*path=FILE"):
         text_digest(PTB_TEST)
     with pytest.raises(DataNotHereError, match="'abc'"):

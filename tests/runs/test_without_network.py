@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import ptqbench as package
 from fake_hub import FakeHub, card, commit, lines, serve, table
 from ptqbench.store import RunFolder
+
+SOURCE = str(Path(package.__file__).parents[1])  # so that processes import the code under test, not what is installed
 
 MODEL, PTB, RACE = "some/llama", "ptb-text-only/ptb_text_only", "EleutherAI/race"
 PTB_OLD, PTB_NEW, RACE_OLD, RACE_NEW, MODEL_AT = map(commit, range(5))
@@ -52,13 +56,14 @@ def hub(checkpoint):
 
 def run(*arguments, folder, **environment):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    home = {"HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "300", "PYTHONPATH": SOURCE}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
-        env=kept | {"HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "300"} | environment,
+        env=kept | home | environment,
     )
 
 
