@@ -178,6 +178,18 @@ def test_effects_of_a_role_are_taken_within_a_seed(tmp_path):
     assert table.loc[("none", "loaq"), "null_space"] == pytest.approx(6.4)
 
 
+def test_roles_come_in_one_order_whatever_the_order_of_folders(tmp_path):
+    frame = crossed(tmp_path)
+    expected = analysis.role_table(frame, "wikitext2/perplexity", "w3")
+    assert list(expected.index) == [("none", "weight"), ("none", "loaq")]
+    assert list(expected.columns) == ["none", "null_space"]
+    for seed in range(3):
+        shuffled = frame.sample(frac=1, random_state=seed)
+        assert analysis.role_table(shuffled, "wikitext2/perplexity", "w3").equals(expected)
+        effects = analysis.role_effects(shuffled, "wikitext2/perplexity", "w3", "refine", "none")
+        assert list(effects.index.get_level_values("target")) == ["weight", "loaq"]
+
+
 def test_role_table_refuses_to_mix_settings(tmp_path):
     crossed(tmp_path)
     spec = golden_store.cell("tiny", "gptq", "w3", 0, execution={"runs_dir": str(tmp_path)})

@@ -25,7 +25,6 @@ RANK = {
     "stats": 1, "provenance": 1, "resolve": 4, "sweep": 4, "state": 4, "attempt": 4, "evaluate": 4,
     "collect": 5, "rounding": 5, "bases": 5, "network_loss": 5, "rotation_files": 5, "rotations": 5, "pipeline": 6,
     "tables": 4, "picture": 4, "reported": 5, "analysis": 5, "show": 6, "report_page": 6,
-
     "compositions": 4, "gather": 9, "tracking": 6, "run": 7, "foreground": 8, "launch": 8, "compose": 9,
     "cli": 10, "__main__": 11, "__init__": 0,
 }  # fmt: skip

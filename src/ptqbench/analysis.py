@@ -214,7 +214,8 @@ def role_table(frame: pd.DataFrame, metric: str, bitwidth: str) -> pd.DataFrame:
         raise ConfigError(
             f"{mixed.idxmax()} was measured with several settings; select one before making a table of roles"
         )
-    return rows.groupby(["transform", "target", "refine"], sort=False)["value"].mean().unstack("refine")
+    means = rows.groupby(["transform", "target", "refine"], sort=False)["value"].mean()
+    return means.unstack("refine", sort=False)[sorted(set(rows["refine"]), key=_plain_first)]
 
 
 def role_effects(frame: pd.DataFrame, metric: str, bitwidth: str, role: str, baseline: str) -> pd.DataFrame:
@@ -247,7 +248,18 @@ def _combinations(frame: pd.DataFrame, metric: str, bitwidth: str) -> pd.DataFra
     rows = frame[(frame["metric"] == metric) & (frame["bitwidth"] == bitwidth) & (frame["w_bits"] < UNTOUCHED_BITS)]
     if rows["model"].nunique() > 1:
         raise ConfigError(f"expected cells of one model, got {', '.join(sorted(set(rows['model'])))}")
-    return rows.assign(**{role: [member_name(cell, role) for cell in _records(rows)] for role in ROLES})
+    named = rows.assign(**{role: [member_name(cell, role) for cell in _records(rows)] for role in ROLES})
+    places = []
+    for role in ROLES:
+        order = {name: place for place, name in enumerate(sorted(set(named[role]), key=_plain_first))}
+        places.append(named[role].map(order))
+    keys = list(zip(*places, named["seed"], strict=True))
+    return named.iloc[sorted(range(len(keys)), key=keys.__getitem__)]
+
+
+def _plain_first(member: Any) -> tuple[bool, str]:
+    """Order members by name, behind the one that does nothing."""
+    return member not in ("none", "weight"), str(member)
 
 
 def plot_pareto(rows: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look] | None = None) -> Figure:
