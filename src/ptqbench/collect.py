@@ -15,6 +15,7 @@ import copy
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ptqbench.errors import CalibrationError
@@ -75,6 +76,7 @@ class Lockstep:
         reference_block: nn.Module | None,
         reference_hidden: Tensor | None,
         positions: Positions,
+        park: torch.device | None = None,
     ) -> None:
         """Enter a block.
 
@@ -84,11 +86,20 @@ class Lockstep:
             reference_block: The untouched copy; None for no full-precision stream.
             reference_hidden: Full-precision stream entering it, shaped alike, not modified.
             positions: RoPE tables and mask.
+            park: Where the window waits between stages; None for where it is.
         """
-        self.quantized: Run = staged(block, hidden, positions)
+        self._parks = park is not None
+        self.quantized: Run = staged(block, hidden, positions, park)
         self.reference: Run | None = None
         if reference_block is not None and reference_hidden is not None:
-            self.reference = staged(reference_block, reference_hidden, positions)
+            self.reference = staged(reference_block, reference_hidden, positions, park)
+
+    def park(self) -> None:
+        """Let the window wait where it was said; to be called once it has been looked at."""
+        if self._parks:
+            next(self.quantized)
+            if self.reference is not None:
+                next(self.reference)
 
 
 class Collector:

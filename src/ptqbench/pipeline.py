@@ -82,7 +82,8 @@ def quantize(
         hidden = model.embed(windows)
         home = model.resting_place(hidden, 1 + method.needs_reference)
         batches = list(hidden.to(home).split(BATCH))
-    loop = _Loop(model, method, model.positions(windows.shape[1]), timings, home)
+    positions, park = model.positions(windows.shape[1]), model.parking_place(hidden, 1 + method.needs_reference)
+    loop = _Loop(model, method, positions, timings, home, park)
     streams = Streams(batches, list(batches) if method.needs_reference else None)
     with _Writer(state, timings, on_block) as writer:
         for index in range(model.n_blocks):
@@ -139,13 +140,17 @@ def _calibrating(block: nn.Module, method: Method) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """What stays the same from block to block; ``home`` is where streams rest between blocks."""
+    """What stays the same from block to block.
+
+    ``home`` is where streams rest between blocks, ``park`` where windows wait between the stages of one.
+    """
 
     model: BlockwiseModel
     method: Method
     positions: Positions
     timings: Timings
     home: torch.device
+    park: torch.device | None
 
     def replay(self, index: int, streams: Streams, state: BlockState) -> Streams:
         """Take the streams through a finished block: as stored, and as it was."""
@@ -178,7 +183,7 @@ class _Loop:
     def _enter(self, block: nn.Module, reference: nn.Module | None, i: int, streams: Streams) -> Lockstep:
         device = self.model.device
         beside = None if streams.reference is None else streams.reference[i].to(device)
-        return Lockstep(block, streams.quantized[i].to(device), reference, beside, self.positions)
+        return Lockstep(block, streams.quantized[i].to(device), reference, beside, self.positions, self.park)
 
     def _collect(
         self, windows: list[Lockstep], stages: Sequence[Stage], block: nn.Module, reference: nn.Module | None
@@ -193,8 +198,11 @@ class _Loop:
                     quantized = next(window.quantized)
                 with self.timings.measure("reference_s"):
                     beside = None if window.reference is None else next(window.reference)
+                assert quantized is not None, "a run announces its input before it parks"
                 with self.timings.measure("moment_s"):
                     collector.add(quantized, beside)
+                del quantized, beside
+                window.park()
         return [collector.statistics() for collector in collectors]
 
     def _round(

@@ -17,6 +17,7 @@ from typing import Any
 PACKAGES = (
     "ptqbench",
     "torch",
+    "triton",
     "transformers",
     "tokenizers",
     "safetensors",

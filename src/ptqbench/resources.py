@@ -3,8 +3,9 @@
 Shape legend: d hidden size, f FFN size, V vocabulary, L blocks, T tokens of a pass (windows x length), b bytes per stored value.
 
 Memory follows the block pipeline (``docs/architecture.md``): one block at a time on the device, in the checkpoint's type and
-once more in float32 while it is rounded; per linear input a second moment (float32) and its factors; one window of activations
-per step. The residual streams of all windows stay on the host, twice in the quantized case (unquantized and quantized stream).
+once more in float32 while it is rounded; per linear input a second moment (float32) and its factors; the activations of one window,
+and what all windows hold between two stages of a block, up to a limit. The residual streams of all windows stay on the host, twice
+in the quantized case (unquantized and quantized stream).
 Zero-shot tasks hold the whole model on the device.
 
 Time is the work of a cell (``cost``) over a rate. The rates are written below, with how they are known; ``plan`` corrects them by
@@ -32,6 +33,7 @@ READ_RATE = 1e9  # bytes per second from the checkpoint's file system: assumed
 START_S = 10.0  # interpreter and imports
 MARGIN = 1.3  # of memory
 TIME_MARGIN = 3.0  # between the estimate and the time that is asked for
+WAITING_BYTES = 20 * GIB  # of windows between the stages of a block; where they are more they wait on the host
 GPU_SIZES = (24.0, 40.0, 48.0, 80.0, 141.0)
 SMALL_PARAMS = 50_000_000  # below this a GPU is not worth its queue
 TEXT_TOKENS = {"wikitext2": 350_000, "ptb": 120_000, "c4": 530_000}
@@ -135,6 +137,8 @@ def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[flo
     streams = max((text_tokens(text.dataset) * d * stored for text in spec.evaluation.texts.values()), default=0)
     if spec.quantizes and spec.calibration is not None:
         length = spec.calibration.seq_len
+        waiting = spec.calibration.n_samples * length * (2 * d + f) * stored
+        device += min(waiting, WAITING_BYTES)
         device += 3 * sum(width * width * 4 for width in inputs) + length * (d * 6 + f * 3) * 4
         streams = max(streams, 2 * spec.calibration.n_samples * length * d * stored)
     if spec.evaluation.tasks:

@@ -112,9 +112,12 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
 def _configure(spec: RunSpec) -> None:
     import torch
 
+    from ptqbench.numerics.fused_columns import forbid_fused
+
     if spec.execution.threads is not None:
         torch.set_num_threads(spec.execution.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    forbid_fused(spec.execution.column_loop == "plain")
 
 
 def _open(spec: RunSpec, source: Any) -> BlockwiseModel:

@@ -199,7 +199,10 @@ class EvaluationSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class ExecutionSpec:
-    """Where and how a cell runs. None of it may change a result."""
+    """Where and how a cell runs. None of it may change a result.
+
+    ``column_loop: plain`` keeps the solvers off the fused kernel on a GPU (``numerics.fused_columns``).
+    """
 
     runs_dir: str = execution(default="runs")
     device: Literal["auto", "cpu", "cuda"] = execution(default="auto")
@@ -207,6 +210,7 @@ class ExecutionSpec:
     progress: bool = execution(default=True)
     keep_codes: bool | None = execution(default=None)
     artefacts_gib: Annotated[float, Field(ge=0)] = execution(default=64.0)
+    column_loop: Literal["auto", "plain"] = execution(default="auto")
 
 
 @dataclass(frozen=True, config=STRICT)

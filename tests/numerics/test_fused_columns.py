@@ -263,6 +263,13 @@ def test_engines_are_chosen_by_what_they_can_serve(monkeypatch: pytest.MonkeyPat
         fused_columns.use_fused("fused", work, affine)
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, is_contiguous=lambda: True)
     assert fused_columns.use_fused("auto", on_gpu, affine)
+    fused_columns.forbid_fused()
+    try:
+        assert not fused_columns.use_fused("auto", on_gpu, affine)
+        assert fused_columns.engine_on(torch.device("cuda", 1)) == "plain"
+    finally:
+        fused_columns.forbid_fused(False)
+    assert fused_columns.use_fused("auto", on_gpu, affine)
     assert not fused_columns.use_fused("auto", on_gpu, ternary)
     monkeypatch.setattr(fused_columns, "_has_triton", lambda: False)
     assert not fused_columns.use_fused("auto", on_gpu, affine)
@@ -278,7 +285,7 @@ def test_a_kernel_that_does_not_compile_is_an_error_with_a_way_out(monkeypatch: 
 
     monkeypatch.setattr(fused_columns, "_has_triton", lambda: True)
     monkeypatch.setattr(fused_columns, "_kernels", lambda: SimpleNamespace(round_panel=Broken(), INTERPRETED=True))
-    with pytest.raises(UnsupportedError, match=r"no such architecture; pass engine='plain'"):
+    with pytest.raises(UnsupportedError, match=r"no such architecture; say execution.column_loop=plain"):
         gptq(WEIGHT, MOMENT, GRIDS["row"], engine="fused")
 
 

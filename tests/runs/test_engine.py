@@ -10,18 +10,19 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ptqbench.collect import Lockstep
 from ptqbench.compose import compose_cell
 from ptqbench.cost import work
 from ptqbench.errors import ConfigError
 from ptqbench.methods.refinements import NoRefinement
-from ptqbench.methods.solvers import RoundToNearest
-from ptqbench.methods.targets import Weight
+from ptqbench.methods.solvers import Gptq, RoundToNearest
+from ptqbench.methods.targets import Loaq, Weight
 from ptqbench.models import quantized
 from ptqbench.models.architecture import from_config
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.quantized import BlockPlan, InputPlan, install
 from ptqbench.models.source import ModelSource
-from ptqbench.models.stages import forward
+from ptqbench.models.stages import forward, staged
 from ptqbench.numerics.activation import ActivationGrid, apply_grid
 from ptqbench.numerics.grid import GridSpec
 from ptqbench.pipeline import Method, Timings, quantize
@@ -118,6 +119,40 @@ def test_a_block_being_written_survives_a_failure_of_the_next(checkpoint, tmp_pa
     with pytest.raises(ConfigError, match="nothing to see"):
         quantize(model, METHOD, WINDOWS, state, Timings())
     assert (state.has(0), state.has(1)) == (True, False)
+
+
+def digest(folder, state_folder, settings):
+    model, state = open_model(folder), BlockState(state_folder, "a" * 12)
+    quantize(model, settings, WINDOWS, state, Timings())
+    return state.codes_digest(model.n_blocks)
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+@pytest.mark.parametrize("target", [Weight(), Loaq()], ids=["one stream", "two streams"])
+def test_parked_windows_give_the_same_codes(checkpoint, tmp_path, monkeypatch, target, true_sequential):
+    settings = Method(target, Gptq(), NoRefinement(), GridSpec(3), true_sequential)
+    folder, parked = checkpoint("qwen2"), []
+    expected = digest(folder, tmp_path / "a", settings)
+    park = Lockstep.park
+    monkeypatch.setattr(Lockstep, "park", lambda window: parked.append(window._parks) or park(window))
+    monkeypatch.setattr(BlockwiseModel, "parking_place", lambda *_: torch.device("cpu"))
+    assert digest(folder, tmp_path / "b", settings) == expected
+    assert parked == [True] * (2 * 4 * len(WINDOWS)), "every window at every stage of two blocks"
+
+
+def test_a_parked_run_holds_nothing_but_what_waits_elsewhere(checkpoint):
+    """On the meta device nothing can be computed, so the way there and back shows what is moved."""
+    model = open_model(checkpoint("llama"))
+    hidden, positions = torch.randn(1, 5, 48), model.positions(5)
+    with torch.no_grad(), model.block(0) as block:
+        run = staged(block, hidden, positions, torch.device("meta"))
+        inputs = weakref.ref(next(run).inputs)
+        assert inputs() is not None
+        assert next(run) is None
+        gc.collect()
+        assert inputs() is None, "the input of a stage stayed where it was"
+        with pytest.raises(NotImplementedError):  # from meta nothing comes back
+            next(run)
 
 
 PLAN = {

@@ -129,11 +129,20 @@ class BlockwiseModel:
             hidden: A residual stream, of which size and data type count.
             streams: How many there are.
         """
-        if self.device.type != "cuda":
-            return torch.device("cpu")
-        free, _ = torch.cuda.mem_get_info(self.device)
-        fits = streams * hidden.numel() * hidden.element_size() <= STREAM_SHARE * free
+        fits = self._fits(streams * hidden.numel() * hidden.element_size())
         return self.device if fits else torch.device("cpu")
+
+    def parking_place(self, hidden: Tensor, streams: int = 1) -> torch.device | None:
+        """Say where windows wait between the stages of a block: None for the device, if their widest inputs fit as above."""
+        width = (
+            max(max(shape) for shape in self.architecture.linear_shapes().values()) + hidden.shape[-1]
+        ) / hidden.shape[-1]
+        needed = streams * width * hidden.numel() * hidden.element_size()
+        return None if self.device.type != "cuda" or self._fits(needed) else torch.device("cpu")
+
+    def _fits(self, needed: float) -> bool:
+        """Whether so many bytes are a small part of what is free on the device, a GPU."""
+        return self.device.type == "cuda" and needed <= STREAM_SHARE * torch.cuda.mem_get_info(self.device)[0]
 
     @contextmanager
     def block(self, index: int, overlay: Overlay | None = None) -> Iterator[nn.Module]:

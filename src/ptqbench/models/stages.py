@@ -96,41 +96,59 @@ def _outputs(block: nn.Module, linears: tuple[str, ...], inputs: Tensor) -> dict
     return {name.split(".")[-1]: _Playback(block.get_submodule(name)(inputs)) for name in linears}
 
 
-Run = Generator[StageInput, None, Tensor]
-"""A block under way: yields the input of each stage, returns the residual stream that leaves the block."""
+Run = Generator[StageInput | None, None, Tensor]
+"""A block under way: yields the input of each stage (then None, where it parks), returns the residual stream that leaves it."""
 
 
-def staged(block: nn.Module, hidden: Tensor, positions: Positions) -> Run:
+def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.device | None = None) -> Run:
     """Run a block, pausing where the input of each of the four ``STAGES`` is known.
 
     Args:
         block: An installed transformers decoder layer (Llama, Qwen2 or Qwen3), stock or rewritten.
         hidden: Residual stream entering the block, (batch, tokens, hidden_size), not modified.
         positions: RoPE tables and mask for this window length.
+        park: Where tensors wait while the run is paused; None leaves them where they are.
 
     Yields:
-        Input and residual of each stage in order.
+        Input and residual of each stage in order; with ``park`` each is followed by a second pause with None, in which the run
+        holds nothing on the device.
 
     Returns:
         The residual stream leaving the block, equal to ``block(hidden, ...)`` bit for bit.
     """
     attention, mlp = block.get_submodule("self_attn"), block.get_submodule("mlp")
     before_o, before_down = getattr(block, "basis_changes", None) or (None, None)
-    inputs = block.get_submodule("input_layernorm")(hidden)
-    yield StageInput(inputs, None)
+    held = [block.get_submodule("input_layernorm")(hidden), hidden]
+    del hidden
+    yield from _pause(held, park, adds=False)
+    inputs, hidden = held
     with _swapped(attention, _outputs(block, ATTENTION_INPUT, inputs) | {"o_proj": nn.Identity()}):
         inputs = attention(inputs, position_embeddings=positions.rope, attention_mask=positions.mask)[0]
-    hidden = hidden if before_o is None else before_o(hidden)
-    yield StageInput(inputs, hidden)
-    hidden = hidden + block.get_submodule(ATTENTION_OUTPUT[0])(inputs)
-    inputs = block.get_submodule("post_attention_layernorm")(hidden)
-    yield StageInput(inputs, None)
+    held = [inputs, hidden if before_o is None else before_o(hidden)]
+    del inputs, hidden
+    yield from _pause(held, park, adds=True)
+    hidden = held[1] + block.get_submodule(ATTENTION_OUTPUT[0])(held[0])
+    held = [block.get_submodule("post_attention_layernorm")(hidden), hidden]
+    del hidden
+    yield from _pause(held, park, adds=False)
+    inputs, hidden = held
     with _swapped(mlp, _outputs(block, MLP_INPUT, inputs) | {"down_proj": nn.Identity()}):
         inputs = mlp(inputs)
-    hidden = hidden if before_down is None else before_down(hidden)
-    yield StageInput(inputs, hidden)
-    output: Tensor = hidden + block.get_submodule(MLP_OUTPUT[0])(inputs)
+    held = [inputs, hidden if before_down is None else before_down(hidden)]
+    del inputs, hidden
+    yield from _pause(held, park, adds=True)
+    output: Tensor = held[1] + block.get_submodule(MLP_OUTPUT[0])(held[0])
     return output
+
+
+def _pause(held: list[Tensor], park: torch.device | None, adds: bool) -> Generator[StageInput | None, None, None]:
+    """Announce ``held`` (input, residual), which must be the only reference to them; then perhaps let them wait elsewhere."""
+    device = held[0].device
+    yield StageInput(held[0], held[1] if adds else None)
+    if park is not None:
+        held[:] = [tensor.to(park) for tensor in held]
+        yield None
+        held[:] = [tensor.to(device) for tensor in held]
 
 
 def finish(run: Run) -> Tensor:

@@ -38,8 +38,15 @@ PANEL = 128
 SMALLEST_TILE = 16
 ROWS = 32
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+_forbidden = False
 INTEGER, REAL, UNTOUCHED = range(3)
 """How the kernel tells grids apart: by their zero point, or that they keep the weight."""
+
+
+def forbid_fused(forbidden: bool = True) -> None:
+    """Let ``auto`` mean ``plain`` in this process, for nodes on which triton cannot compile; or allow the kernel again."""
+    global _forbidden
+    _forbidden = forbidden
 
 
 def engine_on(device: torch.device) -> str:
@@ -51,7 +58,8 @@ def engine_on(device: torch.device) -> str:
     Returns:
         ``"plain"``, or ``"fused"`` with the version of triton.
     """
-    return f"fused, triton {_kernels().VERSION}" if device.type == "cuda" and _has_triton() else "plain"
+    fused = device.type == "cuda" and _has_triton() and not _forbidden
+    return f"fused, triton {_kernels().VERSION}" if fused else "plain"
 
 
 def use_fused(engine: str, work: Tensor, specs: Iterable[GridSpec]) -> bool:
@@ -70,7 +78,7 @@ def use_fused(engine: str, work: Tensor, specs: Iterable[GridSpec]) -> bool:
         UnsupportedError: ``fused`` was asked for and cannot serve.
     """
     require_choice("engine", engine, ENGINES)
-    if engine == "plain" or (engine == "auto" and not work.is_cuda):
+    if engine == "plain" or (engine == "auto" and (_forbidden or not work.is_cuda)):
         return False
     reason = _obstacle(work, specs)
     if reason and engine == "fused":
@@ -132,7 +140,7 @@ class FusedPanels:
             found = next(iter(str(error).splitlines()), "")
             raise UnsupportedError(
                 f"engine fused: expected triton to compile the column loop for {weights.device}, got "
-                f"{type(error).__name__}: {found}; pass engine='plain' to the solver, or uninstall triton"
+                f"{type(error).__name__}: {found}; say execution.column_loop=plain (engine='plain' of a solver)"
             ) from error
 
 
