@@ -10,6 +10,7 @@ or the rule proves nothing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,43 +20,20 @@ import threading
 import time
 from pathlib import Path
 
+import random_model
+
 GIB = 2**30
 OVER_LIMIT = 77
 
 
 def build(folder: Path, gib: float) -> dict[str, float]:
     """Write a random checkpoint of about ``gib`` GiB in float32, one shard per block."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    from ptqbench.models.architecture import from_config
-    from ptqbench.models.source import embedded_model_folder
-
-    config = LlamaConfig(
-        vocab_size=1024, hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=64, num_hidden_layers=1, max_position_embeddings=512, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
-        dtype="float32",
-    )  # fmt: skip
-    block_bytes = 4 * from_config(config.to_dict()).linear_params
-    config.num_hidden_layers = max(2, round(gib * GIB / block_bytes))
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((embedded_model_folder("tiny") / name).read_bytes())
-    shapes = from_config(json.loads((folder / "config.json").read_text())).tensor_shapes()
-    files: dict[str, list[str]] = {}
-    for name in shapes:
-        files.setdefault(name.split(".")[2] if ".layers." in name else "rest", []).append(name)
-    weight_map = {}
-    for index, names in files.items():
-        tensors = {n: torch.ones(shapes[n]) if "norm" in n else torch.randn(shapes[n]) * 0.02 for n in names}
-        file = f"model-{index}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    block = random_model.shape("llama-1024", 1)
+    block_bytes = 4 * block.linear_params
+    model = dataclasses.replace(block, n_blocks=max(2, round(gib * GIB / block_bytes)))
+    random_model.write(folder, model)
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    return {"model_gib": size / GIB, "blocks": config.num_hidden_layers, "block_gib": block_bytes / GIB}
+    return {"model_gib": size / GIB, "blocks": model.n_blocks, "block_gib": block_bytes / GIB}
 
 
 def anonymous_gib() -> float:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import random_model
 from memory import build
 
 
@@ -22,8 +23,8 @@ def run(folder: Path, runs: str, options: list[str], n_samples: int) -> dict[str
     common = [
         "model=local", f"model.path={folder / 'model'}", "bitwidth=w4a4kv4", "calibration=file", "evaluation=file",
         f"calibration.path={folder / 'text.txt'}", f"evaluation.texts.file.path={folder / 'text.txt'}",
-        "calibration.portion=[0,0.9]", "evaluation.texts.file.portion=[0.9,1]", "calibration.separator='|'",
-        "evaluation.texts.file.separator='|'", f"calibration.n_samples={n_samples}", "calibration.seq_len=256",
+        "calibration.portion=[0,0.9]", "evaluation.texts.file.portion=[0.9,1]", f"calibration.n_samples={n_samples}",
+        "calibration.seq_len=256",
         "evaluation.texts.file.seq_len=256", f"execution.runs_dir={runs}", "execution.progress=false",
         f"method.transform.n_samples={n_samples}",
     ]  # fmt: skip
@@ -44,8 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = build(folder / "model", given.model_gib)
-        text = "|".join(f"The {a} cats saw {b} red birds near house {a * b}." for a in range(60) for b in range(60))
-        (folder / "text.txt").write_text(text)
+        random_model.write_text(folder / "text.txt", random_model.shape("llama-1024"), 16_384)
         print(f"{made['blocks']} blocks of {made['block_gib']:.3f} GiB, {given.samples} windows of 256 tokens")
         resq, coquant = ["+method=resq"], ["+method=coquant"]
         other_seed = [*resq, "method.transform.rotation_seed=1"]

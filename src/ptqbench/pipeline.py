@@ -31,7 +31,7 @@ from ptqbench.models.quantized import set_quantizers
 from ptqbench.models.stages import STAGES, Positions, Stage, finish, forward
 from ptqbench.numerics.grid import LinearResult
 from ptqbench.rounding import Method, report, round_stage
-from ptqbench.state import BlockState
+from ptqbench.state import BlockState, stored_parts
 from ptqbench.timings import Timings
 
 __all__ = ["Method", "Streams", "Timings", "quantize"]
@@ -110,7 +110,7 @@ class _Writer:
     def save(self, index: int, results: Results, rows: Rows) -> None:
         """Wait for the block before, then begin to save this one; raises what saving the one before raised."""
         self._finish()
-        self._pending = index, self._thread.submit(self._state.save, index, results, rows)
+        self._pending = index, self._thread.submit(self._state.save, index, stored_parts(results), rows)
 
     def _finish(self) -> None:
         if self._pending is not None:

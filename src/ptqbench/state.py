@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def stored_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, group_index:
     """Rebuild the weight (out, in) float32 that codes and grids stand for: ``scale * (codes - zero_point)``."""
     group = group_index.long()
     return scale[:, group] * (codes.to(scale.dtype) - zero_point[:, group])
+
+
+def stored_parts(results: Mapping[str, LinearResult]) -> dict[str, Tensor]:
+    """Name what is stored of the rounded linears of a block: nothing of those left at 16 bits, and no dequantized weight."""
+    rounded = {name: result for name, result in results.items() if result.codes is not None}
+    return {f"{name}.{part}": getattr(result, part) for name, result in rounded.items() for part in PARTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +71,9 @@ class BlockState:
             )
         return metadata
 
-    def save(self, index: int, results: dict[str, LinearResult], reports: list[dict[str, Any]]) -> None:
-        """Write the rounded linears of a block and their reports; linears left at 16 bits are not stored."""
-        tensors = {
-            f"{name}.{part}": getattr(result, part).cpu().clone(memory_format=torch.contiguous_format)
-            for name, result in results.items()
-            if result.codes is not None
-            for part in PARTS
-        }
+    def save(self, index: int, parts: dict[str, Tensor], reports: list[dict[str, Any]]) -> None:
+        """Write a block: what ``stored_parts`` takes of its rounded linears, and their reports."""
+        tensors = {name: part.cpu().clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
         with replacing(self._path(index)) as temporary:
             save_file(tensors, temporary, metadata={"run_id": self.run_id, "reports": json.dumps(reports)})
 
