@@ -89,9 +89,12 @@ class StoredBases(Mapping[str, Tensor]):
             self.save(part, held)
 
     def read(self, part: str) -> dict[str, Tensor]:
-        """Read all tensors of a part that `has` found, on the CPU."""
+        """Read all tensors of a part that `has` found, on the CPU.
+
+        Copies: a product may depend in its last bit on where in memory its factors begin, and a mapped file has them anywhere.
+        """
         with safe_open(self._path(part), framework="pt") as stored:
-            return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - not a dict
+            return {key: stored.get_tensor(key).clone() for key in stored.keys()}  # noqa: SIM118 - not a dict
 
     def drop(self, part: str) -> None:
         """Remove a part, if it is there."""
@@ -102,7 +105,7 @@ class StoredBases(Mapping[str, Tensor]):
         part, _, key = name.rpartition(".")
         try:
             with safe_open(self._path(part or SHARED), framework="pt") as stored:
-                basis: Tensor = stored.get_tensor(key)
+                basis: Tensor = stored.get_tensor(key).clone()  # as in `read`
         except (SafetensorError, FileNotFoundError) as error:
             raise KeyError(f"no basis {name!r} in {self.folder}: {error}") from None
         return basis.to(self.device)

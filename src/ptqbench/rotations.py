@@ -117,13 +117,15 @@ def learn_rotations(
                 try:
                     _, gradients = network.gradients(build, rotations, batch)
                     for name, gradient in gradients.items():
-                        rotations[name], velocities[name], _ = cayley_step(
+                        point, velocity, _ = cayley_step(
                             rotations[name],
                             gradient,
                             velocities.get(name),
                             learning_rate=rate,
                             momentum=learning.momentum,
                         )
+                        # In the layout that they are stored in: a product may depend on it in its last bit.
+                        rotations[name], velocities[name] = point.contiguous(), velocity.contiguous()
                 except NumericalError as error:
                     raise NumericalError(f"learning rotations, step {step}: {error}") from error
                 if (step + 1) % SAVE_EVERY == 0 and step + 1 < learning.steps:
