@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import panels
 from ptqbench.numerics import fused_columns
 from ptqbench.numerics.affine import scale_from_range, to_codes, to_values, value_range
 from ptqbench.numerics.clip_search import EXPONENT, STEP_DENOMINATOR, STEPS, best_shrink
@@ -92,7 +93,12 @@ def compare(title: str, calls: dict[str, Callable[[], Tensor]], device: torch.de
         print(f"  {name:28} {seconds:10.4f} s   ratio {seconds / base:7.4f}   differing {apart:.2e}", flush=True)
 
 
-def columns(rows: int, width: int, device: torch.device, repeats: int) -> None:
+def _replaced(panel: panels.Panel, call: Callable[[], Tensor]) -> Tensor:
+    with panels.replaced(panel):
+        return call()
+
+
+def columns(rows: int, width: int, device: torch.device, repeats: int, alternatives: dict[str, panels.Panel]) -> None:
     """Compare the loops on one shape."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(rows, width, generator=generator, device=device)
@@ -108,6 +114,9 @@ def columns(rows: int, width: int, device: torch.device, repeats: int) -> None:
     calls = {"textbook loop": lambda: textbook(weight, factor.upper), "plain loop": ours("plain")}
     if fused_columns.engine_on(device) != "plain":
         calls["fused kernel"] = ours("fused")
+    for name, panel in alternatives.items():
+        calls[name] = lambda panel=panel: _replaced(panel, ours("plain"))
+        calls[name]()  # compiles
     compare(f"column loop, {rows} x {width}", calls, device, repeats)
 
 
@@ -128,14 +137,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", metavar="ROWSxCOLUMNS")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--alternatives", action="store_true", help="also numba and torch.compile, on a CPU")
     given = parser.parse_args()
     device = torch.device(given.device)
     torch.set_num_threads(1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread"
     print(f"{name}; torch {torch.__version__}; engine auto: {fused_columns.engine_on(device)}")
     shapes = [tuple(int(n) for n in shape.split("x")) for shape in given.shapes or SHAPES[device.type]]
+    found = panels.available() if given.alternatives and device.type == "cpu" else {}
+    alternatives = {name: make() for name, make in found.items()}
     for rows, width in shapes:
-        columns(rows, width, device, given.repeats)
+        columns(rows, width, device, given.repeats, alternatives)
     for rows in dict.fromkeys(rows for rows, _ in shapes):
         clip_search(rows, device, given.repeats)
 

@@ -52,30 +52,54 @@ def plan(cells: Sequence[Cell], known: Known | None = None) -> list[Row]:
     known = known or Known()
     queue = look(cell.folder for cell in cells if cell.folder is not None)
     rows = [_row(cell, queue, known) for cell in cells]
-    factors = calibrated(rows)
-    return [_corrected(row, factors.get(_kind(row), (1.0, 0))[0]) for row in rows]
+    finished = calibrated(rows)
+    return [_corrected(row, finished[_kind(row)].factor) if _kind(row) in finished else row for row in rows]
 
 
-def calibrated(rows: Sequence[Row]) -> dict[Kind, tuple[float, int]]:
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What the finished cells of a kind needed, beside what was estimated.
+
+    Attributes:
+        count: Number of cells.
+        factor: Median of the seconds that a cell took over those estimated.
+        peak_gib: Largest peak of the memory that cells of this kind ask for, of the GPU or of the host; None if not recorded.
+        asked_gib: Largest memory that was asked for.
+    """
+
+    count: int
+    factor: float
+    peak_gib: float | None
+    asked_gib: float
+
+
+def calibrated(rows: Sequence[Row]) -> dict[Kind, Finished]:
     """Compare the finished cells of a plan with their estimates.
 
     Args:
         rows: A plan with estimates as ``resources`` makes them.
 
     Returns:
-        By model, and whether on a GPU: the median of the seconds that a cell took over those estimated, and the number of cells
-        behind it.
+        By model, and whether on a GPU.
     """
-    found: dict[Kind, list[float]] = {}
+    found: dict[Kind, list[tuple[float, float | None, float]]] = {}
     for row in rows:
         result = row.cell.folder.result() if row.state == DONE and row.cell.folder is not None else None
-        timings = (result or {}).get("timings")
-        if row.needs is not None and isinstance(timings, dict) and result is not None:
-            on_gpu = result.get("peak_gpu_gib") is not None
-            if on_gpu == bool(row.needs.gpus):
-                seconds = START_S + sum(timings.values())
-                found.setdefault(_kind(row), []).append(seconds / (60 * row.needs.estimate_min))
-    return {kind: (statistics.median(ratios), len(ratios)) for kind, ratios in found.items()}
+        if row.needs is None or result is None or not isinstance(result.get("timings"), dict):
+            continue
+        on_gpu = bool(row.needs.gpus)
+        if on_gpu == (result.get("peak_gpu_gib") is not None):
+            ratio = (START_S + sum(result["timings"].values())) / (60 * row.needs.estimate_min)
+            peak = result.get("peak_gpu_gib" if on_gpu else "peak_host_gib")
+            asked = row.needs.gpu_mem_gib if on_gpu else row.needs.host_mem_gib
+            found.setdefault(_kind(row), []).append((ratio, peak, asked))
+    return {kind: _finished(measured) for kind, measured in found.items()}
+
+
+def _finished(measured: Sequence[tuple[float, float | None, float]]) -> Finished:
+    ratios, peaks, asked = zip(*measured, strict=True)
+    known = [peak for peak in peaks if peak is not None]
+    return Finished(len(ratios), statistics.median(ratios), max(known, default=None), max(asked))
 
 
 def _kind(row: Row) -> Kind:

@@ -162,13 +162,16 @@ def test_finished_cells_correct_the_estimates_of_the_others(tmp_path, capsys):
     for row, seconds in zip(before[:3], (50.0, 90.0, 1000.0), strict=True):
         folder = create(row.cell.spec)
         timings = {"forward_s": seconds - 10, "perplexity_s": 0.0}
-        write_json(folder.result_path, {"run_id": folder.run_id, "timings": timings, "peak_gpu_gib": None})
+        peaks = {"peak_gpu_gib": None, "peak_host_gib": seconds / 100}
+        write_json(folder.result_path, {"run_id": folder.run_id, "timings": timings, **peaks})
     after = plan(resolved([(" ".join(line), line) for line in words]))
     factor = 90.0 / (60 * before[1].needs.estimate_min)
     assert after[3].needs.estimate_min == pytest.approx(factor * before[3].needs.estimate_min)
     assert after[3].needs.time_min >= before[3].needs.time_min
     print_plan(after)
-    assert f"x {factor:.2f}, what 3 finished cells took" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    asked = f"{before[0].needs.host_mem_gib:g}"
+    assert f"x {factor:.2f}, what 3 finished cells took (median); peak memory 10 of {asked} GiB asked for" in said
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

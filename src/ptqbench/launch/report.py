@@ -187,10 +187,13 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
             "load them with: python -m ptqbench prefetch",
             highlight=False,
         )
-    for (model, on_gpu), (factor, count) in calibrated(rows).items():
-        where = "GPU" if on_gpu else "CPU"
+    for (model, on_gpu), found in calibrated(rows).items():
+        peak = (
+            "" if found.peak_gib is None else f"; peak memory {found.peak_gib:.3g} of {found.asked_gib:g} GiB asked for"
+        )
         console.print(
-            f"estimates of {model} on {where}: x {factor:.2f}, what {count} finished cells took (median)",
+            f"estimates of {model} on {'GPU' if on_gpu else 'CPU'}: x {found.factor:.2f}, what {found.count} finished cells took "
+            f"(median){peak}",
             highlight=False,
         )
     running = [row for row in rows if row.state == RUNNING]
