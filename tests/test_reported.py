@@ -204,3 +204,26 @@ def test_models_of_the_figures_that_can_be_composed_have_their_names():
     figures, _ = load()
     known = set(figures["model"]) & set(group_names("model"))
     assert {"llama-2-7b", "llama-3-8b", "llama-3.2-1b", "qwen2.5-3b", "qwen3-8b"} <= known
+
+
+def test_on_a_terminal_of_80_columns_no_word_is_broken(tmp_path, monkeypatch, capsys):
+    """Model and bitwidth stand above their rows, sources below the table; every word of the sheet is on one line as it is."""
+    from ptqbench.cli import main
+
+    monkeypatch.setenv("COLUMNS", "80")
+    tasks = load()[1]["protocols"]["resq"]["tasks"]
+    for model in ("llama-3.2-1b", "llama-3-8b"):
+        add(tmp_path, "fp16", "fp16", 9.76, model)
+        add(tmp_path, "quarot", "w4a4kv4", None, model)
+        for seed, perplexity in enumerate((12.2, 12.4, 12.6)):
+            add(tmp_path, "resq", "w4a4kv4", perplexity, model, seed, tasks, [("evaluation.tasks", tasks)])
+    assert main(["table", "--check", "--runs-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    sheet = check_sheet(check(tables.tidy((folder, None) for folder in store.all_runs(tmp_path))), brief=True)
+    words = {word for row in sheet.rows for entry in row for word in entry.text.replace(" ± ", "±").split()}
+    assert words - {word for line in lines for word in line.split()} == set()
+    for model in ("llama-3.2-1b", "llama-3-8b"):
+        assert [line.split() for line in lines if line.startswith(model)] == [[model, "fp16"], [model, "w4a4kv4"]]
+    assert "resq wikitext2 ppl 12.4 [1] 12.40±0.20 +0.000 agrees" in [" ".join(line.split()) for line in lines]
+    assert "[1] ResQ, Table 1 (first hand)" in lines

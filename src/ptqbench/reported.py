@@ -253,26 +253,29 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def check_sheet(found: pd.DataFrame, title: str = "") -> Sheet:
-    """Lay out what ``check`` returned; why two figures do not compare is a footnote."""
-    heads = [Column(name, numeric=False) for name in KEYS] + [Column("metric", numeric=False, wrap=True)]
-    heads += [Column(name) for name in ("reported", "ours", "delta")]
-    sheet = Sheet([*heads, *(Column(name, numeric=False, wrap=True) for name in ("verdict", "source"))], title=title)
+def check_sheet(found: pd.DataFrame, title: str = "", brief: bool = False) -> Sheet:
+    """Lay out what ``check`` returned; why two figures do not compare is a footnote.
+
+    Args:
+        found: As ``check`` returns it, not modified.
+        title: Printed above.
+        brief: For a terminal: model and bitwidth stand above their rows instead of in each, and where a figure is printed is a
+            footnote too.
+    """
+    lead = [] if brief else [Column(name, numeric=False) for name in KEYS]
+    heads = [*(lead or [Column("method", numeric=False)]), Column("metric", numeric=False, wrap=True)]
+    heads += [*map(Column, ("reported", "ours", "delta")), Column("verdict", numeric=False, wrap=True)]
+    heads += [] if brief else [Column("source", numeric=False, wrap=True)]
+    sheet = Sheet(heads, title=title)
     previous = None
     for row in _records(found):
-        if previous is not None and (row["model"], row["bitwidth"]) != previous:
-            sheet.sections.append(len(sheet.rows))
-        previous = row["model"], row["bitwidth"]
-        metric, missing, why = row["metric"], row["missing"], row["why"]
-        entries = [
-            *(Entry(row[name]) for name in KEYS),
-            Entry(_brief(metric)),
-            Entry(_printed(metric, row["reported"])),
-        ]
-        ours = Entry(format_spread(metric, row["ours"], row["spread"]), note=sheet.note(missing) if missing else None)
-        verdict = Entry(row["verdict"], note=sheet.note(why) if why else None)
-        source = Entry(f"{row['paper']}, {row['table']} ({row['provenance'].replace('_', ' ')})")
-        sheet.rows.append([*entries, ours, Entry(_delta(metric, row["delta"])), verdict, source])
+        group = row["model"], row["bitwidth"]
+        if group != previous:
+            sheet.sections += [len(sheet.rows)] if sheet.rows else []
+            above = [*(Entry(name, bold=True) for name in group), *[Entry("")] * (len(heads) - 2)]
+            sheet.rows += [above] if brief else []
+        previous = group
+        sheet.rows.append(_check_row(sheet, row, brief))
     counts = found["verdict"].value_counts()
     summary = (
         ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
@@ -284,6 +287,20 @@ def check_sheet(found: pd.DataFrame, title: str = "") -> Sheet:
         "and nothing stands against the comparison. Second-hand figures are never judged.",
     ]
     return sheet
+
+
+def _check_row(sheet: Sheet, row: dict[str, Any], brief: bool) -> list[Entry]:
+    metric, missing, why = row["metric"], row["missing"], row["why"]
+    source = f"{row['paper']}, {row['table']} ({row['provenance'].replace('_', ' ')})"
+    printed, name = _printed(metric, row["reported"]), _brief(metric)
+    if brief:
+        lead = [Entry(row["method"]), Entry(name.replace("/perplexity", " ppl").replace("/", " "))]
+        reported, rest = Entry(printed, note=sheet.note(source)), []
+    else:
+        lead, reported, rest = [*(Entry(row[key]) for key in KEYS), Entry(name)], Entry(printed), [Entry(source)]
+    ours = Entry(format_spread(metric, row["ours"], row["spread"]), note=sheet.note(missing) if missing else None)
+    verdict = Entry(row["verdict"], note=sheet.note(why) if why else None)
+    return [*lead, reported, ours, Entry(_delta(metric, row["delta"])), verdict, *rest]
 
 
 def _brief(metric: str) -> str:

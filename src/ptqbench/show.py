@@ -122,7 +122,8 @@ def print_table(sources: Iterable[Source], options: TableOptions) -> None:
         if options.style == "csv":
             put(found.to_csv(index=False), options.output)
         else:
-            print_sheet(check_sheet(found, options.title), options.style, options.output)
+            brief = options.style == "terminal"
+            print_sheet(check_sheet(found, options.title, brief), options.style, options.output)
         return
     sheet = tables.comparison_sheet(frame, options.title, options.columns, brief=options.style == "terminal")
     if options.style == "csv":
@@ -163,7 +164,11 @@ def put(text: str, output: str | None) -> None:
 
 
 def rich_table(sheet: Sheet) -> Table:
-    """Lay out a sheet for the terminal; a text column that says the same in every row moves into the title."""
+    """Lay out a sheet for the terminal; a model that is the same in every row moves into the title.
+
+    Where columns may be wrapped, room is short: words then stand in it instead of lines between columns.
+    """
+    from rich.box import HEAVY_HEAD, SIMPLE_HEAD
     from rich.table import Table
 
     constant = [
@@ -174,7 +179,10 @@ def rich_table(sheet: Sheet) -> Table:
     title = [sheet.title] if sheet.title else []
     title += [f"model: {sheet.rows[0][place].text}" for place in constant]
     kept = [place for place in range(len(sheet.columns)) if place not in constant]
-    out = Table(title="\n".join(title) or None, title_justify="left", show_edge=False, pad_edge=False)
+    dense = any(column.wrap for column in sheet.columns)
+    box, padding = (SIMPLE_HEAD, (0, 1, 0, 0)) if dense else (HEAVY_HEAD, (0, 1))
+    caption = "\n".join(title) or None
+    out = Table(title=caption, title_justify="left", box=box, padding=padding, show_edge=False, pad_edge=False)
     for place in kept:
         column = sheet.columns[place]
         head = f"{_broken(column.group)}\n{column.name}" if column.group else column.name
