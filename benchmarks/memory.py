@@ -1,4 +1,4 @@
-"""Peak memory of quantizing a model that does not fit: ``python benchmarks/memory.py [--model-gib 3] [--allowed-gib 0.75]``.
+"""Peak memory of quantizing a model that does not fit: ``python benchmarks/memory.py [--model-gib 4] [--allowed-gib 1]``.
 
 Writes a random Llama checkpoint of the given size in shards, then quantizes it (RTN and, with ``--method gptq``, GPTQ) and
 measures its perplexity in a child process. A watchdog samples the child's anonymous memory (RssAnon of Linux: everything that no
@@ -92,8 +92,8 @@ def child(folder: Path, allowed_gib: float, what: str) -> None:
 def main() -> int:
     """Build the model, run the baseline and the methods under the limit, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-gib", type=float, default=3.0)
-    parser.add_argument("--allowed-gib", type=float, default=0.75)
+    parser.add_argument("--model-gib", type=float, default=4.0)
+    parser.add_argument("--allowed-gib", type=float, default=1.0)
     parser.add_argument("--method", choices=["rtn", "gptq"], action="append", help="default: rtn")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
