@@ -103,3 +103,22 @@ def test_interrupted_attempt_is_neither_failed_nor_running(tmp_path):
         raise KeyboardInterrupt
     assert not folder.failure_path.exists()
     assert folder.state() == store.INTERRUPTED
+
+
+SHOWN = """
+import os, sys, torch
+from pathlib import Path
+from ptqbench import run, store
+run._configure(store.RunFolder(Path(sys.argv[1])).read_spec())
+print(os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.are_deterministic_algorithms_enabled())
+"""
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_products_on_a_gpu_are_asked_for_in_a_fixed_order(tmp_path, monkeypatch, given, expected):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given or "")
+    if given is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    folder = make(tmp_path)
+    done = subprocess.run([sys.executable, "-c", SHOWN, str(folder.path)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{expected} True"
