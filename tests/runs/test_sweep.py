@@ -1,6 +1,7 @@
 """Sweep files: unions of grids with holes."""
 
 import re
+from collections import Counter
 
 import pytest
 import yaml
@@ -125,10 +126,17 @@ def test_composition_crosses_the_three_roles_with_three_seeds():
     points = [point for point in expand(load_sweep("composition")) if point["method"] != "fp16"]
     axes = [f"method/{role}" for role in ("transform", "target", "refine")]
     combinations = {tuple(point[axis] for axis in axes) for point in points}
-    assert len(combinations) == 4 * 3 * 3
-    assert len(points) == len(combinations) * 3 * len({point["bitwidth"] for point in points})
+    assert len(combinations) == 5 * 3 * 3
+    bitwidths = {"learned_rotation": {"w4a4kv4"}}  # without quantized activations there is nothing to learn
+    for combination in combinations:
+        cells = [point for point in points if tuple(point[axis] for axis in axes) == combination]
+        wanted = bitwidths.get(combination[0], {"w3", "w4a4kv4"})
+        assert Counter((point["bitwidth"], point["seed"]) for point in cells) == Counter(
+            (bits, seed) for bits in wanted for seed in (0, 1, 2)
+        )
     assert {choice for choices in combinations for choice in choices} >= {
         "subspace_joint",
+        "learned_rotation",
         "hadamard",
         "loaq",
         "null_space",
