@@ -62,14 +62,10 @@ class OnGpu(Tensor):
             left, right, dtype = args
             return OnGpu(left.held.to(dtype) @ right.held.to(dtype))
         held = func(*tree_map(_held, args), **tree_map(_held, kwargs))
-        name = func._schema.name.split("::")[1]
-        if func._schema.is_mutable and name.endswith("_"):
+        if func._schema.name.endswith("_"):
             return args[0]
-        if name == "copy_":
-            return args[0]
-        out = kwargs.get("out")
-        if out is not None:
-            return out
+        if kwargs.get("out") is not None:
+            return kwargs["out"]
         return tree_map(lambda value: OnGpu(value) if isinstance(value, Tensor) else value, held)
 
 
@@ -93,62 +89,30 @@ def _check(func: Any, args: Any, kwargs: Any) -> None:
         )
 
 
-def _asked(device: Any) -> torch.device | None:
-    """The device that a call names, None for none."""
-    if device is None or isinstance(device, Tensor):
-        return None
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-
-
 def _function(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One call of torch's Python interface: placement is decided here, values below."""
     with torch._C.DisableTorchFunctionSubclass():
-        if func in (Tensor.device.__get__, Tensor.is_cuda.__get__, Tensor.is_cpu.__get__) and isinstance(
-            args[0], OnGpu
-        ):
-            return {Tensor.device.__get__: CUDA, Tensor.is_cuda.__get__: True, Tensor.is_cpu.__get__: False}[func]
-        if func in (Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage) and isinstance(
-            args[0], OnGpu
-        ):
-            raise TypeError(
-                f"{func.__name__}: can't take a tensor on cuda:0 where host memory is wanted; use Tensor.cpu()"
-            )
-        if func is Tensor.tolist and isinstance(args[0], OnGpu):
-            return args[0].held.tolist()
-        if func is Tensor.cpu:
-            return _moved(args[0], torch.device("cpu"))
-        if func is Tensor.cuda:
-            return _moved(args[0], CUDA)
+        if func in MOVES:
+            return MOVES[func](*args, **kwargs)
+        if func in OF_THE_DEVICE and isinstance(args[0], OnGpu):
+            return OF_THE_DEVICE[func](args[0])
         if func is torch.nn.functional.scaled_dot_product_attention and kwargs.get("is_causal"):
-            kwargs = {
-                **kwargs,
-                "is_causal": False,
-                "attn_mask": _causal(args[0], args[1]),
-            }  # torch would make it on the CPU
-        if func is Tensor.to:
-            return _to(*args, **kwargs)
-        if kwargs.get("device") is not None:
-            asked = _asked(kwargs["device"])
-            first = next((value for value in tree_flatten(args)[0] if isinstance(value, OnGpu)), None)
-            if asked is not None and asked.type == "cuda":
-                made = func(*tree_map(_held, args), **tree_map(_held, {**kwargs, "device": "cpu"}))
-                return _placed(made)
-            if first is not None and asked is not None and asked.type == "cpu":
-                return func(*tree_map(_held, args), **tree_map(_held, kwargs))
-        elif getattr(func, "__name__", "") in ("tensor", "as_tensor") and args and isinstance(args[0], OnGpu):
-            return args[0].clone()
-        return func(*args, **kwargs)
+            mask = _causal(args[0], args[1])  # torch would make it below this interface, on the CPU
+            kwargs = {**kwargs, "is_causal": False, "attn_mask": mask}
+        if kwargs.get("device") is None:
+            return func(*args, **kwargs)
+        device = kwargs["device"]
+        asked = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if asked.type == "meta":
+            return func(*args, **kwargs)
+        onto = "cpu" if asked.type == "cuda" else asked
+        made = func(*tree_map(_held, args), **tree_map(_held, {**kwargs, "device": onto}))
+        return tree_map(OnGpu, made) if asked.type == "cuda" else made
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:
     ones = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
     return OnGpu(ones) if isinstance(query, OnGpu) else ones
-
-
-def _placed(made: Any) -> Any:
-    return tree_map(
-        lambda value: OnGpu(value) if isinstance(value, Tensor) and not isinstance(value, OnGpu) else value, made
-    )
 
 
 class _Up(torch.autograd.Function):
@@ -192,6 +156,24 @@ def _to(value: Tensor, *args: Any, **kwargs: Any) -> Any:
     if device is not None:
         value = _moved(value, device)
     return value if dtype is None else value.to(dtype)
+
+
+def _refuse(value: OnGpu) -> Any:
+    raise TypeError("can't take a tensor on cuda:0 where host memory is wanted; use Tensor.cpu() first")
+
+
+MOVES = {
+    Tensor.to: _to,
+    Tensor.cpu: lambda value: _moved(value, torch.device("cpu")),
+    Tensor.cuda: lambda value, *others: _moved(value, CUDA),
+}
+OF_THE_DEVICE = {
+    Tensor.device.__get__: lambda value: CUDA,
+    Tensor.is_cuda.__get__: lambda value: True,
+    Tensor.is_cpu.__get__: lambda value: False,
+    Tensor.tolist: lambda value: value.held.tolist(),
+    **dict.fromkeys((Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage), _refuse),
+}
 
 
 class _Everywhere(TorchFunctionMode):
