@@ -6,7 +6,7 @@ Frames in, frames out; a plot takes a frame and returns a figure that can be rea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -249,17 +249,22 @@ def _combinations(frame: pd.DataFrame, metric: str, bitwidth: str) -> pd.DataFra
     if rows["model"].nunique() > 1:
         raise ConfigError(f"expected cells of one model, got {', '.join(sorted(set(rows['model'])))}")
     named = rows.assign(**{role: [member_name(cell, role) for cell in _records(rows)] for role in ROLES})
-    places = []
-    for role in ROLES:
-        order = {name: place for place, name in enumerate(sorted(set(named[role]), key=_plain_first))}
-        places.append(named[role].map(order))
-    keys = list(zip(*places, named["seed"], strict=True))
+    members = list(zip(*(named[role] for role in ROLES), strict=True))
+    keys = [(*map(_plain_first, of_row), seed) for of_row, seed in zip(members, named["seed"], strict=True)]
     return named.iloc[sorted(range(len(keys)), key=keys.__getitem__)]
 
 
 def _plain_first(member: Any) -> tuple[bool, str]:
     """Order members by name, behind the one that does nothing."""
     return member not in ("none", "weight"), str(member)
+
+
+def _by_look(rows: pd.DataFrame, looks: Mapping[str, Look] | None) -> Iterator[tuple[str, Look, pd.DataFrame]]:
+    """Split rows by method, in the order in which looks are dealt."""
+    for method, look in (looks or deal_looks(sorted(rows["method"]))).items():
+        group = rows[rows["method"] == method]
+        if len(group):
+            yield method, look, group
 
 
 def plot_pareto(rows: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look] | None = None) -> Figure:
@@ -272,17 +277,12 @@ def plot_pareto(rows: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, 
         looks: Looks by method, dealt once for all plots that are compared; None deals them by name.
     """
     figure, axis = _axes()
-    looks = looks or deal_looks(sorted(rows["method"]))
-    for method in (name for name in looks if (rows["method"] == name).any()):
-        group, colour = rows[rows["method"] == method], looks[method].colour
+    for method, look, group in _by_look(rows, looks):
         for on_front, part in group.groupby("front"):
             label = method if on_front or not group["front"].any() else None
-            look: dict[str, Any] = {
-                "fmt": looks[method].marker,
-                "color": colour,
-                "mfc": colour if on_front else "white",
-            }
-            axis.errorbar(part["cost"], part["quality"], part["spread"].fillna(0.0), **look, capsize=2, label=label)
+            face = look.colour if on_front else "white"
+            style: dict[str, Any] = {"fmt": look.marker, "color": look.colour, "mfc": face, "label": label}
+            axis.errorbar(part["cost"], part["quality"], part["spread"].fillna(0.0), **style, capsize=2)
     wide = len(rows) > 1 and rows["quality"].min() > 0 and rows["quality"].max() > WIDE * rows["quality"].min()
     axis.set_yscale("log" if wide else "linear")
     axis.set_xlabel(f"{cost} (lower is better)")
@@ -302,9 +302,8 @@ def plot_layers(report: pd.DataFrame, value: str, linear: str, looks: Mapping[st
     """
     rows = report[report["linear"] == linear]
     figure, axis = _axes()
-    looks = looks or deal_looks(sorted(rows["method"]))
-    for method in (name for name in looks if (rows["method"] == name).any()):
-        look, curve = looks[method], rows[rows["method"] == method].groupby("block")[value].mean()
+    for method, look, group in _by_look(rows, looks):
+        curve = group.groupby("block")[value].mean()
         style: dict[str, Any] = {"color": look.colour, "linestyle": look.line, "marker": look.marker, "label": method}
         axis.plot(curve.index, curve, **style, markersize=3, linewidth=1)
     axis.set_xlabel("block")

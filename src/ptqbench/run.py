@@ -110,9 +110,8 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
 
 
 def _configure(spec: RunSpec) -> None:
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read when a GPU is first used: products in a fixed order
+    # Read when a GPU is first used: products in a fixed order.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     from ptqbench.numerics.fused_columns import forbid_fused

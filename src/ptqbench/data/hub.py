@@ -14,10 +14,7 @@ from pathlib import Path
 from ptqbench.errors import ConfigError, DataNotHereError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MARKERS = [
-    "README.md",
-    ".gitattributes",
-]  # a file that every repository has, so that a snapshot stands for the reference
+MARKERS = ["README.md", ".gitattributes"]  # every repository has one, so that a snapshot stands for the reference
 NOT_DATA = ["*.py", "*.tar"]  # loading scripts, which nothing runs any more, and second copies of what tables hold
 PREFETCH = (
     "run `python -m ptqbench prefetch SWEEP` (or prefetch with the words of this cell) where there is network, "

@@ -48,9 +48,8 @@ WILLIAMSON_ROWS: dict[int, tuple[str, str, str, str]] = {
     ),
 }
 
-NARROW = (
-    16  # columns below which a batched product on the left is slower than transposing: 50 times for a single column
-)
+#: Columns below which a batched product on the left is slower than transposing: 50 times for a single column.
+NARROW = 16
 _MAX_RADIX = 7  # dense Sylvester factors up to 128: one matrix product instead of seven passes over memory
 
 
