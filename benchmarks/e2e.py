@@ -33,7 +33,7 @@ import random_model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ptqbench.spec import RunSpec
+    from ptqbench.cell.spec import RunSpec
 
 BASELINES = ("textbook", "llmcompressor", "gptqmodel")
 QUANTIZING = ("load", "bases", "quantize")
@@ -95,7 +95,7 @@ class Stages:
 
 def cell(given: argparse.Namespace, folder: Path, text: Path, runs: str) -> RunSpec:
     """Compose the cell that is measured."""
-    from ptqbench.compose import compose_cell
+    from ptqbench.sweeps.compose import compose_cell
 
     words = [
         *METHODS[given.method], "model=local", f"model.path={folder}", "calibration=file", f"calibration.path={text}",
@@ -111,7 +111,7 @@ def cell(given: argparse.Namespace, folder: Path, text: Path, runs: str) -> RunS
 def ours(spec: RunSpec, watch: Stopwatch) -> tuple[dict[str, float], dict[str, Any]]:
     """Run the cell; seconds until its evaluation begins, in all and per stage, and its result."""
     from ptqbench.run import run_cell
-    from ptqbench.store import create
+    from ptqbench.runs.folder import create
 
     stages, start = Stages(watch), watch.now()
     result = run_cell(spec, create(spec), stages)

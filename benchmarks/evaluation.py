@@ -20,14 +20,14 @@ METHODS = ("rtn", "quarot", "resq")
 
 def opened(method: str, folder: Path, text: Path, runs: Path, device: Any) -> tuple[Any, Any]:
     """Quantize with a method on two windows; the model in its basis, and what puts the codes back."""
-    from ptqbench.compose import compose_cell
+    from ptqbench.cell.registry import create
+    from ptqbench.engine.blocks_on_disk import BlockState
+    from ptqbench.engine.rotations import prepare
     from ptqbench.models.blockwise import BlockwiseModel
     from ptqbench.models.source import locate
-    from ptqbench.registry import create
-    from ptqbench.rotations import prepare
     from ptqbench.run import run_cell
-    from ptqbench.state import BlockState
-    from ptqbench.store import create as create_folder
+    from ptqbench.runs.folder import create as create_folder
+    from ptqbench.sweeps.compose import compose_cell
 
     spec = compose_cell([
         f"+method={method}", "bitwidth=w4a4kv4", "model=local", f"model.path={folder}", "calibration=file",

@@ -61,6 +61,8 @@ def child(folder: Path, allowed_gib: float, what: str) -> None:
     """Do the work under the limit and print the figures as JSON."""
     import torch
 
+    from ptqbench.engine.blocks_on_disk import BlockState
+    from ptqbench.engine.pipeline import Method, Timings, quantize
     from ptqbench.evaluate.perplexity import perplexity
     from ptqbench.methods.refinements import NoRefinement
     from ptqbench.methods.solvers import Gptq, RoundToNearest
@@ -68,8 +70,6 @@ def child(folder: Path, allowed_gib: float, what: str) -> None:
     from ptqbench.models.blockwise import BlockwiseModel
     from ptqbench.models.source import ModelSource
     from ptqbench.numerics.grid import GridSpec
-    from ptqbench.pipeline import Method, Timings, quantize
-    from ptqbench.state import BlockState
 
     torch.set_num_threads(1)
     torch.linalg.cholesky(torch.eye(8) @ torch.eye(8))  # libraries that load late are not the model's memory

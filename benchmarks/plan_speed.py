@@ -29,7 +29,7 @@ grids:
 """
 BASELINE = """
 import sys
-from ptqbench.compose import compose_cell
+from ptqbench.sweeps.compose import compose_cell
 for seed in range(20):
     compose_cell(["+method=gptq", "model=tiny", "bitwidth=w3", f"seed={seed}"])
 """

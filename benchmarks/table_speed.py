@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ptqbench.spec import RunSpec, build, to_dict
-from ptqbench.store import RunFolder, folder_of
+from ptqbench.cell.spec import RunSpec, build, to_dict
+from ptqbench.runs.folder import RunFolder, folder_of
 
 BASELINE = """
 import json, pathlib, sys

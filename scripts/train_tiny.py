@@ -1,6 +1,6 @@
 """Train the embedded model `tiny` and its tokenizer from nothing: ``python scripts/train_tiny.py --out DIR``.
 
-Recipe. The text is `ptqbench.data.corpus` (seeded, endless), tokenized by a byte-level BPE that is
+Recipe. The text is `corpus.packaged` (seeded, endless), tokenized by a byte-level BPE that is
 trained on its first stories. Stories are concatenated, each followed by a newline; half of the training windows begin
 with BOS and a story, half are cut anywhere. Windows hold 256 tokens; while the rate decays, every fourth step has
 half as many windows of 512. AdamW in float32 without weight decay, a higher learning rate for the gains of the norms
@@ -30,7 +30,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ptqbench.data import corpus
+from corpus import packaged as corpus
 
 BOS = "<s>"
 CHUNK_STORIES = 8000

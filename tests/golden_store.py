@@ -9,8 +9,8 @@ import math
 import shutil
 from pathlib import Path
 
-from ptqbench.spec import RunSpec, build
-from ptqbench.store import RunFolder, create, write_json
+from ptqbench.cell.spec import RunSpec, build
+from ptqbench.runs.folder import RunFolder, create, write_json
 
 FOLDER = Path(__file__).parent / "data_store"
 TASKS = ["arc_easy", "winogrande"]

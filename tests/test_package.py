@@ -28,9 +28,11 @@ def test_wheel_holds_everything_that_is_read_at_run_time(wheel):
         p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts
     }
     expected |= {
-        f"ptqbench/{p.relative_to(ROOT).as_posix()}" for d in ("conf", "sweeps") for p in (ROOT / d).rglob("*.yaml")
+        f"ptqbench/shipped/{p.relative_to(ROOT).as_posix()}"
+        for d in ("conf", "sweeps")
+        for p in (ROOT / d).rglob("*.yaml")
     }
-    expected |= {f"ptqbench/analysis/reported/{p.name}" for p in (ROOT / "analysis" / "reported").iterdir()}
+    expected |= {f"ptqbench/shipped/analysis/reported/{p.name}" for p in (ROOT / "analysis" / "reported").iterdir()}
     assert expected <= names, sorted(expected - names)
     assert wheel.stat().st_size < 10e6
 

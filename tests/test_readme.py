@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ptqbench.confdir import conf_folder, group_names
+from ptqbench.cell.folders import conf_folder, group_names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,7 +53,7 @@ def test_command_runs(command, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if is_large(c)])
 def test_command_composes(command):
-    from ptqbench.compose import requested
+    from ptqbench.sweeps.compose import requested
 
     words = [word for word in shlex.split(command, comments=True) if not word.startswith("-")]
     cells = requested(words[1:] if words[0] in ("sweep", "prefetch") else words)
@@ -63,7 +63,7 @@ def test_command_composes(command):
 def test_example_method_of_the_readme_composes(tmp_path, monkeypatch):
     import shutil
 
-    from ptqbench.compose import compose_cell
+    from ptqbench.sweeps.compose import compose_cell
 
     (example,) = [block for block in re.findall(r"```yaml\n(.*?)```", README, flags=re.S) if "defaults:" in block]
     shutil.copytree(conf_folder(), tmp_path / "conf")

@@ -8,29 +8,34 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ptqbench.confdir import conf_folder, sweep_folder
+from ptqbench.cell.folders import conf_folder, sweep_folder
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "ptqbench"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
-# A module may import modules of lower or equal rank.
-RANK = {
-    "errors": 0,
-    "liveness": 1, "failures": 1,
-    "spec": 1, "fingerprint": 2, "confdir": 2, "registry": 3, "store": 3,
-    "artefacts": 3, "doctor": 3, "prefetch": 5, "lease": 4, "cells": 4, "squeue": 4, "cost": 4, "resources": 4, "plan": 5,
-    "timings": 1,
-    "numerics": 1, "models": 2, "data": 2, "methods": 3,
-    "stats": 1, "provenance": 1, "resolve": 4, "sweep": 4, "state": 4, "attempt": 4, "evaluate": 4,
-    "collect": 5, "rounding": 5, "bases": 5, "network_loss": 5, "rotation_files": 5, "rotations": 5, "pipeline": 6,
-    "tables": 4, "picture": 4, "reported": 5, "analysis": 5, "show": 6, "report_page": 6,
-    "compositions": 4, "gather": 9, "tracking": 6, "run": 7, "foreground": 8, "launch": 8, "compose": 9,
-    "cli": 10, "__main__": 11, "__init__": 0,
-}  # fmt: skip
+# Bottom to top. A room imports from the lines above its own; rooms of one line do not import each other.
+ORDER = """
+    __init__ errors
+    cell
+    numerics
+    models data runs
+    methods evaluate
+    engine
+    sweeps
+    results
+    tracking
+    run doctor
+    foreground
+    launch
+    hydra_app
+    cli
+    __main__
+"""
+RANK = {room: rank for rank, line in enumerate(ORDER.strip().splitlines()) for room in line.split()}
 ONLY_IMPORTER = {
     "lm_eval": "evaluate/zero_shot.py",
-    "hydra": "compose.py",
+    "hydra": ("sweeps/compose.py", "hydra_app.py"),
     "wandb": "tracking",
     "submitit": "launch",
     "triton": "numerics/column_kernel.py",
@@ -48,20 +53,45 @@ def imports(path, top_level_only=False):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def part(path):
+def room(path):
     return path.relative_to(SOURCE).with_suffix("").parts[0]
 
 
+def names(module):
+    """Dotted name of a module, without the package."""
+    return ".".join(module.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+OURS = {names(path): path for path in MODULES}
+
+
+def our_imports(path):
+    """Modules of the package that a module imports anywhere: on top, in functions, and for annotations."""
+    found = {name.removeprefix("ptqbench.") for name in imports(path) if name.startswith("ptqbench.")}
+    return {name for name in found if name in OURS} - {names(path)}
+
+
+def test_every_room_is_in_the_order():
+    assert {room(path) for path in MODULES} == set(RANK)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(SOURCE).as_posix())
-def test_import_direction(path):
-    for name in imports(path):
-        pieces = name.split(".")
-        if (
-            pieces[0] == "ptqbench"
-            and len(pieces) > 1
-            and (SOURCE / pieces[1]).with_suffix(".py").exists() | (SOURCE / pieces[1]).is_dir()
-        ):
-            assert RANK[pieces[1]] <= RANK[part(path)], f"{part(path)} must not import {name}"
+def test_imports_go_down(path):
+    for name in our_imports(path):
+        other = room(OURS[name])
+        assert other == room(path) or RANK[other] < RANK[room(path)], f"{names(path)} must not import {name}"
+
+
+def test_no_circle():
+    """Neither a package's own name nor what only annotations need is an excuse."""
+    left = {names(path): our_imports(path) for path in MODULES}
+    for package in [name for name, path in OURS.items() if path.name == "__init__.py"]:
+        for name in left:  # `from package import module` is an import of the module, not of the package's own file
+            if name.startswith(f"{package}."):
+                left[name] -= {package}
+    while free := {name for name, needs in left.items() if not needs & set(left)}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left, f"circles among {sorted(left)}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(SOURCE).as_posix())

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptqbench import __version__
+from ptqbench.cell.spec import nearest
 from ptqbench.errors import ConfigError, PtqbenchError, RunFailed
-from ptqbench.spec import nearest
 
 if TYPE_CHECKING:
-    from ptqbench.cells import Cell
-    from ptqbench.spec import RunSpec
-    from ptqbench.store import RunFolder
-    from ptqbench.tables import Source
+    from ptqbench.cell.spec import RunSpec
+    from ptqbench.results.tables import Source
+    from ptqbench.runs.folder import RunFolder
+    from ptqbench.sweeps.cells import Cell
 
 HELP = """\
 usage: python -m ptqbench +method=NAME [model=NAME] [bitwidth=NAME] [key=value ...] [-m]
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
             return commands[arguments[0]](arguments[1:])
         if not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]:
             raise ConfigError(f"unknown command {arguments[0]!r}; {nearest(arguments[0], commands)}")
-        from ptqbench.compose import run_hydra
+        from ptqbench.hydra_app import run_hydra
 
         return run_hydra(arguments)
     except RunFailed as error:
@@ -112,7 +112,7 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument("--groups", action="store_true", help="only the sums per resource group")
     options = parser.parse_intermixed_args(arguments)
     from ptqbench.launch.report import print_plan
-    from ptqbench.plan import plan
+    from ptqbench.sweeps.plan import plan
 
     print_plan(plan(_cells(options)), every_cell=not options.groups)
     return 0
@@ -152,10 +152,10 @@ def _status(arguments: list[str]) -> int:
     parser = _parser("status", "State of the cells, derived from the run folders and the queue.", "optional")
     parser.add_argument("--all", action="store_true", help="list finished and pending cells too")
     options = parser.parse_intermixed_args(arguments)
-    from ptqbench.show import print_status
+    from ptqbench.results.terminal import print_status
 
     if options.sweep is None:
-        from ptqbench.store import all_runs
+        from ptqbench.runs.folder import all_runs
 
         print_status(list(all_runs(Path(options.runs_dir or "runs"))), options.all)
     else:
@@ -180,7 +180,7 @@ def _table(arguments: list[str]) -> int:
     parser.add_argument("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders")
     options = parser.parse_intermixed_args(arguments)
     with _uncollected():
-        from ptqbench.show import print_table, table_options
+        from ptqbench.results.terminal import print_table, table_options
 
         find = _wandb_sources if options.from_wandb is not None else _table_sources
         sources, title, columns = find(options)
@@ -204,8 +204,8 @@ def _report(arguments: list[str]) -> int:
     parser = _parser("report", "One self-contained HTML page: table, plots, cost and provenance.", "optional")
     parser.add_argument("--output", metavar="FILE", default="report.html", help="the page (default: report.html)")
     options = parser.parse_intermixed_args(arguments)
-    from ptqbench.report_page import report_page
-    from ptqbench.store import write_text
+    from ptqbench.results.report_page import report_page
+    from ptqbench.runs.folder import write_text
 
     sources, title, columns = _table_sources(options)
     command = [] if options.sweep is None else [options.sweep, *options.overrides]
@@ -225,7 +225,7 @@ def _wandb_sources(options: argparse.Namespace) -> tuple[list[Source], str, tupl
 
 def _every_run(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | None]]:
     """All run folders, for a command that was given no sweep."""
-    from ptqbench.store import all_runs
+    from ptqbench.runs.folder import all_runs
 
     return [(folder, None) for folder in all_runs(Path(options.runs_dir or "runs"))]
 
@@ -234,8 +234,8 @@ def _table_sources(options: argparse.Namespace) -> tuple[list[Source], str, tupl
     """Cells of a sweep with its title and columns, or all run folders."""
     if options.sweep is None:
         return [*_every_run(options)], "", ("metric",)
-    from ptqbench.gather import sweep_cells
-    from ptqbench.sweep import load_sweep
+    from ptqbench.results.sources import sweep_cells
+    from ptqbench.sweeps.files import load_sweep
 
     sweep = load_sweep(options.sweep)
     return sweep_cells(sweep, _overrides(options)), sweep.title, tuple(sweep.columns)
@@ -274,8 +274,8 @@ def _prefetch(arguments: list[str]) -> int:
     parser.add_argument("request", nargs="+", help="a sweep and overrides, or the overrides of one cell")
     parser.add_argument("--runs-dir", default="runs", help="where prefetch.json is written (default: runs)")
     options = parser.parse_intermixed_args(arguments)
-    from ptqbench.compose import requested
-    from ptqbench.prefetch import prefetch
+    from ptqbench.sweeps.compose import requested
+    from ptqbench.sweeps.prefetch import prefetch
 
     manifest = Path(options.runs_dir) / "prefetch.json"
     items = prefetch(
@@ -294,7 +294,7 @@ def _gc(arguments: list[str]) -> int:
     parser.add_argument("--budget-gib", type=float, required=True, help="what may stay, GiB")
     parser.add_argument("--runs-dir", default="runs", help="folder of run folders (default: runs)")
     options = parser.parse_args(arguments)
-    from ptqbench.artefacts import FOLDER, collect_garbage
+    from ptqbench.runs.artefacts import FOLDER, collect_garbage
 
     removed, freed, _ = collect_garbage(Path(options.runs_dir) / FOLDER, int(options.budget_gib * 2**30))
     print(f"removed {removed} files, {freed / 2**30:.2f} GiB")
@@ -308,7 +308,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 
 def _cells(options: argparse.Namespace) -> list[Cell]:
     """Cells of a sweep in the sweep's order."""
-    from ptqbench.compose import cells
-    from ptqbench.sweep import load_sweep
+    from ptqbench.sweeps.compose import cells
+    from ptqbench.sweeps.files import load_sweep
 
     return cells(load_sweep(options.sweep), _overrides(options))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ptqbench.cells import cell_name
+from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import CellBusy, ConfigError
-from ptqbench.resolve import skip_reason
-from ptqbench.spec import RunSpec
-from ptqbench.store import create, folder_of
+from ptqbench.runs.folder import create, folder_of
+from ptqbench.sweeps.cells import cell_name
+from ptqbench.sweeps.resolve import skip_reason
 
 
 class Bar:
@@ -64,7 +64,7 @@ def run_one(spec: RunSpec) -> int:
         ConfigError: The combination makes no sense.
         RunFailed: The cell failed.
     """
-    from ptqbench.show import result_table
+    from ptqbench.results.terminal import result_table
 
     console, errors, name = Console(), Console(stderr=True), cell_name(spec)
     reason = skip_reason(spec)

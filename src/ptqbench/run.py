@@ -12,24 +12,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptqbench.artefacts import FOLDER, Artefacts
-from ptqbench.attempt import Observer, Silent, attempt, record_failure
+from ptqbench.cell.fingerprint import FORMAT, identity_fields
+from ptqbench.cell.registry import create
+from ptqbench.cell.spec import UNTOUCHED_BITS, CalibrationSpec, RunSpec
 from ptqbench.errors import CellBusy, PtqbenchError
-from ptqbench.fingerprint import FORMAT, identity_fields
-from ptqbench.lease import lease
-from ptqbench.registry import create
-from ptqbench.spec import UNTOUCHED_BITS, CalibrationSpec, RunSpec
-from ptqbench.store import RunFolder, replacing, write_json
+from ptqbench.runs.artefacts import FOLDER, Artefacts
+from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
+from ptqbench.runs.folder import RunFolder, replacing, write_json
+from ptqbench.runs.lease import lease
 from ptqbench.tracking.guard import followed
 
 if TYPE_CHECKING:
     import torch
 
-    from ptqbench.bases import Shelf
+    from ptqbench.engine.bases import Shelf
+    from ptqbench.engine.blocks_on_disk import BlockState
+    from ptqbench.engine.timings import Timings
     from ptqbench.methods.precision import Precision
     from ptqbench.models.blockwise import BlockwiseModel
-    from ptqbench.state import BlockState
-    from ptqbench.timings import Timings
 
 KEEP_CODES_BELOW_BYTES = 64 << 20
 
@@ -88,9 +88,9 @@ def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer) -> dict[str, Any
 
 def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any]:
     from ptqbench.data.windows import load_tokenizer
+    from ptqbench.engine.blocks_on_disk import BlockState
+    from ptqbench.engine.timings import Timings
     from ptqbench.models.source import locate
-    from ptqbench.state import BlockState
-    from ptqbench.timings import Timings
 
     observer.stage("load", 1)
     _configure(spec)
@@ -164,7 +164,7 @@ class _Calibration:
 
     def shelf(self, n_samples: int) -> Shelf:
         """Where moments over so many windows are left for other cells."""
-        from ptqbench.bases import Shelf
+        from ptqbench.engine.bases import Shelf
 
         key = {
             "model": identity_fields(self.spec.model),
@@ -195,7 +195,7 @@ def _transformed(
     observer: Observer,
 ) -> BlockwiseModel:
     """Open the model in the basis of the cell's transform, once what that needs is computed, learned or read."""
-    from ptqbench.rotations import prepare
+    from ptqbench.engine.rotations import prepare
 
     draw, shelf = calibration.windows, calibration.shelf
     with timings.measure("bases_s"):
@@ -212,7 +212,7 @@ def _quantize(
     timings: Timings,
     observer: Observer,
 ) -> None:
-    from ptqbench.pipeline import Method, quantize
+    from ptqbench.engine.pipeline import Method, quantize
 
     roles = {role: create(role, getattr(spec.method, role)) for role in ("target", "solver", "refine")}
     method = Method(
@@ -268,10 +268,10 @@ def _result(
     bits: dict[str, Any],
     timings: Timings,
 ) -> dict[str, Any]:
-    from ptqbench import provenance
-    from ptqbench.cost import work
+    from ptqbench.engine.cost import work
     from ptqbench.evaluate.cell import averages
     from ptqbench.numerics.fused_columns import engine_on
+    from ptqbench.runs import provenance
 
     tokens = {label: metrics[f"{label}/perplexity"]["n_tokens"] for label in spec.evaluation.texts}
     done = work(spec, model.architecture, tokens)

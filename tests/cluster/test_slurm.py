@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ptqbench.store import read_json
+from ptqbench.runs.folder import read_json
 from small_sweep import wait_for
 
 pytestmark = pytest.mark.slurm  # every process of a parallel test run has its own cluster
@@ -95,9 +95,9 @@ def test_chunks_no_larger_than_the_cluster_allows(slurm, monkeypatch):
 
     assert module._largest_array() == 1000
     monkeypatch.setattr(module, "_largest_array", lambda: 2)
-    from ptqbench.compose import cells
     from ptqbench.launch.dispatch import launch
-    from ptqbench.sweep import load_sweep
+    from ptqbench.sweeps.compose import cells
+    from ptqbench.sweeps.files import load_sweep
 
     monkeypatch.chdir(slurm.folder)
     slurm.grids("{method: [rtn], bitwidth: [w8, w4, w3]}")

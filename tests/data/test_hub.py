@@ -10,13 +10,13 @@ import sys
 import pytest
 
 from fake_hub import card, commit, lines, table, write_cache
-from ptqbench.compose import compose_cell
+from ptqbench.cell.fingerprint import run_id
+from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec, TextSpec
 from ptqbench.data import hub
 from ptqbench.data.tasks import task_digests
 from ptqbench.data.texts import HUB_TEXTS, load_text, text_digest
 from ptqbench.errors import ConfigError, DataNotHereError, NotHereError
-from ptqbench.fingerprint import run_id
-from ptqbench.spec import EvaluationSpec, PerplexitySpec, TextSpec
+from ptqbench.sweeps.compose import compose_cell
 
 RACE, PTB = "EleutherAI/race", HUB_TEXTS["ptb"].repository
 TREEBANK = "refs/convert/parquet"

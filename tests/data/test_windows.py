@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ptqbench.cell.spec import CalibrationSpec, PerplexitySpec, TextSpec
 from ptqbench.data import texts, windows
 from ptqbench.errors import CalibrationError, ConfigError
-from ptqbench.spec import CalibrationSpec, PerplexitySpec, TextSpec
 
 
 class CharacterTokenizer:

@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ptqbench import store
-from ptqbench.attempt import Silent
+from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
 from ptqbench.errors import ConfigError
 from ptqbench.evaluate import perplexity as perplexity_module
 from ptqbench.evaluate import records, zero_shot
 from ptqbench.evaluate.cell import CellEvaluation, averages
-from ptqbench.evaluate.compare import compare_cells
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
-from ptqbench.spec import EvaluationSpec, PerplexitySpec
-from ptqbench.store import RunFolder
+from ptqbench.results.compare import compare_cells
+from ptqbench.runs import folder as store
+from ptqbench.runs.attempt import Silent
+from ptqbench.runs.folder import RunFolder
 
 PIQA = [
     {"goal": f"Open door {i}", "sol1": "Turn the handle.", "sol2": f"Eat {i} apples.", "label": i % 2} for i in range(9)
@@ -194,5 +194,5 @@ def test_modules_of_records_do_not_import_torch():
     import subprocess
     import sys
 
-    code = "import ptqbench.evaluate.compare, sys; assert not {'torch', 'lm_eval', 'transformers'} & set(sys.modules)"
+    code = "import ptqbench.results.compare, sys; assert not {'torch', 'lm_eval', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

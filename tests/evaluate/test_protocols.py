@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 
+from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
 from ptqbench.data import protocols, texts
 from ptqbench.data.protocols import PROTOCOLS, complete
 from ptqbench.data.tasks import TASKS, requested, task_digests
 from ptqbench.data.texts import load_text, text_digest
 from ptqbench.data.windows import evaluation_windows, load_tokenizer, tokenize
 from ptqbench.errors import CalibrationError, ConfigError
-from ptqbench.spec import EvaluationSpec, PerplexitySpec
 
 BOS = 1
 

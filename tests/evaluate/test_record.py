@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from ptqbench import store
-from ptqbench.compose import compose_cell
 from ptqbench.errors import ConfigError
 from ptqbench.run import run_cell
+from ptqbench.runs import folder as store
+from ptqbench.sweeps.compose import compose_cell
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from direct import direct_scores, task_file
 from transformers import AutoTokenizer
 
 from fake_hub import card, commit, table, write_cache
+from ptqbench.cell.spec import EvaluationSpec
 from ptqbench.data.tasks import TASKS, local_rows
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.evaluate import zero_shot
 from ptqbench.evaluate.zero_shot import Harness, members, metrics_of
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
-from ptqbench.spec import EvaluationSpec
 
 FLAT = ("piqa", "arc_easy", "arc_challenge", "winogrande", "boolq", "social_iqa", "hellaswag", "openbookqa")
 COMPLETE = {

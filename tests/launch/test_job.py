@@ -7,7 +7,7 @@ import pytest
 
 from ptqbench.errors import TimeLimitTooShort
 from ptqbench.launch.job import CellJob, stalled
-from ptqbench.store import RunFolder
+from ptqbench.runs.folder import RunFolder
 
 WORK_S = 100.0
 

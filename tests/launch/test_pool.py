@@ -31,8 +31,8 @@ if "forkserver" in " ".join(sys.orig_argv):
             os.kill(os.getpid(), signal.SIGSEGV)
         if os.environ["TEST_HUNGRY"] in folder.path.name:
             import torch
-            import ptqbench.pipeline
-            ptqbench.pipeline.quantize = lambda *a, **k: torch.empty(1 << 55)
+            import ptqbench.engine.pipeline
+            ptqbench.engine.pipeline.quantize = lambda *a, **k: torch.empty(1 << 55)
         return run_folder(folder)
     ptqbench.run.run_folder = failing
 """
@@ -202,7 +202,7 @@ def test_cancel_stops_workers_even_in_the_background_and_the_sweep_goes_on_later
 
 
 def test_editing_a_file_after_the_folder_was_made_changes_nothing(small, tmp_path):
-    from ptqbench.store import RunFolder
+    from ptqbench.runs.folder import RunFolder
 
     small.grids("{method: [gptq], bitwidth: [w4]}")
     assert small.command("sweep", small.sweep, "launcher=local").returncode == 0

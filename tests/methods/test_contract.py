@@ -9,13 +9,13 @@ import math
 
 import pytest
 
-from ptqbench.compose import compose_cell
-from ptqbench.confdir import group_names
-from ptqbench.registry import MEMBERS, create
-from ptqbench.resolve import skip_reason
+from ptqbench.cell.folders import group_names
+from ptqbench.cell.registry import MEMBERS, create
+from ptqbench.cell.spec import ROLES
 from ptqbench.run import run_cell
-from ptqbench.spec import ROLES
-from ptqbench.store import create as create_folder
+from ptqbench.runs.folder import create as create_folder
+from ptqbench.sweeps.compose import compose_cell
+from ptqbench.sweeps.resolve import skip_reason
 
 KINDS = ("llama", "qwen2", "qwen3")
 TRANSFORMS = (

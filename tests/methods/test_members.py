@@ -6,6 +6,10 @@ import itertools
 import pytest
 import torch
 
+from ptqbench.cell.registry import MEMBERS, complete, create
+from ptqbench.cell.spec import to_dict
+from ptqbench.engine.blocks_on_disk import BlockState
+from ptqbench.engine.pipeline import Method, Timings, quantize
 from ptqbench.errors import ConfigError
 from ptqbench.methods.base import Statistic, Statistics
 from ptqbench.methods.refinements import NoRefinement, NullSpace, ScaleRefit
@@ -17,10 +21,6 @@ from ptqbench.models.stages import STAGES, finish, staged
 from ptqbench.numerics.gptaq import repeated_damping
 from ptqbench.numerics.grid import GridSpec
 from ptqbench.numerics.report import relative_output_error
-from ptqbench.pipeline import Method, Timings, quantize
-from ptqbench.registry import MEMBERS, complete, create
-from ptqbench.spec import to_dict
-from ptqbench.state import BlockState
 
 WINDOWS = torch.randint(0, 100, (3, 48), generator=torch.Generator().manual_seed(5))
 NAMES = [name for stage in STAGES for name in stage.linears]
@@ -328,8 +328,8 @@ def test_bad_options_are_refused_with_their_name(role, options, words):
 
 
 def test_members_that_act_on_rounded_weights_skip_cells_without():
-    from ptqbench.compose import compose_cell
-    from ptqbench.resolve import skip_reason
+    from ptqbench.sweeps.compose import compose_cell
+    from ptqbench.sweeps.resolve import skip_reason
 
     assert "solver none rounds nothing" in skip_reason(compose_cell(["+method=fp16", "method/target=loaq"]))
     assert "rounds nothing" in skip_reason(compose_cell(["+method=fp16", "method/refine=null_space"]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_transforms import SHAPE, WINDOWS, cell, in_basis, logits, member, open_model, shape
 
-from ptqbench.bases import compute_bases
+from ptqbench.engine.bases import compute_bases
 from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.methods.basis import FoldedBasis
 from ptqbench.models.capture import read_moments

@@ -12,11 +12,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from ptqbench import bases
-from ptqbench.artefacts import Artefacts
-from ptqbench.attempt import Silent
-from ptqbench.bases import Shelf, compute_bases
-from ptqbench.confdir import conf_folder
+from ptqbench.cell.folders import conf_folder
+from ptqbench.cell.registry import complete, create
+from ptqbench.cell.spec import RoleSpec, RunSpec, build
+from ptqbench.engine import bases
+from ptqbench.engine.bases import Shelf, compute_bases
+from ptqbench.engine.rotations import prepare
 from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
 from ptqbench.methods.basis import FoldedBasis
 from ptqbench.models.architecture import Architecture, published
@@ -26,9 +27,8 @@ from ptqbench.models.quantized import set_quantizers
 from ptqbench.models.source import ModelSource
 from ptqbench.models.stages import forward
 from ptqbench.numerics.hadamard import hadamard_matrix
-from ptqbench.registry import complete, create
-from ptqbench.rotations import prepare
-from ptqbench.spec import RoleSpec, RunSpec, build
+from ptqbench.runs.artefacts import Artefacts
+from ptqbench.runs.attempt import Silent
 
 VARIANTS = [
     ("llama", {}),
@@ -422,7 +422,7 @@ def test_cells_share_moments_and_bases(checkpoint, tmp_path, monkeypatch, label)
     monkeypatch.setattr(BlockwiseModel, "block", lambda self, *a, **k: blocks.append(a) or real(self, *a, **k))
     after = compute_bases(member(name, **options), model, WINDOWS, cell(), tmp_path / "after", "after", shelf=shelf())
     assert not blocks, "another method's moments are enough"
-    monkeypatch.setattr("ptqbench.bases.eigenbases", lambda *_: pytest.fail("the bases are there already"))
+    monkeypatch.setattr("ptqbench.engine.bases.eigenbases", lambda *_: pytest.fail("the bases are there already"))
     again = member(name, **options, rotation_seed=7, high_bits=6)
     seeded = compute_bases(again, model, WINDOWS, cell(seed=3), tmp_path / "seeded", "seeded", shelf=shelf())
     for found in (after, seeded):
@@ -433,7 +433,9 @@ def test_cells_share_moments_and_bases(checkpoint, tmp_path, monkeypatch, label)
 def test_found_bases_cost_what_they_and_their_moments_took(checkpoint, tmp_path, monkeypatch):
     """On a clock of 10 s per block's moments and 1 s per basis: who finds anything is spared the same as who pays for it."""
     now, model = SimpleNamespace(seconds=0.0), open_model(checkpoint(), torch.float32)
-    monkeypatch.setattr("ptqbench.artefacts.time", SimpleNamespace(perf_counter=lambda: now.seconds, time=time.time))
+    monkeypatch.setattr(
+        "ptqbench.runs.artefacts.time", SimpleNamespace(perf_counter=lambda: now.seconds, time=time.time)
+    )
 
     def slow(name, seconds):
         real = getattr(bases, name)

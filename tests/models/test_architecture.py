@@ -6,7 +6,7 @@ from importlib import resources
 import pytest
 import yaml
 
-from ptqbench.confdir import conf_folder
+from ptqbench.cell.folders import conf_folder
 from ptqbench.models.architecture import from_config, published
 
 

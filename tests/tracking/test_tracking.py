@@ -18,15 +18,15 @@ from wandb_file import items, records
 from wandb_server import WandbServer
 
 from conftest import random_checkpoint
-from ptqbench.compose import cells, compose_cell, compose_data
+from ptqbench.cell.fingerprint import identity_fields, run_id
+from ptqbench.cell.spec import TrackingSpec
 from ptqbench.errors import ConfigError
-from ptqbench.fingerprint import identity_fields, run_id
-from ptqbench.resolve import validated
+from ptqbench.results.tables import comparison_sheet, markdown, tidy
 from ptqbench.run import run_cell
-from ptqbench.spec import TrackingSpec
-from ptqbench.store import RunFolder, all_runs, create, read_json, write_json
-from ptqbench.sweep import load_sweep
-from ptqbench.tables import comparison_sheet, markdown, tidy
+from ptqbench.runs.folder import RunFolder, all_runs, create, read_json, write_json
+from ptqbench.sweeps.compose import cells, compose_cell, compose_data
+from ptqbench.sweeps.files import load_sweep
+from ptqbench.sweeps.resolve import validated
 from ptqbench.tracking import guard
 from ptqbench.tracking.projection import config_of, summary_of
 from ptqbench.tracking.recorded import runs_frame, sources

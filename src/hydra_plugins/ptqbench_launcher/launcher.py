@@ -30,7 +30,7 @@ class PtqbenchLauncher(Launcher):
         from hydra.core.utils import JobReturn, JobStatus
         from omegaconf import OmegaConf
 
-        from ptqbench.compose import launch_multirun
+        from ptqbench.hydra_app import launch_multirun
 
         def compose(words: list[str]) -> Any:
             config = self._loader.load_sweep_config(self._config, words)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from ptqbench.cell.spec import PerplexitySpec, nearest
 from ptqbench.errors import ConfigError
-from ptqbench.spec import PerplexitySpec, nearest
 
 
 @dataclasses.dataclass(frozen=True)

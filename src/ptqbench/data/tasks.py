@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ptqbench.cell.spec import EvaluationSpec, nearest
 from ptqbench.data import hub
 from ptqbench.data.texts import embedded_folder
 from ptqbench.errors import ConfigError, DataNotHereError
-from ptqbench.spec import EvaluationSpec, nearest
 
 Row = dict[str, Any]
 TINY_QUESTIONS = "tiny_questions"

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
+from ptqbench.cell.spec import TextSpec, nearest
 from ptqbench.data import hub
 from ptqbench.errors import CalibrationError, ConfigError, DataNotHereError
-from ptqbench.spec import TextSpec, nearest
 
 EMBEDDED_SPLITS = ("calibration", "evaluation")
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptqbench.cell.spec import CalibrationSpec, PerplexitySpec
 from ptqbench.data.protocols import MAX_DRAWS, PROTOCOLS, complete
 from ptqbench.data.texts import Text, load_text
 from ptqbench.errors import CalibrationError, ConfigError
-from ptqbench.spec import CalibrationSpec, PerplexitySpec
 
 
 def load_tokenizer(folder: Path) -> Any:

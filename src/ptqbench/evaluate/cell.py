@@ -15,10 +15,10 @@ from ptqbench.evaluate.records import DIGEST_LENGTH, read_summary, write_records
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ptqbench.attempt import Observer
+    from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
     from ptqbench.models.blockwise import BlockwiseModel, Overlay
-    from ptqbench.spec import EvaluationSpec, PerplexitySpec
-    from ptqbench.store import RunFolder
+    from ptqbench.runs.attempt import Observer
+    from ptqbench.runs.folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ptqbench.errors import ConfigError
-from ptqbench.store import RunFolder, replacing
+from ptqbench.runs.folder import RunFolder, replacing
 
 KEY = b"ptqbench"
 DIGEST_LENGTH = 16

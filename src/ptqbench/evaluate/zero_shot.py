@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptqbench.cell.spec import nearest
 from ptqbench.data import hub
 from ptqbench.data.tasks import (
     LOCAL_DATA,
@@ -32,10 +33,9 @@ from ptqbench.data.tasks import (
 from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError
 from ptqbench.evaluate.local_data import dataset, local_changes
 from ptqbench.evaluate.records import DIGEST_LENGTH
-from ptqbench.spec import nearest
 
 if TYPE_CHECKING:
-    from ptqbench.spec import EvaluationSpec
+    from ptqbench.cell.spec import EvaluationSpec
 
 METRICS = ("acc", "acc_norm")
 FEWSHOT_SEED = 1234  # lm-eval's default

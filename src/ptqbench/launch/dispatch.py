@@ -8,15 +8,15 @@ import signal
 import time
 from collections.abc import Sequence
 
-from ptqbench.cells import Cell
+from ptqbench.cell.spec import LauncherSpec
 from ptqbench.errors import ConfigError
 from ptqbench.launch import local, slurm
 from ptqbench.launch.report import Report, print_plan
-from ptqbench.liveness import alive, me
-from ptqbench.plan import Row, plan
-from ptqbench.spec import LauncherSpec
-from ptqbench.squeue import QUEUED
-from ptqbench.store import FAILED, RUNNING, create, read_json, write_json
+from ptqbench.runs.folder import FAILED, RUNNING, create, read_json, write_json
+from ptqbench.runs.liveness import alive, me
+from ptqbench.runs.queue import QUEUED
+from ptqbench.sweeps.cells import Cell
+from ptqbench.sweeps.plan import Row, plan
 
 
 def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ptqbench.store import RunFolder
+    from ptqbench.runs.folder import RunFolder
 
 USED_UP = 0.7
 """Share of its time after which an attempt that was interrupted counts as ended by the limit."""
@@ -38,10 +38,10 @@ class CellJob:
         """
         from pathlib import Path
 
-        from ptqbench.attempt import record_failure
         from ptqbench.errors import CellBusy, TimeLimitTooShort
         from ptqbench.run import run_folder
-        from ptqbench.store import RunFolder
+        from ptqbench.runs.attempt import record_failure
+        from ptqbench.runs.folder import RunFolder
 
         folder = RunFolder(Path(self.folder))
         if stalled(folder, self.work_s, os.environ.get("SLURM_JOB_ID")):
@@ -75,7 +75,7 @@ def stalled(folder: RunFolder, work_s: float, job: str | None) -> bool:
     Returns:
         True where the last two attempts of this job both used up their time and no file of finished work appeared.
     """
-    from ptqbench.store import read_json
+    from ptqbench.runs.folder import read_json
 
     last = folder.attempts[-2:]
     if job is None or len(last) < 2:

@@ -18,14 +18,14 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptqbench.attempt import record_death
-from ptqbench.cells import Cell
-from ptqbench.failures import KINDS
 from ptqbench.launch.report import Report
 from ptqbench.launch.worker import Child, Slot, start
-from ptqbench.plan import Row
-from ptqbench.resources import GIB
-from ptqbench.store import CANCELLED, DONE, FAILED, RUNNING, RunFolder
+from ptqbench.runs.attempt import record_death
+from ptqbench.runs.failures import KINDS
+from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, RunFolder
+from ptqbench.sweeps.cells import Cell
+from ptqbench.sweeps.plan import Row
+from ptqbench.sweeps.resources import GIB
 
 POLL_S = 0.1
 ELSEWHERE_S = 2.0

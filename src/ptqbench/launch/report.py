@@ -12,14 +12,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ptqbench.cells import INVALID, SKIPPED
 from ptqbench.errors import DataNotHereError
-from ptqbench.plan import Row, calibrated, counts, groups
-from ptqbench.resources import duration
-from ptqbench.store import CANCELLED, DONE, FAILED, RUNNING
+from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING
+from ptqbench.sweeps.cells import INVALID, SKIPPED
+from ptqbench.sweeps.plan import Row, calibrated, counts, groups
+from ptqbench.sweeps.resources import duration
 
 if TYPE_CHECKING:
-    from ptqbench.cells import Cell
+    from ptqbench.sweeps.cells import Cell
 
 ALREADY = "already done"
 RUNNING_SHOWN = 8
@@ -77,7 +77,7 @@ class Report:
 
     def finished(self, cell: Cell, state: str = DONE) -> None:
         """A cell has its result."""
-        from ptqbench.show import result_line
+        from ptqbench.results.terminal import result_line
 
         self._finished += state == DONE
         result: dict[str, Any] = (cell.folder.result() if cell.folder is not None else None) or {}

@@ -1,7 +1,7 @@
 """SLURM through submitit: one array per resource group, chunked to the cluster's largest array.
 
 Every array is prepared before the first is submitted. The token of an array is written into its run folders before the
-submission and the job's number after it, so that a process killed in between submits nothing twice (``ptqbench.squeue``).
+submission and the job's number after it, so that a process killed in between submits nothing twice (``ptqbench.runs.queue``).
 The state of a cell is never asked of submitit or of SLURM's accounting: it is in the run folder.
 """
 
@@ -19,18 +19,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptqbench.cell.spec import LauncherSpec
 from ptqbench.errors import ConfigError
-from ptqbench.failures import KINDS
 from ptqbench.launch.job import CellJob
 from ptqbench.launch.report import Report
-from ptqbench.plan import Row, groups, plan
-from ptqbench.resolve import Known
-from ptqbench.spec import LauncherSpec
-from ptqbench.squeue import JOB_NAME, QUEUED
-from ptqbench.store import CANCELLED, DONE, FAILED, RUNNING, RunFolder, write_json
+from ptqbench.runs.failures import KINDS
+from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, RunFolder, write_json
+from ptqbench.runs.queue import JOB_NAME, QUEUED
+from ptqbench.sweeps.plan import Row, groups, plan
+from ptqbench.sweeps.resolve import Known
 
 if TYPE_CHECKING:
-    from ptqbench.resources import Needs
+    from ptqbench.sweeps.resources import Needs
 
 JOBS_FOLDER = ".slurm"
 DEFAULT_ARRAY = 1000
@@ -106,7 +106,7 @@ def follow(rows: Sequence[Row], launcher: LauncherSpec, report: Report) -> None:
 
 def cancel(folders: Sequence[RunFolder]) -> int:
     """Take the living jobs of cells out of the queue; returns how many."""
-    from ptqbench.squeue import look
+    from ptqbench.runs.queue import look
 
     queue = look(folders)
     jobs = [job.job_id for folder in folders if (job := queue.job_of(folder)) is not None]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
 
 PRELOADED = (
-    "ptqbench.run", "ptqbench.pipeline", "ptqbench.rotations", "ptqbench.data.windows", "ptqbench.models.source",
+    "ptqbench.run", "ptqbench.engine.pipeline", "ptqbench.engine.rotations", "ptqbench.data.windows", "ptqbench.models.source",
     "ptqbench.evaluate.perplexity", "ptqbench.evaluate.zero_shot", "lm_eval.evaluator", "lm_eval.models.huggingface", "datasets",
     "pyarrow.parquet", "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
 )  # fmt: skip

@@ -17,18 +17,18 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from ptqbench.spec import UNTOUCHED_BITS
+from ptqbench.cell.spec import UNTOUCHED_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
+    from ptqbench.cell.spec import RunSpec
     from ptqbench.methods.precision import Precision
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.fuse import Basis
     from ptqbench.numerics.grid import Grid, LinearResult
-    from ptqbench.spec import RunSpec
 
 LinearName = Literal[
     "self_attn.q_proj",
@@ -133,7 +133,7 @@ class Transform(Member, Protocol):
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether eigenbases must be computed first (``ptqbench.bases``)."""
+        """Whether eigenbases must be computed first (``ptqbench.engine.bases``)."""
 
     def precision(self, spec: RunSpec, architecture: Architecture) -> Precision:
         """Return the grids of weights, inputs, keys and values in this basis."""

@@ -1,6 +1,6 @@
 """Rotations learned by descent on the loss of the quantized network (SpinQuant, arXiv 2405.16406).
 
-What is learned, from where, and with which steps is said here; ``ptqbench.rotations`` makes the pass.
+What is learned, from where, and with which steps is said here; ``ptqbench.engine.rotations`` makes the pass.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.methods.base import Statistic
 from ptqbench.methods.precision import FromLayout, Layout
 from ptqbench.methods.transforms import Seed, down_transform, no_hadamard
-from ptqbench.spec import UNTOUCHED_BITS
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.fuse import Basis
-    from ptqbench.spec import RunSpec
 
 Rate = Annotated[float, Field(gt=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -152,7 +152,7 @@ class LearnedRotation(FromLayout):
 
         if bases is None:
             raise ConfigError(
-                "transform 'learned_rotation' needs its rotations: learn them first (ptqbench.rotations.prepare)"
+                "transform 'learned_rotation' needs its rotations: learn them first (ptqbench.engine.rotations.prepare)"
             )
         head_dim = architecture.head_dim
         key = hadamard_matrix(head_dim).double().T / head_dim**0.5 if self.r3 else None

@@ -16,19 +16,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from ptqbench.numerics.bits import high_rank, kv_overhead_bits, mean_bits
-from ptqbench.spec import UNTOUCHED_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.quantized import BasisChange, BlockPlan, KvPlan
     from ptqbench.numerics.activation import ActivationGrid
     from ptqbench.numerics.grid import Grid
-    from ptqbench.spec import RunSpec
 
 STAGE_LINEARS = {"qkv": ATTENTION_INPUT, "o": ATTENTION_OUTPUT, "gate_up": MLP_INPUT, "down": MLP_OUTPUT}
 INT8 = 8

@@ -12,9 +12,9 @@ from ptqbench.methods.base import Aim, LinearName, Repaired, Statistic, Statisti
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
     from ptqbench.numerics.grid import LinearResult
-    from ptqbench.spec import RunSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import UnsupportedError
 from ptqbench.methods.base import Aim, Statistic, Statistics
-from ptqbench.spec import UNTOUCHED_BITS
 
 if TYPE_CHECKING:
+    from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
     from ptqbench.numerics.grid import Grid, LinearResult
-    from ptqbench.spec import RunSpec
 
 
 def _nothing_to_round(spec: RunSpec) -> str | None:

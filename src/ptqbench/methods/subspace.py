@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.methods.base import Statistic
 from ptqbench.methods.learned import Count, Learning, Momentum, Rate, constant_loss
 from ptqbench.methods.precision import FromLayout, Layout
 from ptqbench.methods.transforms import Bits, Seed, down_transform, no_hadamard
-from ptqbench.spec import UNTOUCHED_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.fuse import Basis
-    from ptqbench.spec import RunSpec
 
 ISO_LOWEST_BITS, ISO_BULK_BITS, ISO_HIGH_BITS = 2, 4, 6
 """ResQ's "4/4/4": equal shares at 2 and 6 bits leave the mean at 4."""
@@ -187,7 +187,7 @@ class Subspace(FromLayout):
         Args:
             spec: The cell.
             architecture: Dimensions.
-            bases: Eigenbases by name, from ``ptqbench.bases.compute_bases``; read when they are needed.
+            bases: Eigenbases by name, from ``ptqbench.engine.bases.compute_bases``; read when they are needed.
 
         Raises:
             ConfigError: There are no eigenbases.
@@ -196,7 +196,7 @@ class Subspace(FromLayout):
 
         if bases is None:
             raise ConfigError(
-                "transform 'subspace' needs eigenbases: compute them first (ptqbench.bases.compute_bases)"
+                "transform 'subspace' needs eigenbases: compute them first (ptqbench.engine.bases.compute_bases)"
             )
         residual, head = self._rotations(architecture, bases)
         return SubspaceBasis(

@@ -16,8 +16,8 @@ from ptqbench.methods.base import Aim, LinearName, Statistic, Statistics, idle_r
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
-    from ptqbench.spec import RunSpec
 
 Strength = Annotated[float, Field(ge=0, le=1)]
 Damping = Annotated[float, Field(ge=0)]

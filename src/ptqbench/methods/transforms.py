@@ -1,7 +1,7 @@
 """Transforms: the basis in which a model is quantized.
 
 A transform says how it splits the axes (``layout``), which grids follow for a cell (``precision``), and in which basis the
-checkpoint is loaded (``basis``). The one that ``needs_statistics`` wants eigenbases computed first (``ptqbench.bases``).
+checkpoint is loaded (``basis``). The one that ``needs_statistics`` wants eigenbases computed first (``ptqbench.engine.bases``).
 Random factors come from ``rotation_seed`` alone: the seed of the cell does not change them.
 """
 
@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.methods.base import Statistic
 from ptqbench.methods.precision import FromLayout, Layout
-from ptqbench.spec import UNTOUCHED_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.fuse import Basis
     from ptqbench.numerics.hadamard import OddHadamard
-    from ptqbench.spec import RunSpec
 
 Bits = Annotated[int, Field(ge=2, le=UNTOUCHED_BITS)]
 Seed = Annotated[int, Field(ge=0)]
@@ -142,7 +142,9 @@ class Hadamard(FromLayout):
         from ptqbench.numerics.hadamard import hadamard_matrix
 
         if "file" in (self.r1, self.r2) and bases is None:
-            raise ConfigError("r1=file and r2=file need their rotations: read them first (ptqbench.rotations.prepare)")
+            raise ConfigError(
+                "r1=file and r2=file need their rotations: read them first (ptqbench.engine.rotations.prepare)"
+            )
         head_dim = architecture.head_dim
         head = hadamard_matrix(head_dim).double().T / head_dim**0.5 if self.r2 is True or self.r3 else None
         return HadamardBasis(

@@ -16,10 +16,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ptqbench.confdir import cache_folder
+from ptqbench.cell.folders import cache_folder
+from ptqbench.cell.spec import ModelSpec
 from ptqbench.errors import ConfigError, NotHereError, UnsupportedError
 from ptqbench.models.architecture import from_config
-from ptqbench.spec import ModelSpec
 
 EMBEDDED = ("tiny",)
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

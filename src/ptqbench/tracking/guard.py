@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ptqbench.spec import RunSpec, TrackingSpec, to_dict
-from ptqbench.store import RunFolder, read_json, write_json
+from ptqbench.cell.spec import RunSpec, TrackingSpec, to_dict
+from ptqbench.runs.folder import RunFolder, read_json, write_json
 
 ANSWER_S = 20.0
 """Seconds that W&B has to answer at the beginning, while the cell works."""

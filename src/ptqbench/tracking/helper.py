@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptqbench.spec import TrackingSpec, build
-from ptqbench.store import RunFolder
+from ptqbench.cell.spec import TrackingSpec, build
+from ptqbench.runs.folder import RunFolder
 from ptqbench.tracking.projection import Projection
 
 POLL_S = 1.0

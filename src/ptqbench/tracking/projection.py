@@ -12,10 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ptqbench.cell.fingerprint import FORMAT, canonical_json, identity_fields, slug
+from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import ConfigError
-from ptqbench.fingerprint import FORMAT, canonical_json, identity_fields, slug
-from ptqbench.spec import RunSpec
-from ptqbench.store import RunFolder
+from ptqbench.runs.folder import RunFolder
 
 ARTIFACT_TIMEOUT_S = 60
 TAG_LENGTH = 64

@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ptqbench.cell.fingerprint import FORMAT, RUN_ID_LENGTH, run_id
+from ptqbench.cell.spec import RunSpec, build
 from ptqbench.errors import ConfigError, PtqbenchError
-from ptqbench.fingerprint import FORMAT, RUN_ID_LENGTH, run_id
-from ptqbench.spec import RunSpec, build
-from ptqbench.store import DONE, FAILED, INTERRUPTED, RUNNING
-from ptqbench.tables import KEYS, Absent, Source, tidy
+from ptqbench.results.tables import KEYS, Absent, Source, tidy
+from ptqbench.runs.folder import DONE, FAILED, INTERRUPTED, RUNNING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,7 @@ def runs_frame(path: str, api: Any = None) -> pd.DataFrame:
         api: A ``wandb.Api``; None opens one.
 
     Returns:
-        As :func:`ptqbench.tables.tidy`; runs that are not cells of this version of ptqbench are left out.
+        As :func:`ptqbench.results.tables.tidy`; runs that are not cells of this version of ptqbench are left out.
 
     Raises:
         ConfigError: W&B cannot be asked, or has no such project.

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ptqbench.cell.spec import RunSpec, TrackingSpec
 from ptqbench.errors import PtqbenchError
-from ptqbench.spec import RunSpec, TrackingSpec
-from ptqbench.store import DONE, RunFolder
+from ptqbench.runs.folder import DONE, RunFolder
 from ptqbench.tracking.guard import SLOW_S, Helper, is_marked, mark, towards
 from ptqbench.tracking.projection import files_of
 

@@ -1,0 +1,49 @@
+"""Find ``conf/``, ``sweeps/`` and the papers' figures in a wheel, an editable install and a checkout alike."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ptqbench.errors import ConfigError
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def conf_folder() -> Path:
+    """The folder with ``config.yaml``: ``PTQBENCH_CONF`` if set, else the packaged copy, else the repository's."""
+    override = os.environ.get("PTQBENCH_CONF")
+    if override:
+        if not (Path(override) / "config.yaml").is_file():
+            raise ConfigError(f"PTQBENCH_CONF={override!r}: expected a folder with config.yaml")
+        return Path(override).resolve()
+    return _shipped("conf", "config.yaml")
+
+
+def sweep_folder() -> Path:
+    """The folder with the sweep files that ship with ptqbench."""
+    return _shipped("sweeps", "demo.yaml")
+
+
+def reported_folder() -> Path:
+    """The folder with the figures that papers print."""
+    return _shipped("analysis/reported", "reported.csv")
+
+
+def group_names(group: str) -> list[str]:
+    """Names of the choices of a configuration group, e.g. ``group_names("method")``."""
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+
+
+def cache_folder() -> Path:
+    """Where what can be found out again is remembered between commands: ``PTQBENCH_CACHE``, else ``~/.cache/ptqbench``."""
+    return Path(os.environ.get("PTQBENCH_CACHE", Path.home() / ".cache" / "ptqbench"))
+
+
+def _shipped(name: str, witness: str) -> Path:
+    for folder in (PACKAGE / "shipped" / name, PACKAGE.parents[1] / name):
+        if (folder / witness).is_file():
+            return folder
+    raise ConfigError(
+        f"{name}/ was found neither in the package ({PACKAGE}) nor beside it: the installation is damaged"
+    )

@@ -1,0 +1,80 @@
+"""Names of role members -> ``"module:attribute"``, imported only when used.
+
+Adding a member is one line here. An unknown name lists the known ones and the nearest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from ptqbench.cell.spec import Role, RoleSpec, build, nearest, to_dict
+from ptqbench.errors import ConfigError
+
+MEMBERS: dict[Role, dict[str, str]] = {
+    "transform": {
+        "none": "ptqbench.methods.transforms:NoTransform",
+        "hadamard": "ptqbench.methods.transforms:Hadamard",
+        "subspace": "ptqbench.methods.subspace:Subspace",
+        "learned_rotation": "ptqbench.methods.learned:LearnedRotation",
+    },
+    "target": {
+        "weight": "ptqbench.methods.targets:Weight",
+        "loaq": "ptqbench.methods.targets:Loaq",
+        "qep": "ptqbench.methods.targets:Qep",
+    },
+    "solver": {
+        "none": "ptqbench.methods.solvers:NoSolver",
+        "rtn": "ptqbench.methods.solvers:RoundToNearest",
+        "gptq": "ptqbench.methods.solvers:Gptq",
+        "gptaq": "ptqbench.methods.solvers:Gptaq",
+        "qronos": "ptqbench.methods.solvers:Qronos",
+    },
+    "refine": {
+        "none": "ptqbench.methods.refinements:NoRefinement",
+        "null_space": "ptqbench.methods.refinements:NullSpace",
+        "scale_refit": "ptqbench.methods.refinements:ScaleRefit",
+    },
+}
+
+
+def member_class(role: Role, name: str) -> type:
+    """Import the dataclass registered under a name.
+
+    Raises:
+        ConfigError: The name is not registered for this role.
+    """
+    known = MEMBERS[role]
+    if name not in known:
+        raise ConfigError(f"unknown method.{role} {name!r}; {nearest(name, known)}")
+    module, attribute = known[name].split(":")
+    cls: type = getattr(importlib.import_module(module), attribute)
+    return cls
+
+
+def create(role: Role, spec: RoleSpec) -> Any:
+    """Build the frozen member that a role specification names, validating its hyper-parameters strictly."""
+    return build(member_class(role, spec.name), {**spec.options, **spec.files}, f"method.{role}")
+
+
+def file_options(role: Role, name: str) -> dict[str, str]:
+    """Options of a member that name a file -> options that hold the digest of its content."""
+    found: dict[str, str] = getattr(member_class(role, name), "FILES", {})
+    return found
+
+
+def complete(role: Role, options: Mapping[str, Any]) -> RoleSpec:
+    """Turn ``{name: gptq, damping: 0.01}`` into a role specification with every default written out.
+
+    Raises:
+        ConfigError: No name, an unknown name, or a hyper-parameter the member does not have or accept.
+    """
+    given = dict(options)
+    name = given.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"method.{role}: expected a mapping with a name, got {dict(options)!r}; {nearest('', MEMBERS[role])}"
+        )
+    member: Any = build(member_class(role, name), given, f"method.{role}")
+    return RoleSpec(name=name, options=to_dict(member))

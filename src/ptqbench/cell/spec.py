@@ -1,0 +1,359 @@
+"""The schema of a cell: one validated, frozen, JSON-able ``RunSpec``.
+
+A field is either *identity* (it can change the numbers, so it enters the run id) or *execution* (where and how the same
+numbers are produced, or a mere label). Both kinds are declared here and nowhere else; a test asserts that every field
+carries its role. Validation is pydantic's in strict mode; its errors are rewritten as one line that says what was expected,
+what was given, where, and the nearest valid name. Imports neither torch nor hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ptqbench.errors import ConfigError
+
+IDENTITY, EXECUTION = "identity", "execution"
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+UNTOUCHED_BITS = 16
+
+Bits = Annotated[int, Field(ge=2, le=UNTOUCHED_BITS)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Role = Literal["transform", "target", "solver", "refine"]
+ROLES: tuple[Role, ...] = ("transform", "target", "solver", "refine")
+
+T = TypeVar("T")
+
+
+def identity(**kwargs: Any) -> Any:
+    """Declare a field that enters the run id."""
+    return dataclasses.field(metadata={"role": IDENTITY}, **kwargs)
+
+
+def execution(**kwargs: Any) -> Any:
+    """Declare a field that does not change any number: a label, a place, a device, a degree of verbosity."""
+    return dataclasses.field(metadata={"role": EXECUTION}, **kwargs)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelSpec:
+    """A checkpoint. ``digest`` identifies its content; name, hub id and path only say where to find it.
+
+    ``outlier_channels`` > 0 multiplies that many norm gains by ``outlier_factor`` and divides the following weights by it:
+    the same function with outlier channels, for instruments too small to have their own.
+    """
+
+    name: str = execution()
+    hub_id: str | None = execution(default=None)
+    revision: str | None = execution(default=None)
+    path: str | None = execution(default=None)
+    digest: str | None = identity(default=None)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = identity(default="auto")
+    outlier_channels: Annotated[int, Field(ge=0)] = identity(default=0)
+    outlier_factor: Annotated[float, Field(gt=0)] = identity(default=1.0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class RoleSpec:
+    """One member of a role, by registered name, with every hyper-parameter it has.
+
+    ``files`` says where options that are files lie; their content is among the options, as a digest.
+    """
+
+    name: str = identity()
+    options: dict[str, Any] = identity(default_factory=dict)
+    files: dict[str, str] = execution(default_factory=dict)
+
+
+@dataclass(frozen=True, config=STRICT)
+class GridOptions:
+    """The integer grid that weights are rounded to, apart from its bits (see ``numerics.grid``)."""
+
+    scheme: Literal["asym", "sym_gptq", "sym_signed"] = identity(default="asym")
+    clip_search: bool = identity(default=False)
+    sym_nonnegative_row: Literal["symmetric", "as_code"] = identity(default="symmetric")
+    range_contains_zero: bool = identity(default=True)
+    zero_point: Literal["integer", "real"] = identity(default="integer")
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.scheme != "asym" and (self.zero_point == "real" or not self.range_contains_zero):
+            raise ConfigError(
+                "method.grid: range_contains_zero=false and zero_point=real belong to scheme=asym, "
+                f"got scheme={self.scheme}; symmetric grids contain zero"
+            )
+        if self.clip_search and not self.range_contains_zero:
+            raise ConfigError(
+                "method.grid: clip_search shrinks both ends towards zero, so it needs range_contains_zero=true, got false"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class ActivationOptions:
+    """Dynamic quantizers of linear inputs (per token), keys and values (per token and head), apart from their bits.
+
+    ``during_calibration`` keeps them active in the quantized stream while statistics are collected; QuaRot, ResQ and CoQuant
+    calibrate without them. ``group_size`` gives every so many input channels a grid of their own per token (null: one grid).
+    ``zero_point: real`` subtracts the minimum where ``integer`` rounds the zero point (asymmetric quantizers alone).
+    """
+
+    symmetric: bool = identity(default=False)
+    clip_ratio: Annotated[float, Field(gt=0, le=1)] = identity(default=1.0)
+    kv_symmetric: bool = identity(default=False)
+    kv_clip_ratio: Annotated[float, Field(gt=0, le=1)] = identity(default=1.0)
+    k_group: Literal["head", "token"] = identity(default="head")
+    during_calibration: bool = identity(default=True)
+    group_size: Positive | None = identity(default=None)
+    zero_point: Literal["integer", "real"] = identity(default="integer")
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.zero_point == "real" and self.symmetric and self.kv_symmetric:
+            raise ConfigError("method.activation: zero_point=real belongs to asymmetric quantizers, all are symmetric")
+
+
+@dataclass(frozen=True, config=STRICT)
+class MethodSpec:
+    """A method: four roles, the grids, and whether the linears of a block are rounded in sequence."""
+
+    name: str = execution()
+    transform: RoleSpec = identity()
+    target: RoleSpec = identity()
+    solver: RoleSpec = identity()
+    refine: RoleSpec = identity()
+    grid: GridOptions = identity()
+    activation: ActivationOptions = identity()
+    true_sequential: bool = identity()
+
+
+@dataclass(frozen=True, config=STRICT)
+class BitwidthSpec:
+    """Bits of weights, activations, keys and values; 16 leaves a tensor untouched. ``group_size: null`` is one group per row."""
+
+    name: str = execution()
+    w_bits: Bits = identity()
+    a_bits: Bits = identity()
+    k_bits: Bits = identity()
+    v_bits: Bits = identity()
+    group_size: Positive | None = identity(default=None)
+
+
+@dataclass(frozen=True, config=STRICT)
+class TextSpec:
+    """A text: which data set and split, or which file, and which portion of its documents."""
+
+    dataset: str = identity()
+    split: str | None = identity(default=None)
+    revision: str | None = execution(default=None)
+    path: str | None = execution(default=None)
+    separator: str | None = identity(default=None)
+    portion: tuple[Fraction, Fraction] = identity(default=(0.0, 1.0))
+    digest: str | None = identity(default=None)
+
+
+@dataclass(frozen=True, config=STRICT)
+class CalibrationSpec(TextSpec):
+    """``n_samples`` windows of ``seq_len`` tokens, drawn from a text by ``sampling`` with the seed of the cell."""
+
+    n_samples: Positive = identity(default=128)
+    seq_len: Annotated[int, Field(ge=2)] = identity(default=2048)
+    sampling: Literal["joined_random", "document_random"] = identity(default="joined_random")
+
+
+@dataclass(frozen=True, config=STRICT)
+class PerplexitySpec(TextSpec):
+    """Perplexity of a text in non-overlapping windows of ``seq_len`` tokens, by a named protocol (``data.protocols``)."""
+
+    seq_len: Annotated[int, Field(ge=2)] = identity(default=2048)
+    protocol: str | None = identity(default=None)
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluationSpec:
+    """What is measured: texts by label, and lm-eval tasks as ``task/metric``, the name of the column that they become.
+
+    ``few_shot`` gives the number of examples in the prompt of a task where lm-eval's own number is not wanted; ``limit`` takes
+    only the first examples of every task (to try things out). ``data_dir`` holds task data as JSON lines, read instead of the
+    hub; ``task_digests`` identifies what was read. ``ppl_dtype`` is the type of the logits and of the loss per token behind
+    perplexities, whatever the type of the model.
+    """
+
+    name: str = execution()
+    texts: dict[str, PerplexitySpec] = identity(default_factory=dict)
+    tasks: tuple[str, ...] = identity(default=())
+    batch_size: Positive = identity(default=8)
+    ppl_dtype: Literal["float32", "bfloat16"] = identity(default="float32")
+    few_shot: dict[str, Annotated[int, Field(ge=0)]] = identity(default_factory=dict)
+    limit: Positive | None = identity(default=None)
+    data_dir: str | None = execution(default=None)
+    task_digests: dict[str, str] = identity(default_factory=dict)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ExecutionSpec:
+    """Where and how a cell runs. None of it may change a result.
+
+    ``column_loop: plain`` keeps the solvers off the fused kernel on a GPU (``numerics.fused_columns``).
+    """
+
+    runs_dir: str = execution(default="runs")
+    device: Literal["auto", "cpu", "cuda"] = execution(default="auto")
+    threads: Positive | None = execution(default=None)
+    progress: bool = execution(default=True)
+    keep_codes: bool | None = execution(default=None)
+    artefacts_gib: Annotated[float, Field(ge=0)] = execution(default=64.0)
+    column_loop: Literal["auto", "plain"] = execution(default="auto")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ResourcesSpec:
+    """What a job asks of the scheduler; null is derived from the model's shape and the method (``ptqbench.sweeps.resources``)."""
+
+    gpus: Annotated[int, Field(ge=0)] | None = execution(default=None)
+    gpu_mem_gib: Annotated[float, Field(gt=0)] | None = execution(default=None)
+    host_mem_gib: Annotated[float, Field(gt=0)] | None = execution(default=None)
+    cpus: Positive | None = execution(default=None)
+    time_min: Positive | None = execution(default=None)
+
+
+@dataclass(frozen=True, config=STRICT)
+class LauncherSpec:
+    """Who runs the cells of a sweep: SLURM, a pool of processes on this machine, this process, or nobody (``print``).
+
+    ``auto`` is SLURM where ``sbatch`` is on PATH and this process is not inside a job already, else the local pool.
+    """
+
+    kind: Literal["auto", "slurm", "local", "inline", "print"] = execution(default="auto")
+    wait: bool = execution(default=False)
+    workers: Positive | None = execution(default=None)
+    partition: str | None = execution(default=None)
+    account: str | None = execution(default=None)
+    qos: str | None = execution(default=None)
+    constraint: str | None = execution(default=None)
+    array_parallelism: Positive = execution(default=64)
+    signal_delay_s: Positive = execution(default=300)
+    max_requeues: Annotated[int, Field(ge=0)] = execution(default=50)
+    setup: tuple[str, ...] = execution(default=())
+    sbatch: dict[str, str | int | bool] = execution(default_factory=dict)
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrackingSpec:
+    """Whether a cell shows in Weights & Biases while it runs, and where (``ptqbench.tracking``).
+
+    ``group`` is the name of the sweep unless given; ``folder`` is where W&B's own files go, null is the run folder.
+    """
+
+    mode: Literal["none", "offline", "online"] = execution(default="none")
+    project: str = execution(default="ptqbench")
+    entity: str | None = execution(default=None)
+    group: str | None = execution(default=None)
+    tags: tuple[str, ...] = execution(default=())
+    folder: str | None = execution(default=None)
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunSpec:
+    """One cell: model x method x bitwidth x calibration x evaluation x seed."""
+
+    model: ModelSpec = identity()
+    method: MethodSpec = identity()
+    bitwidth: BitwidthSpec = identity()
+    calibration: CalibrationSpec | None = identity()
+    evaluation: EvaluationSpec = identity()
+    seed: Annotated[int, Field(ge=0)] = identity()
+    resources: ResourcesSpec = execution(default_factory=ResourcesSpec)
+    launcher: LauncherSpec = execution(default_factory=LauncherSpec)
+    tracking: TrackingSpec = execution(default_factory=TrackingSpec)
+    execution: ExecutionSpec = execution(default_factory=ExecutionSpec)  # last: from here on the name means the field
+
+    @property
+    def quantizes(self) -> bool:
+        """Tell whether anything at all is below 16 bits."""
+        bits = self.bitwidth
+        return min(bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits) < UNTOUCHED_BITS
+
+
+def to_dict(value: Any) -> Any:
+    """Turn a spec (or any part of one) into plain JSON-able data."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """Validate plain data strictly against a dataclass.
+
+    Args:
+        cls: The dataclass to build; ``Annotated`` constraints on its fields are enforced.
+        data: Plain JSON-able data, not modified. A list is accepted for a tuple, an int for a float, nothing else.
+        where: Dotted prefix for error messages, e.g. ``"method.solver"``.
+
+    Returns:
+        The frozen instance.
+
+    Raises:
+        ConfigError: One line: expected, given, where, nearest valid name.
+    """
+    try:
+        text = json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where or cls.__name__}: expected plain finite values, got {data!r} ({error})") from None
+    try:
+        return _adapter(cls).validate_json(text)  # type: ignore[no-any-return, arg-type]
+    except ValidationError as error:
+        raise ConfigError(_one_line(cls, error, where)) from None
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls if dataclasses.is_dataclass(cls) and hasattr(cls, "__pydantic_config__") else strict(cls))
+
+
+@functools.cache
+def strict(cls: type[T]) -> type[T]:
+    """Give a standard-library dataclass (a role member) the same strict validation as the spec itself."""
+    return dataclass(cls, config=STRICT, frozen=True)  # type: ignore[call-overload, no-any-return, return-value]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Name the closest known word and list the known ones, for error messages."""
+    words = sorted(known)
+    close = difflib.get_close_matches(str(name), words, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(words) or '(none)'}"
+
+
+def _one_line(cls: type, error: ValidationError, where: str) -> str:
+    problem = error.errors(include_url=False)[0]
+    path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("tuple["))]
+    place = ".".join(str(part) for part in ([where] if where else []) + path)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        owner = _class_at(cls, path[:-1])
+        known = [f.name for f in dataclasses.fields(owner)] if owner else []
+        return f"unknown key {place!r} (given {problem['input']!r}); {nearest(str(path[-1]), known)}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"missing value for {place!r}: give {place}=..."
+    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+
+
+def _class_at(cls: type, path: list[Any]) -> type | None:
+    """Follow a path of field names through nested dataclasses (and the values of mappings)."""
+    current: Any = cls
+    for part in path:
+        hints = {f.name: str(f.type) for f in dataclasses.fields(current)} if dataclasses.is_dataclass(current) else {}
+        if part in hints:  # else a label inside a mapping of specs
+            current = next((c for name, c in _classes().items() if name in hints[part]), None)
+    return current if dataclasses.is_dataclass(current) and isinstance(current, type) else None
+
+
+def _classes() -> dict[str, type]:
+    return {
+        name: value for name, value in globals().items() if isinstance(value, type) and dataclasses.is_dataclass(value)
+    }

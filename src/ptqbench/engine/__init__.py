@@ -1,0 +1,1 @@
+"""Quantize a model, block by block."""

@@ -1,0 +1,107 @@
+"""Finished blocks on disk: the integer codes, scales and reports of one decoder block each.
+
+A block's file is written under a temporary name and renamed, so that its existence means the block is finished. The weights
+that the model runs with are always rebuilt from the stored codes, in the run that made them and after a resume alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ptqbench.errors import ConfigError
+from ptqbench.numerics.grid import LinearResult
+from ptqbench.runs.folder import block_path, replacing
+
+PARTS = ("codes", "scale", "zero_point", "group_index")
+
+
+def stored_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor) -> Tensor:
+    """Rebuild the weight (out, in) float32 that codes and grids stand for: ``scale * (codes - zero_point)``."""
+    group = group_index.long()
+    return scale[:, group] * (codes.to(scale.dtype) - zero_point[:, group])
+
+
+def stored_parts(results: Mapping[str, LinearResult]) -> dict[str, Tensor]:
+    """Name what is stored of the rounded linears of a block: nothing of those left at 16 bits, and no dequantized weight."""
+    rounded = {name: result for name, result in results.items() if result.codes is not None}
+    return {f"{name}.{part}": getattr(result, part) for name, result in rounded.items() for part in PARTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockState:
+    """The finished blocks of one cell.
+
+    Attributes:
+        folder: ``state/`` of the run folder.
+        run_id: Identity of the cell; state of another cell is refused.
+    """
+
+    folder: Path
+    run_id: str
+
+    def _path(self, index: int) -> Path:
+        return block_path(self.folder, index)
+
+    def has(self, index: int) -> bool:
+        """Whether a block is finished and its file is whole and of this cell."""
+        return self._metadata(index) is not None
+
+    def _metadata(self, index: int) -> dict[str, str] | None:
+        path = self._path(index)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as stored:
+                metadata: dict[str, str] = stored.metadata() or {}
+        except SafetensorError:
+            return None
+        if metadata.get("run_id") != self.run_id:
+            raise ConfigError(
+                f"{path} belongs to cell {metadata.get('run_id')}, not {self.run_id}; remove the folder to start anew"
+            )
+        return metadata
+
+    def save(self, index: int, parts: dict[str, Tensor], reports: list[dict[str, Any]]) -> None:
+        """Write a block: what ``stored_parts`` takes of its rounded linears, and their reports."""
+        tensors = {name: part.cpu().clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
+        with replacing(self._path(index)) as temporary:
+            save_file(tensors, temporary, metadata={"run_id": self.run_id, "reports": json.dumps(reports)})
+
+    def overlay(self, index: int, block: nn.Module) -> None:
+        """Put the quantized weights of a finished block into a loaded decoder block."""
+        with safe_open(self._path(index), framework="pt") as stored:
+            names = sorted({key.rsplit(".", 1)[0] for key in stored.keys()})  # noqa: SIM118 - not a dict
+            for name in names:
+                parts = [stored.get_tensor(f"{name}.{part}") for part in PARTS]
+                linear = block.get_submodule(name)
+                old: Tensor = linear.weight  # type: ignore[assignment]
+                linear.weight = nn.Parameter(stored_weight(*parts).to(old.device, old.dtype), requires_grad=False)
+
+    def reports(self, n_blocks: int) -> list[dict[str, Any]]:
+        """Read the reports of all finished blocks, in order."""
+        rows: list[dict[str, Any]] = []
+        for index in range(n_blocks):
+            metadata = self._metadata(index)
+            rows += json.loads(metadata["reports"]) if metadata else []
+        return rows
+
+    def codes_digest(self, n_blocks: int) -> str:
+        """Hash all codes, scales and zero points: equal digests mean equal quantized models."""
+        total = hashlib.sha256()
+        for index in range(n_blocks):
+            with safe_open(self._path(index), framework="pt") as stored:
+                for key in sorted(stored.keys()):
+                    value = stored.get_tensor(key).contiguous()
+                    total.update(f"{index}.{key}:{value.dtype}:{tuple(value.shape)}".encode())
+                    total.update(value.view(torch.uint8).numpy().tobytes())
+        return f"sha256:{total.hexdigest()}"

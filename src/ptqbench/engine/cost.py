@@ -1,0 +1,114 @@
+"""What a cell computes: floating-point operations and tokens, by the kind of work that its timings name. Imports no torch.
+
+Operations are those of the products that cannot be avoided, a multiplication and an addition counted as two: a symmetric product
+counts once per pair of channels, attention counts what a token may see. Elementwise work counts nothing. The same figures stand
+in the record of a cell, where they divide its seconds, and behind the estimates of ``resources``.
+
+Legend: N tokens, T of them a window; L blocks of P weights each; d hidden size; w width of a distinct linear input (that of q, k,
+v; of o; of gate and up; of down), rows(w) the outputs of the linears it feeds; V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ptqbench.cell.registry import create
+from ptqbench.cell.spec import UNTOUCHED_BITS
+from ptqbench.methods.base import REFERENCE, Statistic
+
+if TYPE_CHECKING:
+    from ptqbench.cell.spec import RunSpec
+    from ptqbench.models.architecture import Architecture
+
+EIGEN = 9.0
+"""Operations of a symmetric eigendecomposition over n^3."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The work of a cell.
+
+    Attributes:
+        flop: Operations by kind: ``bases``, ``forward``, ``reference``, ``moment``, ``round``, ``report``, ``perplexity``.
+        n_tokens: Tokens by where they go: ``bases``, ``calibration``, ``evaluation``.
+    """
+
+    flop: dict[str, float]
+    n_tokens: dict[str, int]
+
+
+def work(spec: RunSpec, architecture: Architecture, evaluated: Mapping[str, int]) -> Work:
+    """Count the work of a cell, zero-shot tasks left out.
+
+    Args:
+        spec: The cell.
+        architecture: Shape of its model.
+        evaluated: Tokens of every text, by its label.
+
+    Returns:
+        Kinds of work that the cell does not do are left out.
+    """
+    flop: dict[str, float] = {}
+    n_tokens = {"evaluation": sum(evaluated.values())}
+    if spec.quantizes and spec.calibration is not None:
+        n_tokens["calibration"] = spec.calibration.n_samples * spec.calibration.seq_len
+        flop |= _calibration(spec, architecture, n_tokens["calibration"], spec.calibration.seq_len)
+        transform = create("transform", spec.method.transform)
+        if transform.needs_statistics:
+            length = spec.calibration.seq_len
+            n_tokens["bases"] = transform.n_samples * length
+            flop["bases"] = _bases(architecture, n_tokens["bases"], length)
+    head = 2.0 * architecture.vocab_size * architecture.hidden_size
+    flop["perplexity"] = sum(
+        _forward(architecture, tokens, spec.evaluation.texts[label].seq_len) + head * tokens
+        for label, tokens in evaluated.items()
+    )
+    return Work({kind: operations for kind, operations in flop.items() if operations}, n_tokens)
+
+
+def _forward(architecture: Architecture, tokens: int, length: int) -> float:
+    """2 P per token and block, and 2 T q_dim for the scores and sums of causal attention."""
+    attention = 2.0 * architecture.n_blocks * length * architecture.q_dim
+    return tokens * (2.0 * architecture.linear_params + attention)
+
+
+def _calibration(spec: RunSpec, architecture: Architecture, tokens: int, length: int) -> dict[str, float]:
+    members = {role: create(role, getattr(spec.method, role)) for role in ("target", "solver", "refine")}
+    needed = frozenset().union(*(member.needs for member in members.values()))
+    one_pass = _forward(architecture, tokens, length)
+    moment = round_ = report = 0.0
+    for width, rows in _inputs(architecture):
+        adds = rows == architecture.hidden_size
+        moment += tokens * width**2
+        if Statistic.CROSS_MOMENT in needed:
+            moment += tokens * 2.0 * width**2
+        if Statistic.TOKEN_WEIGHTS in needed and adds:
+            moment += tokens * width**2
+        if Statistic.RESIDUAL_MOMENT in needed and adds:
+            moment += tokens * 2.0 * width * architecture.hidden_size
+        report += 2.0 * rows * width**2
+        if Statistic.SECOND_MOMENT in members["solver"].needs:
+            round_ += 2 / 3 * width**3 + rows * width**2
+    blocks = architecture.n_blocks
+    rounds = spec.bitwidth.w_bits < UNTOUCHED_BITS
+    return {
+        "forward": one_pass * (1 if spec.method.true_sequential else 2),
+        "reference": one_pass if needed & REFERENCE else 0.0,
+        "moment": blocks * moment,
+        "round": blocks * round_ * rounds,
+        "report": blocks * report * rounds,
+    }
+
+
+def _inputs(architecture: Architecture) -> list[tuple[int, int]]:
+    """Width and rows of the distinct linear inputs of a block."""
+    d, f = architecture.hidden_size, architecture.intermediate_size
+    return [(d, architecture.q_dim + 2 * architecture.kv_dim), (architecture.q_dim, d), (d, 2 * f), (f, d)]
+
+
+def _bases(architecture: Architecture, tokens: int, length: int) -> float:
+    """A pass, the moments of the attention's and the MLP's input, and their eigendecompositions."""
+    d = architecture.hidden_size
+    return _forward(architecture, tokens, length) + architecture.n_blocks * (2.0 * tokens * d**2 + 2 * EIGEN * d**3)

@@ -1,0 +1,228 @@
+"""The block loop: stream calibration tokens through a model once and round every linear on the way.
+
+Per decoder block: load it, run it in stages (``models.stages``), and at each stage collect the statistics of the input that
+has just become complete (``collect``), round the linears it feeds (``rounding``), and continue with the rounded weights.
+Every linear is executed exactly once with true-sequential semantics; without ``true_sequential`` the untouched block is run
+once for statistics and once more to propagate. A full-precision stream accompanies the quantized one, in lock-step through
+an untouched copy of the block, only if the method compares the two. A finished block is stored before the next begins: the
+unit of resume is one block.
+
+A block is written in the background while the next one is computed, and read ahead while the one before is
+(``models.blockwise``). Streams rest between blocks where ``BlockwiseModel.resting_place`` says; this module alone moves tensors
+between devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptqbench.engine.blocks_on_disk import BlockState, stored_parts
+from ptqbench.engine.collect import Collector, Lockstep, Wanted, untouched_copy
+from ptqbench.engine.rounding import Method, report, round_stage
+from ptqbench.engine.timings import Timings
+from ptqbench.errors import NumericalError
+from ptqbench.methods.base import Statistics
+from ptqbench.models.blockwise import BlockwiseModel
+from ptqbench.models.quantized import set_quantizers
+from ptqbench.models.stages import STAGES, Positions, Stage, finish, forward
+from ptqbench.numerics.grid import LinearResult
+
+__all__ = ["Method", "Streams", "Timings", "quantize"]
+
+BATCH = 1
+"""Windows per forward. One, so that sums are formed in the same order whatever the machine."""
+
+Results = dict[str, LinearResult]
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass
+class Streams:
+    """The calibration windows between two blocks.
+
+    Attributes:
+        quantized: Residual stream behind quantized blocks, one (batch, tokens, hidden_size) tensor per batch.
+        reference: The same behind unquantized blocks; None if the method compares nothing.
+    """
+
+    quantized: list[Tensor]
+    reference: list[Tensor] | None
+
+
+@torch.no_grad()
+def quantize(
+    model: BlockwiseModel,
+    method: Method,
+    windows: Tensor,
+    state: BlockState,
+    timings: Timings,
+    on_block: Callable[[int], None] = lambda index: None,
+) -> None:
+    """Round every linear of every block; results and reports go to ``state``.
+
+    Args:
+        model: The checkpoint.
+        method: What to do with each group of linears.
+        windows: Calibration tokens, (n_samples, seq_len) int64, not modified.
+        state: Where finished blocks are stored; blocks found there are not computed again but replayed.
+        timings: Receives seconds per kind of work.
+        on_block: Called with the index of every finished block.
+
+    Raises:
+        NumericalError: A weight or statistic is not finite, or a factorisation failed; names the block and the linears.
+    """
+    with timings.measure("embed_s"):
+        hidden = model.embed(windows)
+        home = model.resting_place(hidden, 1 + method.needs_reference)
+        batches = list(hidden.to(home).split(BATCH))
+    positions, park = model.positions(windows.shape[1]), model.parking_place(hidden, 1 + method.needs_reference)
+    loop = _Loop(model, method, positions, timings, home, park)
+    streams = Streams(batches, list(batches) if method.needs_reference else None)
+    with _Writer(state, timings, on_block) as writer:
+        for index in range(model.n_blocks):
+            if state.has(index):
+                streams = loop.replay(index, streams, state)
+                on_block(index)
+                continue
+            with ExitStack() as held:
+                with timings.measure("load_s"):
+                    block = held.enter_context(model.block(index))
+                held.enter_context(_calibrating(block, method))
+                streams, results, rows = loop.round_block(index, block, streams)
+            writer.save(index, results, rows)
+
+
+class _Writer:
+    """Saves a block while the next one is computed; at most one is under way, and a block counts once it is on disk."""
+
+    def __init__(self, state: BlockState, timings: Timings, on_block: Callable[[int], None]) -> None:
+        self._state, self._timings, self._on_block = state, timings, on_block
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._pending: tuple[int, Future[None]] | None = None
+
+    def save(self, index: int, results: Results, rows: Rows) -> None:
+        """Wait for the block before, then begin to save this one; raises what saving the one before raised."""
+        self._finish()
+        self._pending = index, self._thread.submit(self._state.save, index, stored_parts(results), rows)
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            (index, saving), self._pending = self._pending, None
+            with self._timings.measure("save_s"):
+                saving.result()
+            self._on_block(index)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        with self._thread:  # a block that is being written is written, whatever ended the work
+            if failed is None:
+                self._finish()
+
+
+@contextmanager
+def _calibrating(block: nn.Module, method: Method) -> Iterator[None]:
+    """Set the quantizers of a block as calibration wants them; they are on elsewhere."""
+    set_quantizers(block, method.during_calibration)
+    try:
+        yield
+    finally:
+        set_quantizers(block, True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What stays the same from block to block.
+
+    ``home`` is where streams rest between blocks, ``park`` where windows wait between the stages of one.
+    """
+
+    model: BlockwiseModel
+    method: Method
+    positions: Positions
+    timings: Timings
+    home: torch.device
+    park: torch.device | None
+
+    def replay(self, index: int, streams: Streams, state: BlockState) -> Streams:
+        """Take the streams through a finished block: as stored, and as it was."""
+        reference = streams.reference
+        if reference is not None:
+            with self.model.block(index) as block:
+                reference = self._propagate(untouched_copy(block), reference, "reference_s")
+        with self.model.block(index, state.overlay) as block, _calibrating(block, self.method):
+            return Streams(self._propagate(block, streams.quantized), reference)
+
+    def round_block(self, index: int, block: nn.Module, streams: Streams) -> tuple[Streams, Results, Rows]:
+        """Round one block; returns the streams behind it, the rounded linears and one report row per linear."""
+        reference = None if streams.reference is None else untouched_copy(block)
+        windows = [self._enter(block, reference, i, streams) for i in range(len(streams.quantized))]
+        results: Results = {}
+        rows: Rows = []
+        if self.method.true_sequential:
+            for stage in STAGES:
+                (statistics,) = self._collect(windows, (stage,), block, reference)
+                self._round(index, block, stage, statistics, results, rows)
+            with self.timings.measure("forward_s"):
+                quantized = [finish(window.quantized).to(self.home) for window in windows]
+            return Streams(quantized, self._leave(windows)), results, rows
+        together = self._collect(windows, STAGES, block, reference)
+        behind = self._leave(windows)
+        for stage, statistics in zip(STAGES, together, strict=True):
+            self._round(index, block, stage, statistics, results, rows)
+        return Streams(self._propagate(block, streams.quantized), behind), results, rows
+
+    def _enter(self, block: nn.Module, reference: nn.Module | None, i: int, streams: Streams) -> Lockstep:
+        device = self.model.device
+        beside = None if streams.reference is None else streams.reference[i].to(device)
+        return Lockstep(block, streams.quantized[i].to(device), reference, beside, self.positions, self.park)
+
+    def _collect(
+        self, windows: list[Lockstep], stages: Sequence[Stage], block: nn.Module, reference: nn.Module | None
+    ) -> list[Statistics]:
+        """Advance every window through the next stages, one window after the other, and sum what is found there."""
+        eps = float(self.model.config.rms_norm_eps)
+        wanted = [Wanted(self.method.needs(stage), self.method.rms_scale, eps) for stage in stages]
+        collectors = [Collector(*pair, block, reference) for pair in zip(stages, wanted, strict=True)]
+        for window in windows:
+            for collector in collectors:
+                with self.timings.measure("forward_s"):
+                    quantized = next(window.quantized)
+                with self.timings.measure("reference_s"):
+                    beside = None if window.reference is None else next(window.reference)
+                assert quantized is not None, "a run announces its input before it parks"
+                with self.timings.measure("moment_s"):
+                    collector.add(quantized, beside)
+                del quantized, beside
+                window.park()
+        return [collector.statistics() for collector in collectors]
+
+    def _round(
+        self, index: int, block: nn.Module, stage: Stage, statistics: Statistics, results: Results, rows: Rows
+    ) -> None:
+        try:
+            with self.timings.measure("round_s"):
+                linears = round_stage(block, stage, self.method, statistics)
+        except NumericalError as error:
+            raise NumericalError(f"block {index}, {error}") from error
+        grid = self.method.grid_of(stage.name, len(statistics.second_moment))
+        results |= {linear.name: linear.repaired.result for linear in linears}
+        with self.timings.measure("report_s"):
+            rows += [report(index, linear, statistics, grid) for linear in linears]
+
+    def _propagate(self, block: nn.Module, hidden: list[Tensor], timing: str = "forward_s") -> list[Tensor]:
+        with self.timings.measure(timing):
+            return [forward(block, states.to(self.model.device), self.positions).to(self.home) for states in hidden]
+
+    def _leave(self, windows: list[Lockstep]) -> list[Tensor] | None:
+        with self.timings.measure("reference_s"):
+            behind = [finish(window.reference).to(self.home) for window in windows if window.reference is not None]
+        return behind or None

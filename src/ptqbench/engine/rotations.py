@@ -1,0 +1,151 @@
+"""What a transform needs before a model can be opened in its basis: eigenbases, learned rotations, or those of a file.
+
+All end in the same store (``bases.StoredBases``) and are found there when a cell is run again. Learned rotations follow the loss
+of the whole quantized network (``network_loss``) by Cayley steps in float64 (``numerics.cayley``).
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ptqbench.engine.bases import SHARED, Shelf, StoredBases, compute_bases
+from ptqbench.engine.network_loss import Rotations, opened
+from ptqbench.engine.rotation_files import read_rotations
+from ptqbench.errors import ConfigError, NumericalError
+from ptqbench.models.blockwise import BlockwiseModel
+from ptqbench.numerics.cayley import cayley_step, cosine_rate
+
+if TYPE_CHECKING:
+    from ptqbench.cell.spec import RunSpec
+    from ptqbench.runs.attempt import Observer
+
+PROGRESS = "progress"
+SAVE_EVERY = 10
+"""Steps of learning that a killed run repeats at most."""
+
+
+def prepare(
+    transform: Any,
+    model: BlockwiseModel,
+    draw: Callable[[int], Tensor],
+    spec: RunSpec,
+    folder: Path,
+    identity: str,
+    observer: Observer,
+    shelf: Callable[[int], Shelf] | None = None,
+) -> Mapping[str, Tensor] | None:
+    """Compute, learn or read whatever a transform needs before a model can be opened in its basis, or find it stored.
+
+    Args:
+        transform: The member.
+        model: The checkpoint.
+        draw: Calibration windows by their number, (n, seq_len) int64.
+        spec: The cell.
+        folder: Where results are stored.
+        identity: What they belong to, e.g. the run id.
+        observer: Shown the progress.
+        shelf: Where other cells leave moments and bases of so many windows.
+
+    Returns:
+        Tensors by name, for ``transform.basis``; None if it needs none.
+
+    Raises:
+        ConfigError: A file of rotations is missing, damaged, changed, or does not fit the model.
+        NumericalError: A moment or a gradient is zero or not finite.
+    """
+    stored, advance = StoredBases(folder, identity, model.device), lambda _: observer.advance()
+    learning = getattr(transform, "learning", None)
+    if transform.needs_statistics:
+        observer.stage("bases", model.n_blocks)
+        shared = None if shelf is None else shelf(transform.n_samples)
+        compute_bases(transform, model, draw(transform.n_samples), spec, folder, identity, advance, shared)
+    if learning is not None:
+        observer.stage("rotations", learning.steps)
+        learn_rotations(transform, model, draw(learning.n_samples), spec, stored, advance)
+    if getattr(transform, "rotation_digest", None) is not None:
+        read_rotations(transform, model.architecture, stored)
+    elif not transform.needs_statistics and learning is None:
+        return None
+    return stored
+
+
+def learn_rotations(
+    transform: Any,
+    model: BlockwiseModel,
+    windows: Tensor,
+    spec: RunSpec,
+    stored: StoredBases,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> StoredBases:
+    """Learn the rotations of a transform, or find them stored.
+
+    A pass that was cut short continues at the last stored step (every `SAVE_EVERY` steps) and gives the same bytes.
+
+    Args:
+        transform: Says with ``learning`` how, with ``start`` from where, with ``basis`` what they do.
+        model: The checkpoint, in the basis it has.
+        windows: Calibration tokens, (steps * batch_size, seq_len) int64, not modified; each is used once, in order.
+        spec: The cell; its quantizers are on in the loss.
+        stored: Where the rotations go; holds whatever else the transform needs (eigenbases), which learning leaves alone.
+        on_step: Called with the index of every finished step.
+
+    Returns:
+        ``stored``.
+
+    Raises:
+        ConfigError: Too few windows.
+        NumericalError: The loss or a gradient is not finite; names the step.
+    """
+    learning = transform.learning
+    if len(windows) < learning.n_samples:
+        raise ConfigError(f"learning rotations: expected {learning.n_samples} windows, got {len(windows)}")
+    rotations = {name: value.to(model.device) for name, value in transform.start(model.architecture).items()}
+    parts = {part or SHARED for part, _, _ in (name.rpartition(".") for name in rotations)}
+    if not all(stored.has(part) for part in parts):
+        first, rotations, velocities = _progress(stored, rotations)
+        build = lambda given: transform.basis(spec, model.architecture, ChainMap(given, stored))  # type: ignore[arg-type]  # noqa: E731
+        with opened(model, windows.shape[1], learning.quantize_weights) as network:
+            for step in range(first, learning.steps):
+                batch = windows[step * learning.batch_size : (step + 1) * learning.batch_size]
+                rate = cosine_rate(step, learning.steps, learning.learning_rate)
+                try:
+                    _, gradients = network.gradients(build, rotations, batch)
+                    for name, gradient in gradients.items():
+                        point, velocity, _ = cayley_step(
+                            rotations[name],
+                            gradient,
+                            velocities.get(name),
+                            learning_rate=rate,
+                            momentum=learning.momentum,
+                        )
+                        # In the layout that they are stored in: a product may depend on it in its last bit.
+                        rotations[name], velocities[name] = point.contiguous(), velocity.contiguous()
+                except NumericalError as error:
+                    raise NumericalError(f"learning rotations, step {step}: {error}") from error
+                if (step + 1) % SAVE_EVERY == 0 and step + 1 < learning.steps:
+                    _save_progress(stored, step + 1, rotations, velocities)
+                on_step(step)
+        stored.save_named(rotations)
+        stored.drop(PROGRESS)
+    return stored
+
+
+def _progress(stored: StoredBases, start: Rotations) -> tuple[int, Rotations, Rotations]:
+    if not stored.has(PROGRESS):
+        return 0, start, {}
+    held = stored.read(PROGRESS)
+    point = {name: held[f"point.{name}"].to(start[name].device) for name in start}
+    velocity = {name: held[f"velocity.{name}"].to(start[name].device) for name in start}
+    return int(held["step"]), point, velocity
+
+
+def _save_progress(stored: StoredBases, step: int, rotations: Rotations, velocities: Rotations) -> None:
+    held = {f"point.{name}": value for name, value in rotations.items()}
+    held |= {f"velocity.{name}": value for name, value in velocities.items()}
+    stored.save(PROGRESS, held | {"step": torch.tensor(step)})

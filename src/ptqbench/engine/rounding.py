@@ -1,0 +1,206 @@
+"""Round the linears of one stage with the members of a method, put the result into the block, and describe it.
+
+Linears that are treated alike are stacked along their rows: they share the input, hence all statistics and the factorisation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptqbench.engine.blocks_on_disk import stored_weight
+from ptqbench.errors import NumericalError, UnsupportedError
+from ptqbench.methods.base import REFERENCE, Aim, Refine, Repaired, Solver, Statistic, Statistics, Target
+from ptqbench.methods.refinements import NoRefinement
+from ptqbench.methods.targets import Weight
+from ptqbench.models.stages import STAGES, Stage
+from ptqbench.numerics.grid import Grid, GridSpec, LinearResult, effective_bits, uniform_grid
+from ptqbench.numerics.groups import split_rows
+from ptqbench.numerics.report import relative_output_error, relative_weight_error
+from ptqbench.numerics.targets import RmsScale, relative_correction
+
+GridOf = Callable[[str, int], Grid]
+"""Grid of a stage, by its name and its number of input channels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The members of the roles that act on a block, and what they round to.
+
+    Attributes:
+        target: Which weight rounding aims at.
+        solver: How it is rounded.
+        refine: What is repaired afterwards.
+        grid: One grid for all columns, or a function of stage name and in_features for mixed precision.
+        true_sequential: Whether a stage sees the stages before it rounded.
+        during_calibration: Whether activation, key and value quantizers are on in the quantized stream of calibration.
+    """
+
+    target: Target
+    solver: Solver
+    refine: Refine
+    grid: GridSpec | GridOf
+    true_sequential: bool
+    during_calibration: bool = True
+
+    def grid_of(self, stage: str, in_features: int) -> Grid:
+        """Return the grid of the linears of a stage."""
+        return (
+            uniform_grid(in_features, self.grid) if isinstance(self.grid, GridSpec) else self.grid(stage, in_features)
+        )
+
+    def needs(self, stage: Stage) -> frozenset[Statistic]:
+        """Return what has to be collected at a stage: the union over the members that act there, and what reports need."""
+        members = (self.target, self.solver, self.refine)
+        acting = (member for member in members if not set(stage.linears) <= set(_excluded(member)))
+        return frozenset({Statistic.SECOND_MOMENT}).union(*(member.needs for member in acting))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the full-precision stream must be run at all."""
+        return any(self.needs(stage) & REFERENCE for stage in STAGES)
+
+    @property
+    def rms_scale(self) -> RmsScale:
+        """Which token weights the target asks for."""
+        scale: RmsScale = getattr(self.target, "rms_scale", "none")
+        return scale
+
+    def groups(self, stage: Stage) -> list[tuple[str, ...]]:
+        """Split the linears of a stage into those that are treated alike."""
+        groups: dict[tuple[bool, bool, str], list[str]] = {}
+        for name in stage.linears:
+            own = name if getattr(self.solver, "one_by_one", False) else ""
+            groups.setdefault((name in _excluded(self.target), name in _excluded(self.refine), own), []).append(name)
+        return [tuple(names) for names in groups.values()]
+
+
+def _excluded(member: object) -> Sequence[str]:
+    return getattr(member, "exclude", ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """One rounded linear.
+
+    Attributes:
+        name: Its name in the block.
+        weight: (out, in) float32 original weight.
+        aim: What the solver was asked for.
+        repaired: What came of it, after refinement.
+        quantize_s: Seconds spent on it.
+    """
+
+    name: str
+    weight: Tensor
+    aim: Aim
+    repaired: Repaired
+    quantize_s: float
+
+
+def round_stage(block: nn.Module, stage: Stage, method: Method, statistics: Statistics) -> list[Rounded]:
+    """Round the linears of a stage and put the rounded weights into the block.
+
+    Args:
+        block: The block; its linears get new weights, the old ones are not modified.
+        stage: The stage.
+        method: What to do.
+        statistics: Statistics of the stage, not modified.
+
+    Returns:
+        One entry per linear, in the order of the stage.
+
+    Raises:
+        NumericalError: A weight or statistic is not finite, or a factorisation failed; names the linears.
+        UnsupportedError: A grid that leaves some columns of a linear unrounded.
+    """
+    rounded: dict[str, Rounded] = {}
+    for names in method.groups(stage):
+        try:
+            for linear in _round_group(block, names, stage, method, dataclasses.replace(statistics, linears=names)):
+                rounded[linear.name] = linear
+        except NumericalError as error:
+            raise NumericalError(f"{'/'.join(name.split('.')[-1] for name in names)}: {error}") from error
+    for linear in rounded.values():
+        _put(block.get_submodule(linear.name), linear.repaired.result)
+    return [rounded[name] for name in stage.linears]
+
+
+def _round_group(
+    block: nn.Module, names: tuple[str, ...], stage: Stage, method: Method, statistics: Statistics
+) -> list[Rounded]:
+    start = time.perf_counter()
+    weights: list[Tensor] = [block.get_submodule(name).weight.detach().float() for name in names]  # type: ignore[operator]
+    stacked = torch.cat(weights)
+    grid = method.grid_of(stage.name, stacked.shape[1])
+    untouched = [part.spec.untouched for part in grid]
+    if any(untouched) and not all(untouched):
+        raise UnsupportedError(
+            f"stage {stage.name}: expected a grid that rounds all columns or none, got a mixture with 16 bits"
+        )
+    if all(untouched):
+        aim = Weight().aim(stacked, statistics)
+        repaired = Repaired(method.solver.solve(aim, statistics, grid))
+    else:
+        target = Weight() if names[0] in _excluded(method.target) else method.target
+        refine = NoRefinement() if names[0] in _excluded(method.refine) else method.refine
+        aim = target.aim(stacked, statistics)
+        repaired = refine.repair(stacked, aim, method.solver.solve(aim, statistics, grid), statistics)
+    rows = [len(weight) for weight in weights]
+    per_row = (time.perf_counter() - start) / len(stacked)
+    parts = zip(names, weights, _split_aim(aim, rows), _split_repaired(repaired, rows), strict=True)
+    return [Rounded(*part, quantize_s=per_row * len(part[1])) for part in parts]
+
+
+def _split_aim(aim: Aim, rows: list[int]) -> list[Aim]:
+    return [dataclasses.replace(aim, weight=part, grid_weight=None) for part in aim.weight.split(rows)]
+
+
+def _split_repaired(repaired: Repaired, rows: list[int]) -> list[Repaired]:
+    results = split_rows(repaired.result, rows)
+    scales = [None] * len(rows) if repaired.row_scale is None else repaired.row_scale.split(rows)
+    return [Repaired(part, scale, repaired.null_space_rank) for part, scale in zip(results, scales, strict=True)]
+
+
+def _put(linear: Any, result: LinearResult) -> None:
+    """Give a linear the weight that will be rebuilt from the stored codes; at 16 bits it keeps its own."""
+    if result.codes is not None:
+        stored = stored_weight(result.codes, result.scale, result.zero_point, result.group_index)
+        linear.weight = nn.Parameter(stored.to(linear.weight.dtype), requires_grad=False)
+
+
+def report(index: int, linear: Rounded, statistics: Statistics, grid: Grid) -> dict[str, Any]:
+    """Describe one rounded linear: one row of ``layers.parquet``; every row has the same keys.
+
+    ``relative_output_error`` compares with the original weight under the unweighted inputs of the quantized stream;
+    ``relative_target_error`` with the target under the moment that rounding minimised.
+    """
+    weight, aim, result, row_scale = linear.weight, linear.aim, linear.repaired.result, linear.repaired.row_scale
+    output_error = relative_output_error(weight, result.dequantized, statistics.second_moment)
+    plain = aim.second_moment is statistics.second_moment and torch.equal(aim.weight, weight)
+    return {
+        "block": index,
+        "linear": linear.name,
+        "out_features": weight.shape[0],
+        "in_features": weight.shape[1],
+        "relative_weight_error": relative_weight_error(weight, result.dequantized),
+        "relative_output_error": output_error,
+        "relative_target_error": (
+            output_error if plain else relative_output_error(aim.weight, result.dequantized, aim.second_moment)
+        ),
+        "correction_norm": relative_correction(aim.weight, weight),
+        "correction_damping": aim.damping,
+        "effective_w_bits": effective_bits(grid),
+        "damping_used": result.damping_used,
+        "damping_retries": result.damping_retries,
+        "null_space_rank": linear.repaired.null_space_rank,
+        "row_scale_min": None if row_scale is None else float(row_scale.min()),
+        "row_scale_max": None if row_scale is None else float(row_scale.max()),
+        "n_tokens": statistics.n_tokens,
+        "quantize_s": linear.quantize_s,
+    }

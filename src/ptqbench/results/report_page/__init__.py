@@ -1,0 +1,91 @@
+"""The report of a sweep: one self-contained HTML page with table, plots, cost and provenance. Imports no torch.
+
+A page is a view of the run folders: the same folders give the same bytes. It holds no script and refers to nothing outside
+itself: plots are SVG inside the page, the style is in its head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ptqbench.errors import ConfigError
+from ptqbench.models.source import EMBEDDED
+from ptqbench.results import tables
+from ptqbench.results.report_page import facts, plots
+from ptqbench.results.reported import check, check_sheet
+from ptqbench.results.tables import Sheet, Source
+from ptqbench.runs.folder import RunFolder
+
+TEMPLATE = "page.html.jinja"
+
+
+def report_page(
+    sources: Sequence[Source], title: str = "", columns: Sequence[str] = ("metric",), command: Sequence[str] = ()
+) -> str:
+    """Write the page of some cells.
+
+    Args:
+        sources: As ``tables.tidy`` takes them; none, unfinished and failed ones are shown as what they are.
+        title: Heading of the page.
+        columns: As ``tables.comparison_sheet`` takes them.
+        command: Words of the command line that runs these cells; none where the cells are no sweep.
+
+    Returns:
+        HTML.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folders = {one[0].run_id: one[0] for one in sources if isinstance(one, tuple) and isinstance(one[0], RunFolder)}
+    frame = tables.tidy(sources)
+    frame = frame.assign(folder=[str(folders[name].path) if name in folders else "" for name in frame["run_id"]])
+    averaged = _with_average(frame)
+    found = tables.pivot(averaged)
+    references = facts.unquantized(frame)
+    cells = facts.read_cells(frame, folders)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE).render(
+        title=title or "Comparison of finished cells",
+        lead=facts.lead(found, cells, references),
+        states=facts.states(cells),
+        headlines=facts.headlines(found, references),
+        embedded=sorted(name for name in set(frame["model"].dropna()) if name.removesuffix("-outlier") in EMBEDDED),
+        measured=facts.measured(frame, found, cells),
+        comparison=tables.comparison_sheet(frame, columns=columns) if len(frame) else None,
+        trade_offs=plots.trade_offs(averaged, found, references),
+        layers=plots.layers(frame),
+        cost=facts.cost(cells, found) if len(found.mean.columns) else None,
+        papers=_papers(frame),
+        provenance=facts.provenance(cells),
+        reproduce=facts.reproduce(cells, command),
+        listing=facts.listing(cells),
+        html=tables.html,
+        bare=_bare,
+    )
+
+
+def _bare(sheet: Sheet) -> Sheet:
+    """A sheet without the words below it, which stay in view when a wide table is scrolled."""
+    return dataclasses.replace(sheet, notes=[], remarks=[])
+
+
+def _with_average(frame: pd.DataFrame) -> pd.DataFrame:
+    """Append the average over tasks as the comparison does, where there can be one."""
+    try:
+        return tables.task_average(frame)
+    except ConfigError:
+        return frame
+
+
+def _papers(frame: pd.DataFrame) -> Sheet | None:
+    found = check(frame)
+    return check_sheet(found) if len(found) else None

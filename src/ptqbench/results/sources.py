@@ -1,0 +1,60 @@
+"""The cells of a sweep for a table: run folders where there can be any, and a reason for every cell that can have none."""
+
+from __future__ import annotations
+
+from ptqbench.cell.spec import RunSpec
+from ptqbench.errors import PtqbenchError
+from ptqbench.results.tables import KEYS, Absent, Source
+from ptqbench.sweeps.cells import Cell
+from ptqbench.sweeps.compose import Composer, cells
+from ptqbench.sweeps.files import Sweep, Value, describe, excluded, expand, overrides
+from ptqbench.sweeps.resolve import validated
+
+
+def sweep_cells(sweep: Sweep, extra: list[str]) -> list[Source]:
+    """List every cell of a sweep in the sweep's order, then those it excludes.
+
+    Args:
+        sweep: A validated sweep.
+        extra: Overrides for every cell.
+
+    Returns:
+        A folder with its cell where the cell can be composed and makes sense; else why it has none: ``skipped`` by a role,
+        ``not composed`` (a model that is not at hand, say), or ``excluded`` by the sweep.
+    """
+    compose = Composer()
+    points = {describe(point): point for point in expand(sweep)}
+    found: list[Source] = []
+    for cell in cells(sweep, extra):
+        reason = str(cell.problem)
+        if cell.draft is not None:
+            found.append(_named(cell.draft, "not composed", reason))
+        elif cell.spec is None:
+            found.append(_absent(compose, sweep, points[cell.name], extra, "not composed", reason))
+        else:
+            found.append(_source(cell))
+    return found + [_absent(compose, sweep, point, extra, "excluded", why) for point, why in excluded(sweep)]
+
+
+def _source(cell: Cell) -> Source:
+    assert cell.spec is not None
+    assert cell.folder is not None
+    if cell.skipped is None or cell.folder.result() is not None:
+        return cell.folder, cell.spec
+    return _named(cell.spec, "skipped", cell.skipped)
+
+
+def _named(spec: RunSpec, state: str, reason: str) -> Absent:
+    return Absent(spec.model.name, spec.method.name, spec.bitwidth.name, spec.seed, state, reason, spec)
+
+
+def _absent(
+    compose: Composer, sweep: Sweep, point: dict[str, Value], extra: list[str], state: str, reason: str
+) -> Absent:
+    """Name a cell that has no run id: by its configuration, or where even that is wrong by its point."""
+    try:
+        spec = validated(compose(overrides(sweep, point) + extra))
+    except PtqbenchError:
+        model, method, bitwidth = (str(point.get(key, "?")) for key in KEYS)
+        return Absent(model, method, bitwidth, int(point.get("seed", 0)), state, reason)
+    return _named(spec, state, reason)

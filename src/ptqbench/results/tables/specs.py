@@ -1,0 +1,83 @@
+"""Read the cells of many run folders: what they share is validated and serialised once.
+
+``spec.json`` is split where its indentation shows a field of the cell. A field whose very text was part of a valid cell read
+before needs no second validation, and the canonical JSON of its identity is known; the cell is put together from such fields
+and hashed as ever. A file that is written in another way, or has one field that is new, is read as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from ptqbench.cell.fingerprint import identity_id, identity_texts
+from ptqbench.cell.spec import RunSpec
+from ptqbench.runs.folder import RunFolder
+
+SPECS = TypeAdapter(RunSpec)
+FIELD = b'\n  "'
+"""What stands before a field of the cell in an indented file; a string of JSON holds no line break."""
+SPACE = b" \t\r\n"
+
+
+class SpecReader:
+    """Reads cells; keeps every field it has seen, under its text."""
+
+    def __init__(self) -> None:
+        """Start without any field."""
+        self._known: dict[bytes, tuple[str, Any, str | None]] = {}
+
+    def read(self, folder: RunFolder) -> tuple[RunSpec, dict[str, str]]:
+        """Read a cell and its identity (``fingerprint.identity_texts``).
+
+        Raises:
+            ConfigError: As ``RunFolder.read_spec``, which says what is wrong.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            content = folder.spec_bytes()
+            fields = _fields(content)
+            found = self._put_together(fields) or self._read(content, fields)
+            if identity_id(found[1]) == folder.run_id:
+                return found
+        spec = folder.read_spec()
+        return spec, identity_texts(spec)
+
+    def _put_together(self, fields: Sequence[bytes]) -> tuple[RunSpec, dict[str, str]] | None:
+        """A cell of known fields; None where one is new or given twice."""
+        known = [self._known.get(field) for field in fields]
+        given = [field for field in known if field is not None]
+        values = {name: value for name, value, _ in given}
+        if not values or len(values) < len(known):
+            return None
+        return RunSpec(**values), {name: text for name, _, text in given if text is not None}
+
+    def _read(self, content: bytes, fields: Sequence[bytes]) -> tuple[RunSpec, dict[str, str]]:
+        spec = SPECS.validate_json(content)
+        texts = identity_texts(spec)
+        names = [_name(field) for field in fields]
+        if len(set(names) - {None}) == len(names):
+            for name, field in zip(map(str, names), fields, strict=True):
+                self._known[field] = name, getattr(spec, name), texts.get(name)
+        return spec, texts
+
+
+def _fields(content: bytes) -> list[bytes]:
+    """Split the text of an indented object into its members; nothing where it is not laid out as ``write_json`` does."""
+    head, *fields = content.split(FIELD)
+    last = fields[-1].rstrip(SPACE) if fields else b""
+    if head != b"{" or not last.endswith(b"}") or not all(field.endswith(b",") for field in fields[:-1]):
+        return []
+    return [*(field[:-1] for field in fields[:-1]), last[:-1].rstrip(SPACE)]
+
+
+def _name(field: bytes) -> str | None:
+    """The name of a member; None if the text is not exactly one, so that it says nothing by itself."""
+    try:
+        member = json.loads(b'{"' + field + b"}")
+    except ValueError:
+        return None
+    return next(iter(member)) if len(member) == 1 else None

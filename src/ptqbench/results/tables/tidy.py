@@ -1,0 +1,299 @@
+"""Run folders -> tidy frame: one row per (cell, metric). No torch.
+
+A cell without a usable result keeps one row with its state and the reason, so that a table shows a dash and says why instead
+of having a hole. Two cells may share a row of a table only where everything but seed and evaluation is equal: ``variant``
+is a digest of just that, and cells of one name that differ in it get names that say how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import pandas as pd
+
+from ptqbench.cell.fingerprint import identity_fields, identity_texts, joined
+from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS, RunSpec
+from ptqbench.errors import PtqbenchError
+from ptqbench.results.tables.specs import SpecReader
+from ptqbench.runs.folder import DONE, RunFolder
+
+KEYS = ["model", "method", "bitwidth"]
+SETTINGS = [
+    "calibration", "basis_samples", "objective", "granularity", "true_sequential", "act_order", "scheme", "clip_search",
+    "a_symmetric", "a_clip_ratio",
+]  # fmt: skip
+NUMBERS = [
+    "nominal_w_bits", "nominal_a_bits", "nominal_kv_bits", "effective_w_bits", "packed_bytes", "quantize_s", "spared_s",
+    "value", "stderr",
+]  # fmt: skip
+COLUMNS = [
+    *KEYS, "w_bits", "a_bits", "k_bits", "v_bits", "group_size", *ROLES, *SETTINGS, "seed", "run_id", "variant", "evaluation",
+    *NUMBERS[:-2], "metric", *NUMBERS[-2:], "protocol", "state", "reason",
+]  # fmt: skip
+BESIDE_VARIANT = ("seed", "evaluation")
+EVALUATION_TIMINGS = ("perplexity_s", "zero_shot_s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Absent:
+    """A cell that has no run folder and may never get one: it is excluded, skipped, or cannot be composed here.
+
+    ``spec`` is what is known of it: a cell of a model that is not at hand has everything but digests.
+    """
+
+    model: str
+    method: str
+    bitwidth: str
+    seed: int
+    state: str
+    reason: str
+    spec: RunSpec | None = None
+
+
+class Measured(Protocol):
+    """A cell that was run, elsewhere than in a run folder: what is asked of it is what a ``RunFolder`` answers."""
+
+    @property
+    def run_id(self) -> str: ...  # noqa: D102
+
+    def result(self) -> dict[str, Any] | None: ...  # noqa: D102
+
+    def state(self) -> str: ...  # noqa: D102
+
+    def failure(self) -> dict[str, Any] | None: ...  # noqa: D102
+
+
+Source = tuple[RunFolder, RunSpec | None] | tuple[Measured, RunSpec] | Absent
+
+
+def tidy(cells: Iterable[Source]) -> pd.DataFrame:
+    """Collect cells into one row per metric.
+
+    Args:
+        cells: Run folders, each with its cell if it is known (a cell of a sweep may have no folder yet), and absent cells.
+
+    Returns:
+        Columns ``COLUMNS``; ``metric`` and ``value`` are missing where the cell has no result, and ``reason`` says why.
+        ``protocol`` says in words what a value was measured on. Order of the input is kept.
+    """
+    rows: list[dict[str, Any]] = []
+    variants: dict[str, RunSpec] = {}
+    reader = SpecReader()
+    for cell in cells:
+        if isinstance(cell, Absent):
+            known = {} if cell.spec is None else _key(cell.spec)
+            names = {key: getattr(cell, key) for key in (*KEYS, "seed", "state", "reason")}
+            rows.append(known | names)
+            continue
+        folder, spec = cell
+        try:
+            if spec is None:
+                assert isinstance(folder, RunFolder), "only a run folder can be read for its cell"
+                spec, texts = reader.read(folder)
+            else:
+                texts = identity_texts(spec)
+        except PtqbenchError as error:
+            rows.append(_unreadable(folder, str(error)))
+            continue
+        key = {**_key(spec), "run_id": folder.run_id, **_digests(texts)}
+        variants.setdefault(key["variant"], spec)
+        rows += _measurements(folder, spec, key)
+    _tell_apart(rows, variants)
+    return _framed(rows)
+
+
+def _framed(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Lay out rows in ``COLUMNS``; what a row lacks is missing."""
+    columns = {name: [row.get(name, math.nan) for row in rows] for name in COLUMNS}
+    kinds = {name: float if name in NUMBERS else object for name in COLUMNS}
+    return pd.DataFrame({name: pd.Series(columns[name], dtype=kind) for name, kind in kinds.items()})
+
+
+def _unreadable(folder: Measured, reason: str) -> dict[str, Any]:
+    """Name a cell whose spec is lost from its result, which repeats the names."""
+    result = folder.result() or {}
+    names = {key: result[key] for key in (*KEYS, "seed") if isinstance(result.get(key), str | int)}
+    return {**names, "run_id": folder.run_id, "state": "damaged", "reason": reason}
+
+
+def _digests(texts: dict[str, str]) -> dict[str, str]:
+    """What tells cells apart: everything but seed and evaluation, and the evaluation."""
+    variant = {name: text for name, text in texts.items() if name not in BESIDE_VARIANT}
+    return {"variant": _digest(joined(variant)), "evaluation": _digest(texts["evaluation"])}
+
+
+def _key(spec: RunSpec) -> dict[str, Any]:
+    """What every row of a cell says."""
+    bits = spec.bitwidth
+    return {
+        "model": spec.model.name,
+        "method": spec.method.name,
+        "bitwidth": bits.name,
+        "w_bits": bits.w_bits,
+        "a_bits": bits.a_bits,
+        "k_bits": bits.k_bits,
+        "v_bits": bits.v_bits,
+        "group_size": bits.group_size,
+        **{role: getattr(spec.method, role).name for role in ROLES},
+        "seed": spec.seed,
+        **_settings(spec),
+        "nominal_w_bits": nominal(spec, bits.w_bits),
+        "nominal_a_bits": nominal(spec, bits.a_bits),
+        "nominal_kv_bits": (nominal(spec, bits.k_bits) + nominal(spec, bits.v_bits)) / 2,
+    }
+
+
+def _settings(spec: RunSpec) -> dict[str, Any]:
+    """What a comparison with another source has to look at, beside roles and bits."""
+    text, subspace, method = spec.calibration, spec.method.transform.options, spec.method
+    return {
+        "calibration": None if text is None else f"{text.dataset} {text.n_samples} x {text.seq_len}",
+        "basis_samples": subspace.get("n_samples"),
+        "objective": subspace.get("objective"),
+        "granularity": subspace.get("granularity"),
+        "true_sequential": method.true_sequential,
+        "act_order": method.solver.options.get("act_order"),
+        "scheme": method.grid.scheme,
+        "clip_search": method.grid.clip_search,
+        "a_symmetric": method.activation.symmetric if spec.bitwidth.a_bits < UNTOUCHED_BITS else None,
+        "a_clip_ratio": method.activation.clip_ratio if spec.bitwidth.a_bits < UNTOUCHED_BITS else None,
+    }
+
+
+def nominal(spec: RunSpec, low: float) -> float:
+    """Mean bits that a method's name promises where the bitwidth says ``low``: the high share of a subspace counts.
+
+    >>> 4 * (1 - 0.125) + 8 * 0.125
+    4.5
+    """
+    options = spec.method.transform.options
+    if low >= UNTOUCHED_BITS or "high_fraction" not in options or options.get("iso_bits"):
+        return float(low)
+    share = float(options["high_fraction"])
+    return low * (1 - share) + float(options["high_bits"]) * share
+
+
+def _measurements(folder: Measured, spec: RunSpec, key: dict[str, Any]) -> list[dict[str, Any]]:
+    result = folder.result()
+    if result is None:
+        state = folder.state()
+        message = str((folder.failure() or {}).get("message") or "") if state != DONE else ""
+        return [{**key, "state": state, "reason": " ".join(message.split())}]
+    try:
+        shared, metrics = _shared(result), list(result["metrics"].items())
+        rows = [{**key, **shared, **_measurement(spec, name, metric)} for name, metric in metrics]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return [{**key, "state": "damaged", "reason": f"result.json lacks something: {error!r}"}]
+    return rows or [{**key, **shared, "reason": "the cell measures nothing"}]
+
+
+def _shared(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "effective_w_bits": float(result["bits"]["effective_w_bits"]),
+        "packed_bytes": int(result["bits"]["packed_bytes"]),
+        "quantize_s": quantize_seconds(result),
+        "spared_s": spared_seconds(result),
+        "state": DONE,
+    }
+
+
+def quantize_seconds(result: dict[str, Any]) -> float:
+    """Full cost of quantizing: a cell's own work, and what made the artefacts that it found; without waiting for others."""
+    own = sum(seconds for name, seconds in result.get("timings", {}).items() if name not in EVALUATION_TIMINGS)
+    return float(own + (spared_seconds(result) or 0.0) - result.get("shared", {}).get("waited_s", 0.0))
+
+
+def spared_seconds(result: dict[str, Any]) -> float | None:
+    """What it cost others to make what a cell found; None in a result that was written before that was recorded."""
+    spared = result.get("shared", {}).get("spared_s")
+    return None if spared is None else float(spared)
+
+
+def _measurement(spec: RunSpec, name: str, metric: dict[str, Any]) -> dict[str, Any]:
+    value, stderr = float(metric["value"]), metric.get("stderr")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}")
+    return {
+        "metric": name,
+        "value": value,
+        "stderr": None if stderr is None else float(stderr),
+        "protocol": protocol(spec, name, metric),
+    }
+
+
+def protocol(spec: RunSpec, name: str, metric: dict[str, Any]) -> str:
+    """Say what a metric was measured on: two values with different words may not be averaged or ranked together."""
+    label = name.rpartition("/")[0]
+    text = spec.evaluation.texts.get(label)
+    if text is not None and name.endswith("/perplexity"):
+        portion = "" if tuple(text.portion) == (0.0, 1.0) else f" portion {text.portion[0]:g}-{text.portion[1]:g}"
+        digest = (text.digest or "").removeprefix("sha256:")[:12]
+        named = f" ({text.protocol})" if text.protocol not in (None, text.dataset) else ""
+        windows = f"windows of {text.seq_len}, {spec.evaluation.ppl_dtype} loss"
+        return f"{text.dataset} {text.split or ''}{named}{portion}, {windows}, {digest}"
+    n = {"shots": metric.get("n_shot", 0), "examples": metric.get("n_examples"), "batch": metric.get("batch_size")}
+    facts = ", ".join(f"{count} {word}" for word, count in n.items() if count is not None)
+    return f"lm-eval {metric.get('lm_eval', '')} {label} version {metric.get('task_version')}, {facts}"
+
+
+def _tell_apart(rows: list[dict[str, Any]], specs: dict[str, RunSpec]) -> None:
+    """Append to the method's name what distinguishes variants that would otherwise share a row."""
+    variants: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        if "variant" in row:
+            named = variants.setdefault(tuple(row[key] for key in KEYS), [])
+            if row["variant"] not in named:
+                named.append(row["variant"])
+    labels: dict[tuple[Any, ...], str] = {}
+    for names, several in variants.items():
+        if len(several) > 1:
+            flat = {variant: _flat(_of_variant(specs[variant])) for variant in several}
+            for variant in several:
+                labels[*names, variant] = _differences(flat, variant)
+    for row in rows:
+        label = labels.get((*(row.get(key) for key in KEYS), row.get("variant")))
+        if label is not None:
+            row["method"] = f"{row['method']} [{label}]"
+
+
+def _of_variant(spec: RunSpec) -> dict[str, Any]:
+    return {name: value for name, value in identity_fields(spec).items() if name not in BESIDE_VARIANT}
+
+
+def _differences(flat: dict[str, dict[str, str]], variant: str) -> str:
+    """Fields of ``variant`` that are not equal in all; options of a role only among those with the same members."""
+    differing = _differing(list(flat.values()))
+    members = [path for path in differing if path.endswith(".name")]
+    alike = [fields for fields in flat.values() if all(fields.get(path) == flat[variant].get(path) for path in members)]
+    within = _differing(alike)
+    rest = [path for path in differing if path not in members and (path in within or ".options." not in path)]
+    members.sort(key=lambda path: [*ROLES, path].index(path.split(".")[1] if path.split(".")[1] in ROLES else path))
+    return ", ".join(f"{_short(path)}={flat[variant].get(path, 'none')}" for path in [*members, *rest])
+
+
+def _differing(variants: list[dict[str, str]]) -> list[str]:
+    paths = sorted({path for fields in variants for path in fields})
+    return [path for path in paths if len({fields.get(path) for fields in variants}) > 1]
+
+
+def _short(path: str) -> str:
+    return path.removeprefix("method.").replace(".options.", ".").removesuffix(".name")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        return {
+            path: text
+            for name, item in value.items()
+            for path, text in _flat(item, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    text = str(value)
+    return {prefix: text.removeprefix("sha256:")[:12] if prefix.endswith("digest") else text}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""Where a cell lives on disk, and who works on it."""

@@ -1,0 +1,232 @@
+"""Tensors that many cells need, computed once: calibration windows, second moments, eigenbases.
+
+An artefact is named by the hash of everything it is a function of (its *key*: content digests, never paths) and of
+``PRODUCER``, which is raised when the code that makes artefacts changes their numbers. It is one safetensors file, written
+under a temporary name and renamed, with the key and a SHA-256 of its tensors inside; what does not agree with them on reading
+is removed and made again. A file lock held while an artefact is made keeps twenty tasks of an array from making it twenty
+times; where a file system ignores locks, that work is wasted and nothing is wrong. A folder has a budget: what does not fit
+beside artefacts in use is not stored.
+
+An artefact never changes a result: a cell computes the same numbers with an empty folder. It carries the seconds that making
+it took, so that a cell can say what it was spared (``Artefacts.account``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from ptqbench.cell.fingerprint import canonical_json
+from ptqbench.runs.folder import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PRODUCER = 1
+FOLDER = ".artefacts"
+STALE_S = 86_400.0
+IN_USE_S = 3_600.0
+"""An artefact read or written this recently does not make room for another."""
+
+
+class Artefacts:
+    """A folder of artefacts.
+
+    Attributes:
+        root: Where it is; created when something is stored.
+        budget_bytes: What the folder may take; None for as much as there is.
+        found: How many artefacts this object found, by kind.
+        made: How many it made.
+        spared_s: What it cost others to make what was found; what this object made or found before counts once.
+        waited_s: How long this object waited while others made something.
+    """
+
+    def __init__(self, root: Path, budget_bytes: int | None = None) -> None:
+        """Look at a folder, which need not exist yet."""
+        self.root, self.budget_bytes, self.made = root, budget_bytes, 0
+        self.found: Counter[str] = Counter()
+        self.spared_s = self.waited_s = 0.0
+        self._paid: set[Path] = set()
+
+    @property
+    def hits(self) -> int:
+        """How many artefacts were found."""
+        return self.found.total()
+
+    def clock(self) -> float:
+        """Seconds whose differences are full costs: as if what was found had been made here, without waiting for others."""
+        return time.perf_counter() + self.spared_s - self.waited_s
+
+    def account(self) -> dict[str, Any]:
+        """What this object found and what that cost others, as plain data."""
+        return {
+            "found": dict(self.found),
+            "spared_s": round(self.spared_s, 4),
+            "waited_s": round(self.waited_s, 4),
+        }
+
+    def path(self, kind: str, key: Mapping[str, Any]) -> Path:
+        """The file of an artefact."""
+        named = canonical_json({"producer": PRODUCER, "kind": kind, "key": dict(key)})
+        return self.root / f"{kind}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.safetensors"
+
+    def find(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """Read an artefact; None if it is missing or damaged (a damaged one is removed)."""
+        path = self.path(kind, key)
+        read = _read(path)
+        if read is None:
+            return None
+        tensors, seconds = read
+        self.found[kind] += 1
+        self.spared_s += 0.0 if path in self._paid else seconds
+        self._paid.add(path)
+        with contextlib.suppress(OSError):
+            os.utime(path)  # the least recently used go first when space is short
+        return tensors
+
+    def get(self, kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Read an artefact, or make and store it.
+
+        Args:
+            kind: First part of the file's name.
+            key: Plain data that determines the tensors.
+            make: Computes them.
+
+        Returns:
+            Tensors by name, on the CPU.
+        """
+        found = self.find(kind, key)
+        if found is not None:
+            return found
+        with self.held(kind, key):
+            found = self.find(kind, key)
+            if found is not None:
+                return found
+            start = self.clock()
+            tensors = _stored_form(make())
+            self.made += 1
+            self.put(kind, key, tensors, self.clock() - start)
+            return tensors
+
+    def put(self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor], seconds: float) -> bool:
+        """Store an artefact, unless it does not fit the budget or the disk.
+
+        Args:
+            kind: First part of the file's name.
+            key: Plain data that determines the tensors.
+            tensors: The artefact, not modified.
+            seconds: Its full cost, a difference of ``clock``.
+
+        Returns:
+            Whether it is stored.
+        """
+        held, path = _stored_form(tensors), self.path(kind, key)
+        self._paid.add(path)
+        size = sum(tensor.nbytes for tensor in held.values())
+        try:
+            if self.budget_bytes is not None:
+                left = collect_garbage(self.root, self.budget_bytes - size, IN_USE_S)[2]
+                if left + size > self.budget_bytes:
+                    return False
+            _write(path, held, seconds)
+        except OSError:  # a full disk costs the sharing, not the cell
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def held(self, kind: str, key: Mapping[str, Any]) -> Iterator[None]:
+        """Keep other processes from making the same artefact meanwhile; the lock of a killed process is free."""
+        path = self.path(kind, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        with FileLock(path.with_suffix(".lock")):
+            self.waited_s += time.perf_counter() - start
+            yield
+
+
+def collect_garbage(root: Path, budget_bytes: int, in_use_s: float = 0.0) -> tuple[int, int, int]:
+    """Remove the least recently used artefacts until the rest fits a budget; leftovers of killed processes go first.
+
+    Args:
+        root: Folder of artefacts.
+        budget_bytes: What may stay.
+        in_use_s: What was used within so many seconds stays in any case.
+
+    Returns:
+        Number of files and bytes removed, and bytes that stay. An artefact that is being made is left alone.
+    """
+    if not root.is_dir():
+        return 0, 0, 0
+    now, removed, freed = time.time(), 0, 0
+    for path in root.glob(".*.tmp"):
+        if now - path.stat().st_mtime > STALE_S:
+            freed, removed = freed + path.stat().st_size, removed + 1
+            path.unlink(missing_ok=True)
+    files = []
+    for path in root.glob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # another process collects too
+            files.append((path.stat().st_mtime, path.stat().st_size, path))
+    files.sort()
+    total = sum(size for _, size, _ in files)
+    for used, size, path in files:
+        if total <= budget_bytes or now - used < in_use_s:
+            break
+        try:
+            with FileLock(path.with_suffix(".lock"), timeout=0):
+                path.unlink(missing_ok=True)
+        except Timeout:
+            continue
+        path.with_suffix(".lock").unlink(missing_ok=True)
+        total, removed, freed = total - size, removed + 1, freed + size
+    return removed, freed, total
+
+
+def _stored_form(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    import torch
+
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.numel():
+            total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
+    """Tensors and their cost; a file that is damaged or does not say what it cost is removed."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+            said = stored.metadata() or {}
+        seconds = float(said["seconds"])
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, KeyError, ValueError):
+        path.unlink(missing_ok=True)
+        return None
+    if _digest(tensors) != said.get("sha256"):
+        path.unlink(missing_ok=True)
+        return None
+    return tensors, seconds
+
+
+def _write(path: Path, tensors: dict[str, Tensor], seconds: float) -> None:
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"sha256": _digest(tensors), "seconds": f"{seconds:.6f}"})

@@ -1,0 +1,1 @@
+"""Which cells a request means, and what they need."""

@@ -1,0 +1,170 @@
+"""What a sweep will do: every cell with its state and what it needs, grouped by resources. Submits nothing, imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+
+from ptqbench.errors import DataNotHereError
+from ptqbench.models.architecture import from_config, published
+from ptqbench.runs.folder import DONE, FAILED, RUNNING, RunFolder
+from ptqbench.runs.queue import QUEUED, Queue, look
+from ptqbench.sweeps.cells import INVALID, SKIPPED, Cell
+from ptqbench.sweeps.resolve import Known
+from ptqbench.sweeps.resources import START_S, Needs, doubled, needs, time_limit
+
+Kind = tuple[str, bool]
+MORE_MEMORY = ("gpu_memory", "host_memory", "killed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One cell of a plan.
+
+    Attributes:
+        cell: The cell.
+        state: State of the run folder, or ``queued`` for a cell that waits in SLURM.
+        needs: Resources; None for a cell that cannot run. An invalid cell has them where only its data are not here, or only
+            its model, if that is one of those whose shapes are known.
+        detail: Why it is skipped or invalid, where it is, or how it failed.
+    """
+
+    cell: Cell
+    state: str
+    needs: Needs | None
+    detail: str = ""
+
+    @property
+    def todo(self) -> bool:
+        """Whether a launch would start the cell."""
+        return self.needs is not None and self.state not in (DONE, RUNNING, QUEUED, SKIPPED, INVALID)
+
+
+def plan(cells: Sequence[Cell], known: Known | None = None) -> list[Row]:
+    """Look at every cell: folder, queue, resources.
+
+    Args:
+        cells: As composed; not modified.
+        known: Shared lookups of this command.
+    """
+    known = known or Known()
+    queue = look(cell.folder for cell in cells if cell.folder is not None)
+    rows = [_row(cell, queue, known) for cell in cells]
+    finished = calibrated(rows)
+    return [_corrected(row, finished[_kind(row)].factor) if _kind(row) in finished else row for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What the finished cells of a kind needed, beside what was estimated.
+
+    Attributes:
+        count: Number of cells.
+        factor: Median of the seconds that a cell took over those estimated.
+        peak_gib: Largest peak of the memory that cells of this kind ask for, of the GPU or of the host; None if not recorded.
+        asked_gib: Largest memory that was asked for.
+    """
+
+    count: int
+    factor: float
+    peak_gib: float | None
+    asked_gib: float
+
+
+def calibrated(rows: Sequence[Row]) -> dict[Kind, Finished]:
+    """Compare the finished cells of a plan with their estimates.
+
+    Args:
+        rows: A plan with estimates as ``resources`` makes them.
+
+    Returns:
+        By model, and whether on a GPU.
+    """
+    found: dict[Kind, list[tuple[float, float | None, float]]] = {}
+    for row in rows:
+        result = row.cell.folder.result() if row.state == DONE and row.cell.folder is not None else None
+        if row.needs is None or result is None or not isinstance(result.get("timings"), dict):
+            continue
+        on_gpu = bool(row.needs.gpus)
+        if on_gpu == (result.get("peak_gpu_gib") is not None):
+            ratio = (START_S + sum(result["timings"].values())) / (60 * row.needs.estimate_min)
+            peak = result.get("peak_gpu_gib" if on_gpu else "peak_host_gib")
+            asked = row.needs.gpu_mem_gib if on_gpu else row.needs.host_mem_gib
+            found.setdefault(_kind(row), []).append((ratio, peak, asked))
+    return {kind: _finished(measured) for kind, measured in found.items()}
+
+
+def _finished(measured: Sequence[tuple[float, float | None, float]]) -> Finished:
+    ratios, peaks, asked = zip(*measured, strict=True)
+    known = [peak for peak in peaks if peak is not None]
+    return Finished(len(ratios), statistics.median(ratios), max(known, default=None), max(asked))
+
+
+def _kind(row: Row) -> Kind:
+    spec = row.cell.spec or row.cell.draft
+    return (spec.model.name if spec else "", bool(row.needs and row.needs.gpus))
+
+
+def _corrected(row: Row, factor: float) -> Row:
+    """Scale the estimate of a cell that is still to be done; the time that it asks for only grows."""
+    spec = row.cell.spec or row.cell.draft
+    if row.needs is None or row.state == DONE or spec is None:
+        return row
+    minutes = row.needs.estimate_min * factor
+    longer = spec.resources.time_min or max(row.needs.time_min, time_limit(minutes))
+    return dataclasses.replace(row, needs=dataclasses.replace(row.needs, estimate_min=minutes, time_min=longer))
+
+
+def groups(rows: Sequence[Row]) -> dict[Needs, list[Row]]:
+    """Group what is to be done by resources, in order of first appearance; estimates are left out of the key."""
+    found: dict[Needs, list[Row]] = {}
+    for row in rows:
+        if row.todo and row.needs is not None:
+            found.setdefault(dataclasses.replace(row.needs, estimate_min=0.0), []).append(row)
+    return found
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Number of cells per state."""
+    return dict(Counter(row.state for row in rows))
+
+
+def _row(cell: Cell, queue: Queue, known: Known) -> Row:
+    if cell.spec is None or cell.folder is None:
+        return _not_composed(cell, known)
+    if cell.skipped is not None:
+        return Row(cell, SKIPPED, None, cell.skipped)
+    state, detail = describe(cell.folder, queue)
+    amount = needs(cell.spec, from_config(known.config(cell.spec.model)))
+    if state == FAILED and (cell.folder.failure() or {}).get("kind") in MORE_MEMORY:
+        amount = doubled(amount)
+    return Row(cell, state, amount, detail)
+
+
+def _not_composed(cell: Cell, known: Known) -> Row:
+    """A cell without identity; estimated where only its model or its data are not here."""
+    if cell.draft is None:
+        return Row(cell, INVALID, None, str(cell.problem))
+    model = cell.draft.model
+    if isinstance(cell.problem, DataNotHereError):
+        return Row(cell, INVALID, needs(cell.draft, from_config(known.config(model))), str(cell.problem))
+    shape = published().get(model.name)
+    if shape is None:
+        return Row(cell, INVALID, None, str(cell.problem))
+    detail = f"{model.hub_id} is neither in the hub cache nor reachable: prefetch it, or give model.path=FOLDER"
+    return Row(cell, INVALID, needs(cell.draft, shape), detail)
+
+
+def describe(folder: RunFolder, queue: Queue) -> tuple[str, str]:
+    """State of a run folder, with the queue taken into account, and a few words on it."""
+    state = folder.state()
+    job = None if state in (DONE, RUNNING) else queue.job_of(folder)
+    if job is not None:
+        return QUEUED, f"job {job.job_id} {job.state.lower()} ({job.reason})"
+    if state == RUNNING:
+        beat = folder.heartbeat() or {}
+        return state, f"{beat.get('stage', 'start')} {beat.get('done', 0)}/{beat.get('total', 0)}"
+    failure = (folder.failure() or {}) if state == FAILED else {}
+    return state, f"{failure.get('kind', 'unknown')}: {failure.get('message', '')}" if failure else ""

@@ -1,0 +1,174 @@
+"""What a cell needs: GPU and host memory, time, derived from the model's shape and the method. Imports no torch.
+
+Shape legend: d hidden size, f FFN size, V vocabulary, L blocks, T tokens of a pass (windows x length), b bytes per stored value.
+
+Memory follows the block pipeline (``docs/architecture.md``): one block at a time on the device, in the checkpoint's type and
+once more in float32 while it is rounded; per linear input a second moment (float32) and its factors; the activations of one window,
+and what all windows hold between two stages of a block, up to a limit. The residual streams of all windows stay on the host, twice
+in the quantized case (unquantized and quantized stream).
+Zero-shot tasks hold the whole model on the device.
+
+Time is the work of a cell (``cost``) over a rate. The rates are written below, with how they are known; ``plan`` corrects them by
+what the finished cells of the same sweep took (``plan.calibrated``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from ptqbench.engine.cost import work
+
+if TYPE_CHECKING:
+    from ptqbench.cell.spec import RunSpec
+    from ptqbench.models.architecture import Architecture
+
+GIB = 2**30
+GPU_RATE = (
+    60e12  # operations per second sustained in 16-bit products on an 80 GB data-centre GPU: assumed, not measured
+)
+CPU_RATE = 20e9  # per core, float32, of whole cells of the embedded model: measured; a model of width 1024 reaches 63e9
+READ_RATE = 1e9  # bytes per second from the checkpoint's file system: assumed
+START_S = 10.0  # interpreter and imports
+MARGIN = 1.3  # of memory
+TIME_MARGIN = 3.0  # between the estimate and the time that is asked for
+WAITING_BYTES = 20 * GIB  # of windows between the stages of a block; where they are more they wait on the host
+GPU_SIZES = (24.0, 40.0, 48.0, 80.0, 141.0)
+SMALL_PARAMS = 50_000_000  # below this a GPU is not worth its queue
+TEXT_TOKENS = {"wikitext2": 350_000, "ptb": 120_000, "c4": 530_000}
+TASK_TOKENS = {  # of all choices with their contexts, rounded up; the rest counts as DEFAULT_TASK_TOKENS
+    "tiny_questions": 200_000,
+    "piqa": 300_000,
+    "arc_easy": 500_000,
+    "arc_challenge": 300_000,
+    "winogrande": 100_000,
+    "boolq": 1_000_000,
+    "social_iqa": 300_000,
+    "openbookqa": 100_000,
+    "hellaswag": 5_000_000,
+    "race": 2_000_000,
+    "mmlu": 50_000_000,
+}
+DEFAULT_TASK_TOKENS = 1_000_000
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a cell asks of the scheduler; the key by which cells are grouped into arrays.
+
+    Attributes:
+        gpus: Number of GPUs, 0 or 1.
+        gpu_mem_gib: Peak GPU memory, GiB, 0 on the CPU.
+        host_mem_gib: Peak host memory, GiB.
+        cpus: CPU cores.
+        time_min: Time limit, minutes: the estimate times a margin.
+        estimate_min: Estimated duration, minutes.
+    """
+
+    gpus: int
+    gpu_mem_gib: float
+    host_mem_gib: float
+    cpus: int
+    time_min: int
+    estimate_min: float
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        gpu = f"{self.gpus} GPU ({self.gpu_mem_gib:g} GiB)" if self.gpus else "CPU"
+        return f"{gpu}, {self.cpus} cores, {self.host_mem_gib:g} GiB, {duration(self.time_min)}"
+
+
+def needs(spec: RunSpec, architecture: Architecture) -> Needs:
+    """Estimate what a cell needs; values given in ``resources`` win.
+
+    Args:
+        spec: The resolved cell.
+        architecture: Shape of its model.
+
+    Returns:
+        Memory and time in coarse steps, so that similar cells share an array.
+    """
+    given = spec.resources
+    params = sum(math.prod(shape) for shape in architecture.tensor_shapes().values())
+    gpus = given.gpus if given.gpus is not None else int(spec.execution.device != "cpu" and params > SMALL_PARAMS)
+    gpu_mem, host_mem = _memory(spec, architecture, params)
+    if not gpus:
+        gpu_mem, host_mem = 0.0, host_mem + gpu_mem
+    cpus = given.cpus or (8 if gpus else spec.execution.threads or 4)
+    minutes = _seconds(spec, architecture, params, GPU_RATE if gpus else CPU_RATE * cpus) / 60
+    return Needs(
+        gpus=gpus,
+        gpu_mem_gib=given.gpu_mem_gib or (_step(gpu_mem * MARGIN, GPU_SIZES) if gpus else 0.0),
+        host_mem_gib=given.host_mem_gib or _power(host_mem * MARGIN + 3.0),
+        cpus=cpus,
+        time_min=given.time_min or time_limit(minutes),
+        estimate_min=minutes,
+    )
+
+
+def doubled(amount: Needs) -> Needs:
+    """The same with twice the memory, for another try after running out of it."""
+    larger = _step(amount.gpu_mem_gib * 1.01, GPU_SIZES) if amount.gpus else 0.0
+    return dataclasses.replace(amount, gpu_mem_gib=larger, host_mem_gib=2 * amount.host_mem_gib)
+
+
+def duration(minutes: float) -> str:
+    """Write minutes for people: ``3 min``, ``2 h 05``, ``1 d 4 h``."""
+    if minutes < 1:
+        return f"{minutes * 60:.0f} s"
+    if minutes < 60:
+        return f"{minutes:.0f} min"
+    hours, rest = divmod(round(minutes), 60)
+    return f"{hours} h {rest:02d}" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[float, float]:
+    """Peak (device, host) memory in GiB."""
+    d, f, vocabulary = architecture.hidden_size, architecture.intermediate_size, architecture.vocab_size
+    stored = BYTES[spec.model.dtype]
+    block = sum(math.prod(shape) for shape in architecture.block_shapes().values())
+    inputs = (d, architecture.q_dim, d, f)
+    length = max([text.seq_len for text in spec.evaluation.texts.values()] + [2])
+    head = min(length * spec.evaluation.batch_size, 8192) * vocabulary * 4
+    device = block * (stored + 4) + vocabulary * d * stored + head
+    host = vocabulary * d * stored * (1 if architecture.tied_embeddings else 2) + block * 8
+    streams = max((text_tokens(text.dataset) * d * stored for text in spec.evaluation.texts.values()), default=0)
+    if spec.quantizes and spec.calibration is not None:
+        length = spec.calibration.seq_len
+        waiting = spec.calibration.n_samples * length * (2 * d + f) * stored
+        device += min(waiting, WAITING_BYTES)
+        device += 3 * sum(width * width * 4 for width in inputs) + length * (d * 6 + f * 3) * 4
+        streams = max(streams, 2 * spec.calibration.n_samples * length * d * stored)
+    if spec.evaluation.tasks:
+        device = max(device, params * stored + head)
+        host += params * stored
+    return device / GIB, (host + streams) / GIB
+
+
+def _seconds(spec: RunSpec, architecture: Architecture, params: int, rate: float) -> float:
+    texts = {label: text_tokens(text.dataset) for label, text in spec.evaluation.texts.items()}
+    operations = sum(work(spec, architecture, texts).flop.values())
+    reads = 1 + len(texts) + 2 * spec.quantizes
+    tasks = {task.partition("/")[0] for task in spec.evaluation.tasks}
+    operations += 2.0 * params * sum(TASK_TOKENS.get(task, DEFAULT_TASK_TOKENS) for task in tasks)
+    return START_S + operations / rate + reads * params * BYTES[spec.model.dtype] / READ_RATE
+
+
+def text_tokens(dataset: str) -> int:
+    """Rough number of tokens of a text by the name of its data set."""
+    return TEXT_TOKENS.get(dataset, 100_000)
+
+
+def _step(value: float, sizes: tuple[float, ...]) -> float:
+    return next((size for size in sizes if value <= size), math.ceil(value))
+
+
+def _power(gib: float) -> float:
+    return float(2 ** math.ceil(math.log2(max(gib, 4.0))))
+
+
+def time_limit(minutes: float) -> int:
+    """Minutes to ask for where so many are expected."""
+    return next((step for step in (30, 60, 120, 240, 480, 720, 1440) if minutes * TIME_MARGIN <= step), 2880)

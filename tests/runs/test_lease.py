@@ -1,0 +1,141 @@
+"""The lease of a run folder: one holder, dead holders lose it, nobody else does."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ptqbench.errors import CellBusy
+from ptqbench.runs.folder import INTERRUPTED, PENDING, RUNNING, RunFolder, write_json
+from ptqbench.runs.lease import lease
+from ptqbench.runs.liveness import HEARTBEAT_EXPIRY_S, alive, me
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "cell-0123456789ab"
+    path.mkdir()
+    return RunFolder(path)
+
+
+def holder(**changes):
+    return {"token": "other", "time": time.time(), **me(), **changes}
+
+
+def test_a_held_lease_refuses_and_a_released_one_is_gone(folder):
+    assert folder.state() == PENDING
+    with lease(folder) as mine:
+        assert folder.state() == RUNNING
+        assert json.loads(folder.lease_path.read_text()) == mine
+        with pytest.raises(CellBusy, match=f"process {os.getpid()} on "), lease(folder):
+            pass
+        assert folder.lease_path.exists(), "a refused process must not remove the lease of the holder"
+    assert not folder.lease_path.exists()
+    assert folder.state() == PENDING
+
+
+def test_an_error_inside_releases(folder):
+    with pytest.raises(ZeroDivisionError), lease(folder):
+        1 / 0  # noqa: B018
+    assert not folder.lease_path.exists()
+
+
+def test_a_dead_process_of_this_machine_loses_it_at_once(folder):
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    write_json(folder.lease_path, holder(pid=gone.pid))
+    assert folder.state() != RUNNING
+    with lease(folder):
+        pass
+
+
+def test_a_number_that_another_process_has_now_is_a_dead_holder(folder):
+    write_json(folder.lease_path, holder(created=me()["created"] - 3600.0))
+    with lease(folder):
+        pass
+
+
+def test_a_holder_elsewhere_lives_until_it_is_silent_for_long_enough(folder):
+    far = holder(machine="elsewhere:boot:1", host="node7", pid=1, time=1000.0)
+    assert alive(far, None, now=1000.0 + HEARTBEAT_EXPIRY_S - 1)
+    assert not alive(far, None, now=1000.0 + HEARTBEAT_EXPIRY_S + 1)
+    assert alive(far, 1050.0, now=1050.0 + HEARTBEAT_EXPIRY_S - 1), "a heartbeat counts as a sign of life"
+    write_json(folder.lease_path, far | {"time": time.time()})
+    with pytest.raises(CellBusy, match="on node7"), lease(folder):
+        pass
+    write_json(folder.lease_path, far)
+    with lease(folder):
+        pass
+
+
+def test_a_restarted_slurm_job_takes_over_from_its_previous_incarnation(monkeypatch):
+    far = holder(machine="elsewhere:boot:1", slurm_job="42", slurm_restart=0)
+    assert alive(far, None)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not alive(far, None)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert alive(far, None)
+    monkeypatch.setenv("SLURM_JOB_ID", "43")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert alive(far, None)
+
+
+def test_a_lease_that_was_taken_over_is_not_removed_by_its_former_holder(folder):
+    with lease(folder):
+        write_json(folder.lease_path, holder(token="successor"))
+    assert json.loads(folder.lease_path.read_text())["token"] == "successor"
+
+
+def test_a_damaged_lease_is_no_lease(folder):
+    folder.lease_path.write_text('{"token": ')
+    with lease(folder):
+        pass
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from ptqbench.errors import CellBusy
+from ptqbench.runs.lease import lease
+from ptqbench.runs.folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+while not (folder.path / "go").exists():
+    time.sleep(0.001)
+try:
+    with lease(folder):
+        print("mine")
+        time.sleep(2)
+except CellBusy:
+    print("busy")
+"""
+
+
+def test_of_many_processes_at_once_one_gets_it_even_from_a_dead_holder(folder):
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    write_json(folder.lease_path, holder(pid=gone.pid))
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACE, folder.path], stdout=subprocess.PIPE, text=True) for _ in range(6)
+    ]
+    time.sleep(1.0)
+    (folder.path / "go").touch()
+    words = [racer.communicate(timeout=120)[0].strip() for racer in racers]
+    assert sorted(words) == ["busy"] * 5 + ["mine"]
+
+
+def test_killed_holder_reads_interrupted(folder):
+    script = RACE.replace('print("mine")', 'folder.new_attempt(); print("mine", flush=True)').replace(
+        "sleep(2)", "sleep(60)"
+    )
+    (folder.path / "go").touch()
+    process = subprocess.Popen([sys.executable, "-c", script, folder.path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "mine"
+    assert folder.state() == RUNNING
+    process.kill()
+    process.wait()
+    assert folder.state() == INTERRUPTED

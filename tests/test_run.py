@@ -1,0 +1,125 @@
+"""One cell from its folder, with no Hydra; attempts and their records."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ptqbench.errors import RunFailed
+from ptqbench.runs import attempt as attempt_module
+from ptqbench.runs import folder as store
+from ptqbench.runs.attempt import Silent, attempt
+from ptqbench.runs.lease import lease
+from ptqbench.sweeps.compose import compose_cell
+
+SMALL = ["bitwidth=w3", "calibration.n_samples=2", "calibration.seq_len=32", "evaluation.tasks=[]"]
+
+
+def make(tmp_path, *words):
+    return store.create(compose_cell(["+method=gptq", *SMALL, f"execution.runs_dir={tmp_path}", *words]))
+
+
+def test_run_folder_reruns_with_no_configuration(tmp_path):
+    folder = make(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "ptqbench.run", str(folder.path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tiny/perplexity = " in done.stdout
+    result = json.loads(folder.result_path.read_text())
+    assert result["run_id"] == folder.run_id
+    assert 3 < result["bits"]["effective_w_bits"] < 4
+    assert result["peak_host_gib"] > 0
+    assert {"forward_s", "moment_s", "round_s", "perplexity_s"} <= set(result["timings"])
+    (first,) = folder.attempts
+    meta = json.loads((first / "meta.json").read_text())
+    assert meta["packages"]["torch"] != "not installed"
+    assert json.loads((first / "heartbeat.json").read_text())["ended"] == "done"
+    assert "stage quantize" in (first / "log.txt").read_text()
+    import pandas
+
+    layers = pandas.read_parquet(folder.layers_path)
+    assert len(layers) == 7 * layers["block"].nunique()
+
+
+def test_codes_are_dropped_only_once_the_result_is_written(tmp_path, monkeypatch):
+    from ptqbench import run
+
+    folder = make(tmp_path, "execution.keep_codes=false")
+    blocks = lambda: sorted(path.name for path in folder.state_path.glob("block_*.safetensors"))
+
+    def killed(path, data):
+        assert len(blocks()) == 4
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.run_cell(folder.read_spec(), folder)
+    assert len(blocks()) == 4
+    run.run_cell(folder.read_spec(), folder)
+    assert folder.state() == store.DONE
+    assert blocks() == []
+    assert not folder.state_path.exists()
+
+
+def test_misuse_of_the_run_module(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "ptqbench.run", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_failed_attempt_is_recorded_and_a_later_success_clears_it(tmp_path):
+    folder = make(tmp_path)
+    with pytest.raises(RunFailed, match=r"ValueError: two lines.*failure\.json"), attempt(folder, Silent()):
+        raise ValueError("two\nlines")
+    assert folder.state() == store.FAILED
+    assert folder.failure()["class"] == "ValueError"
+    assert folder.failure()["expected"] is False
+    with attempt(folder, Silent()):
+        pass
+    assert not folder.failure_path.exists()
+    assert len(folder.attempts) == 2
+
+
+def test_heartbeat_beats_and_says_where_the_cell_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt_module, "HEARTBEAT_INTERVAL_S", 0.02)
+    folder = make(tmp_path)
+    with lease(folder), attempt(folder, Silent()) as current:
+        current.stage("quantize", 4)
+        current.advance()
+        first = folder.heartbeat()["time"]
+        deadline = time.time() + 20
+        while folder.heartbeat()["time"] == first or folder.heartbeat()["stage"] != "quantize":
+            assert time.time() < deadline
+            time.sleep(0.01)
+        assert folder.state() == store.RUNNING
+        assert (folder.heartbeat()["done"], folder.heartbeat()["total"]) == (1, 4)
+
+
+def test_interrupted_attempt_is_neither_failed_nor_running(tmp_path):
+    folder = make(tmp_path)
+    with pytest.raises(KeyboardInterrupt), attempt(folder, Silent()):
+        raise KeyboardInterrupt
+    assert not folder.failure_path.exists()
+    assert folder.state() == store.INTERRUPTED
+
+
+SHOWN = """
+import os, sys, torch
+from pathlib import Path
+from ptqbench import run
+from ptqbench.runs import folder as store
+run._configure(store.RunFolder(Path(sys.argv[1])).read_spec())
+print(os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.are_deterministic_algorithms_enabled())
+"""
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_products_on_a_gpu_are_asked_for_in_a_fixed_order(tmp_path, monkeypatch, given, expected):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given or "")
+    if given is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    folder = make(tmp_path)
+    done = subprocess.run([sys.executable, "-c", SHOWN, str(folder.path)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{expected} True"
