@@ -202,15 +202,15 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize(
     "module",
     [
-        "spec",
-        "fingerprint",
-        "registry",
-        "store",
-        "sweep",
-        "resolve",
-        "tables",
+        "cell.spec",
+        "cell.fingerprint",
+        "cell.registry",
+        "runs.folder",
+        "sweeps.files",
+        "sweeps.resolve",
+        "results.tables",
         "cli",
-        "compose",
+        "sweeps.compose",
         "methods.solvers",
         "data.texts",
     ],
@@ -218,3 +218,34 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 def test_planning_modules_do_not_import_torch(module):
     code = f"import ptqbench.{module}, sys; assert not {{'torch', 'transformers', 'lm_eval'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_added_field_enters_the_identity_only_where_it_differs_from_its_default():
+    @dataclasses.dataclass(frozen=True)
+    class Part:
+        old: int = spec_module.identity(default=1)
+        new: str = spec_module.added("as before")
+
+    assert fingerprint.identity_fields(Part()) == {"old": 1}
+    assert fingerprint.identity_fields(Part(new="other")) == {"old": 1, "new": "other"}
+
+
+def test_an_added_option_of_a_member_enters_the_identity_only_where_it_differs(monkeypatch):
+    from ptqbench.cell import registry
+
+    @dataclasses.dataclass(frozen=True)
+    class Solver:
+        old: int = 1
+        new: str = spec_module.added("as before")
+
+    monkeypatch.setattr(registry, "member_class", lambda role, name: Solver)
+    assert registry.complete("solver", {"name": "s"}).options == {"old": 1}
+    assert registry.complete("solver", {"name": "s", "new": "other"}).options == {"old": 1, "new": "other"}
+
+
+def test_a_revision_changes_the_run_ids_of_the_cells_that_use_the_part_alone(monkeypatch):
+    used, unused = build(RunSpec, cell("method.grid.scheme", "sym_gptq")), build(RunSpec, CELL)
+    before = fingerprint.run_id(used), fingerprint.run_id(unused)
+    monkeypatch.setitem(fingerprint.REVISIONS, "part", (2, lambda spec: spec.method.grid.scheme == "sym_gptq"))
+    assert fingerprint.run_id(used) != before[0]
+    assert fingerprint.run_id(unused) == before[1]

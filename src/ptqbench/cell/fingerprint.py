@@ -1,7 +1,8 @@
 """The identity of a cell: SHA-256 over the canonical JSON of its identity fields.
 
 Two requests have the same run id exactly when every field that can change a number is equal. Names, paths, devices and
-folders are not among them; models and texts enter by content digest.
+folders are not among them; models and texts enter by content digest. Fields declared with ``spec.added`` enter where they
+differ from their default, revisions where a cell uses the part of the code that was revised.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ptqbench.cell.spec import IDENTITY, RunSpec
+from ptqbench.cell.spec import IDENTITY, RunSpec, left_at_default
 
 FORMAT = 1
 """Raised whenever the meaning of the numbers changes, so that old results are never mistaken for new ones."""
+
+REVISIONS: dict[str, tuple[int, Callable[[RunSpec], bool]]] = {}
+"""Parts of the code that have changed their numbers since ``FORMAT`` was raised: name -> (revision, which cells use the part).
+
+Only those cells get a new run id. ``FORMAT`` is for changes that concern every cell.
+"""
 
 RUN_ID_LENGTH = 12
 _PLAIN = (str, int, float)
@@ -29,9 +36,10 @@ def identity_fields(value: Any) -> Any:
     """
     if value is None or isinstance(value, _PLAIN):
         return value
-    names = _identity_names(value.__class__)
-    if names is not None:
-        return {name: identity_fields(getattr(value, name)) for name in names}
+    fields = _identity_of(value.__class__)
+    if fields is not None:
+        given = ((field, getattr(value, field.name)) for field in fields)
+        return {field.name: identity_fields(item) for field, item in given if not left_at_default(field, item)}
     if isinstance(value, dict):
         return {str(key): identity_fields(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -40,11 +48,11 @@ def identity_fields(value: Any) -> Any:
 
 
 @functools.cache
-def _identity_names(cls: type) -> tuple[str, ...] | None:
-    """Names of the identity fields of a part of a spec; None for any other class."""
+def _identity_of(cls: type) -> tuple[dataclasses.Field[Any], ...] | None:
+    """Identity fields of a part of a spec; None for any other class."""
     if not dataclasses.is_dataclass(cls):
         return None
-    return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["role"] == IDENTITY)
+    return tuple(f for f in dataclasses.fields(cls) if f.metadata["role"] == IDENTITY)
 
 
 def canonical_json(value: Any) -> str:
@@ -54,7 +62,14 @@ def canonical_json(value: Any) -> str:
 
 def identity_texts(spec: RunSpec) -> dict[str, str]:
     """Serialise every identity field of a cell by itself: cells that share a field share its text."""
-    return {name: canonical_json(identity_fields(getattr(spec, name))) for name in _identity_names(RunSpec) or ()}
+    texts = {f.name: canonical_json(identity_fields(getattr(spec, f.name))) for f in _identity_of(RunSpec) or ()}
+    return texts | revision_texts(spec)
+
+
+def revision_texts(spec: RunSpec) -> dict[str, str]:
+    """Serialise which revised parts of the code a cell uses; nothing where it uses none."""
+    revised = {name: revision for name, (revision, uses) in REVISIONS.items() if uses(spec)}
+    return {"revisions": canonical_json(revised)} if revised else {}
 
 
 def joined(texts: Mapping[str, str]) -> str:

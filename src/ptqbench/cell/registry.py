@@ -5,11 +5,12 @@ Adding a member is one line here. An unknown name lists the known ones and the n
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from ptqbench.cell.spec import Role, RoleSpec, build, nearest, to_dict
+from ptqbench.cell.spec import Role, RoleSpec, build, left_at_default, nearest, to_dict
 from ptqbench.errors import ConfigError
 
 MEMBERS: dict[Role, dict[str, str]] = {
@@ -77,4 +78,8 @@ def complete(role: Role, options: Mapping[str, Any]) -> RoleSpec:
             f"method.{role}: expected a mapping with a name, got {dict(options)!r}; {nearest('', MEMBERS[role])}"
         )
     member: Any = build(member_class(role, name), given, f"method.{role}")
-    return RoleSpec(name=name, options=to_dict(member))
+    options = to_dict(member)
+    for field in dataclasses.fields(member):
+        if left_at_default(field, getattr(member, field.name)):
+            del options[field.name]
+    return RoleSpec(name=name, options=options)

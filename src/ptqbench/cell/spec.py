@@ -38,6 +38,20 @@ def identity(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"role": IDENTITY}, **kwargs)
 
 
+def added(default: Any) -> Any:
+    """Declare an identity field that did not exist from the start, of a spec or of a member of a role.
+
+    It enters the run id only where it differs from its default. Cells from before therefore keep their identity, provided that
+    the default gives the same bytes as the code before the field existed.
+    """
+    return dataclasses.field(default=default, metadata={"role": IDENTITY, "added": True})
+
+
+def left_at_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field was ``added`` and has its default, so that it stays out of the identity."""
+    return bool(field.metadata.get("added")) and value == field.default
+
+
 def execution(**kwargs: Any) -> Any:
     """Declare a field that does not change any number: a label, a place, a device, a degree of verbosity."""
     return dataclasses.field(metadata={"role": EXECUTION}, **kwargs)

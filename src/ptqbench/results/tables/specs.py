@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ptqbench.cell.fingerprint import identity_id, identity_texts
+from ptqbench.cell.fingerprint import identity_id, identity_texts, revision_texts
 from ptqbench.cell.spec import RunSpec
 from ptqbench.runs.folder import RunFolder
 
@@ -53,7 +53,8 @@ class SpecReader:
         values = {name: value for name, value, _ in given}
         if not values or len(values) < len(known):
             return None
-        return RunSpec(**values), {name: text for name, _, text in given if text is not None}
+        spec = RunSpec(**values)
+        return spec, {name: text for name, _, text in given if text is not None} | revision_texts(spec)
 
     def _read(self, content: bytes, fields: Sequence[bytes]) -> tuple[RunSpec, dict[str, str]]:
         spec = SPECS.validate_json(content)
