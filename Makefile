@@ -1,4 +1,4 @@
-# make demo | test | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
+# make demo | test | docs | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
@@ -6,13 +6,15 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 DEMO ?= demo
+DOCS ?= docs/_build
 PYTEST ?=
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test docs lint format clean help
 
 help:
 	@echo "make demo     quantize the embedded model with every method, show the comparison, write a report"
 	@echo "make test     run the tests (PYTEST='-k gptq' passes options)"
+	@echo "make docs     build the documentation site into docs/_build (DOCS=FOLDER)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff format"
 	@echo "make clean    remove .venv, caches and the demo's results"
@@ -25,6 +27,10 @@ demo: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs $(DOCS)
+	@echo "documentation: $(DOCS)/index.html"
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,7 +41,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(DOCS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -56,4 +62,9 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.run
 	@echo "installing the development tools into $(VENV) ..."
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	@echo "installing Sphinx into $(VENV) ..."
+	@$(PIP) -e '.[docs]'
 	@touch $@

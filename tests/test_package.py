@@ -51,4 +51,4 @@ def test_installed_wheel_runs_a_cell_from_an_empty_folder(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "tiny/perplexity" in done.stdout
     where = subprocess.run([sys.executable, "-c", code, "doctor"], cwd=tmp_path, capture_output=True, text=True)
-    assert str(target / "ptqbench" / "conf") in where.stdout
+    assert str(target / "ptqbench" / "shipped" / "conf") in where.stdout

@@ -48,7 +48,7 @@ def frame_of(root):
     return tables.tidy((folder, None) for folder in store.all_runs(root))
 
 
-GOLDEN = Path(golden_store.__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 RENDERERS = {"md": tables.markdown, "tex": tables.latex, "html": tables.html}
 LAYOUTS = {"rows": ["metric"], "models": ["model", "metric"]}
 

@@ -58,13 +58,13 @@ class Measured(Protocol):
     """A cell that was run, elsewhere than in a run folder: what is asked of it is what a ``RunFolder`` answers."""
 
     @property
-    def run_id(self) -> str: ...  # noqa: D102
+    def run_id(self) -> str: ...
 
-    def result(self) -> dict[str, Any] | None: ...  # noqa: D102
+    def result(self) -> dict[str, Any] | None: ...
 
-    def state(self) -> str: ...  # noqa: D102
+    def state(self) -> str: ...
 
-    def failure(self) -> dict[str, Any] | None: ...  # noqa: D102
+    def failure(self) -> dict[str, Any] | None: ...
 
 
 Source = tuple[RunFolder, RunSpec | None] | tuple[Measured, RunSpec] | Absent

@@ -1,0 +1,54 @@
+"""Documentation site: ``make docs``. Pages take the help of every command and the lists of modules from the code."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).parents[1] / "src" / "ptqbench"
+MARK = re.compile(r"^\{\{ (help|modules) ?([a-z]*) \}\}$", re.MULTILINE)
+
+project, author = "ptqbench", "The ptqbench authors"
+copyright = "The ptqbench authors, Apache-2.0"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+html_theme, html_title = "furo", "ptqbench"
+html_theme_options = {
+    "source_repository": "https://github.com/ptqbench/ptqbench/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+}
+myst_heading_anchors = 3
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_google_docstring, napoleon_numpy_docstring, napoleon_use_ivar = True, False, True
+
+
+def setup(app: Any) -> None:
+    """Fill in the marks of every page before it is parsed; called by Sphinx."""
+    app.connect("source-read", fill_in)
+
+
+def fill_in(app: Any, page: str, source: list[str]) -> None:
+    """Replace ``{{ help COMMAND }}`` by what the command prints and ``{{ modules ROOM }}`` by the docstrings of a room."""
+    source[0] = MARK.sub(lambda mark: (command_help if mark[1] == "help" else modules)(mark[2]), source[0])
+
+
+def command_help(command: str) -> str:
+    """What ``python -m ptqbench COMMAND --help`` prints, as a block."""
+    words = [sys.executable, "-m", "ptqbench", *([command] if command else []), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "90"})
+    return f"```text\n{done.stdout.strip()}\n```"
+
+
+def modules(room: str) -> str:
+    """Every module of a room with its public members."""
+    names = sorted(path.stem for path in (SOURCE / room).glob("*.py") if path.stem not in ("__init__", "column_kernel"))
+    blocks = [
+        f"## {name}\n\n```{{eval-rst}}\n.. automodule:: ptqbench.{room}.{name}\n   :members:\n```" for name in names
+    ]
+    return "\n\n".join(blocks)
