@@ -12,6 +12,8 @@ from typing import Any
 SOURCE = Path(__file__).parents[1] / "src" / "ptqbench"
 MARK = re.compile(r"^\{\{ (help|modules) ?([a-z]*) \}\}$", re.MULTILINE)
 
+COMMIT = re.compile(r"\b([\w-]+/[\w.-]+)@([0-9a-f]{7,40})\b")
+
 project, author = "ptqbench", "The ptqbench authors"
 copyright = "The ptqbench authors, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
@@ -31,6 +33,12 @@ napoleon_google_docstring, napoleon_numpy_docstring, napoleon_use_ivar = True, F
 def setup(app: Any) -> None:
     """Fill in the marks of every page before it is parsed; called by Sphinx."""
     app.connect("source-read", fill_in)
+    app.connect("autodoc-process-docstring", link_sources)
+
+
+def link_sources(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Turn ``organisation/repository@commit`` into a link; docutils would take it for an address of mail."""
+    lines[:] = [COMMIT.sub(r"`\g<0> <https://github.com/\1/tree/\2>`__", line) for line in lines]
 
 
 def fill_in(app: Any, page: str, source: list[str]) -> None:
