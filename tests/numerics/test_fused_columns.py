@@ -23,10 +23,11 @@ from reference_problems import correlated_inputs, random_weight
 
 from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
 from ptqbench.numerics import column_loop, fused_columns
-from ptqbench.numerics.column_loop import GroupGrids, LoopOptions, run_columns
+from ptqbench.numerics.column_loop import LoopOptions, run_columns
 from ptqbench.numerics.gptaq import gptaq
 from ptqbench.numerics.gptq import gptq
 from ptqbench.numerics.grid import ColumnRange, Grid, GridSpec, LinearResult, uniform_grid
+from ptqbench.numerics.group_grids import GroupGrids
 from ptqbench.numerics.groups import plan_groups
 from ptqbench.numerics.qronos import qronos
 from ptqbench.numerics.report import relative_output_error

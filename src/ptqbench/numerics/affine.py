@@ -16,13 +16,10 @@ stay finite.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ptqbench.numerics.grid import GridSpec
+from ptqbench.numerics.grid_spec import GridSpec
 
 SIGNED_FLOOR = 1e-5
 """``sym_signed`` treats a row whose largest magnitude is below this as if it were this (QuaRot)."""

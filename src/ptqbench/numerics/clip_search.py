@@ -10,15 +10,11 @@ Deviation: none in the result; rows and factors are evaluated together, in piece
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ptqbench.numerics.affine import scale_from_range, to_codes, to_values
-
-if TYPE_CHECKING:
-    from ptqbench.numerics.grid import GridSpec
+from ptqbench.numerics.grid_spec import GridSpec
 
 STEPS = 80
 STEP_DENOMINATOR = 100

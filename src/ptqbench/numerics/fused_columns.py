@@ -19,17 +19,14 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import util
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ptqbench.errors import UnsupportedError
 from ptqbench.numerics.checks import require_choice
-
-if TYPE_CHECKING:
-    from ptqbench.numerics.column_loop import GroupGrids
-    from ptqbench.numerics.grid import GridSpec
+from ptqbench.numerics.grid_spec import GridSpec
+from ptqbench.numerics.group_grids import GroupGrids, kind
 
 ENGINES = ("auto", "plain", "fused")
 """``auto`` is fused wherever it can serve and there is a GPU; ``fused`` fails where it cannot."""
@@ -39,8 +36,6 @@ SMALLEST_TILE = 16
 ROWS = 32
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 _forbidden = False
-INTEGER, REAL, UNTOUCHED = range(3)
-"""How the kernel tells grids apart: by their zero point, or that they keep the weight."""
 
 
 def forbid_fused(forbidden: bool = True) -> None:
@@ -96,7 +91,7 @@ class FusedPanels:
             grids: Grids of the rows at hand; they may be fitted later, panel by panel.
         """
         self._grids = grids
-        kinds = [_kind(group.spec) for group in grids.groups]
+        kinds = [kind(group.spec) for group in grids.groups]
         rows = [grids.of_position, [kinds[g] for g in grids.of_position]]
         self._group, self._kind = torch.tensor(rows, dtype=torch.int32).to(grids.scale.device).unbind(0)
 
@@ -155,12 +150,6 @@ def _kernels() -> ModuleType:
 @cache
 def _has_triton() -> bool:
     return util.find_spec("triton") is not None
-
-
-def _kind(spec: GridSpec) -> int:
-    if spec.untouched:
-        return UNTOUCHED
-    return REAL if spec.zero_point == "real" else INTEGER
 
 
 def _obstacle(work: Tensor, specs: Iterable[GridSpec]) -> str:
