@@ -62,5 +62,5 @@ def _losses(values: Tensor, xmin: Tensor, xmax: Tensor, factors: Tensor, spec: G
     """Return the loss of every factor and row, (f, r)."""
     scale, zero_point = scale_from_range(factors[:, None] * xmin, factors[:, None] * xmax, spec)
     scale, zero_point = scale.unsqueeze(2), zero_point.unsqueeze(2)
-    trial = to_values(to_codes(values, scale, zero_point, spec), scale, zero_point, spec)
+    trial = to_values(to_codes(values, scale, zero_point, spec), scale, zero_point)
     return trial.sub_(values).abs_().pow_(EXPONENT).sum(dim=2)

@@ -111,7 +111,7 @@ def run_columns(
     Raises:
         UnsupportedError: ``fused`` was asked for and cannot serve, or its kernel does not compile here.
     """
-    fused = FusedPanels(grids) if use_fused(engine, work, (group.spec for group in grids.groups)) else None
+    fused = FusedPanels(grids) if use_fused(engine, work) else None
     size = min(options.column_block, len(work))
     stale = options.group_refit == "stale" and not all(grids.fitted)
     codes, values = torch.empty_like(work, dtype=codes_dtype), torch.empty_like(work)

@@ -1,6 +1,6 @@
 """How one range of columns is quantized: bits, scheme, groups and the rule of the range. Values only, no tensor.
 
-Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``, ``ternary``), spcl/QuaRot@5008669 (``sym_signed``).
+Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``), spcl/QuaRot@5008669 (``sym_signed``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.numerics.checks import require_choice
 
-SCHEMES = ("asym", "sym_gptq", "sym_signed", "ternary")
+SCHEMES = ("asym", "sym_gptq", "sym_signed")
 UNTOUCHED_BITS = 16
 
 
@@ -20,7 +20,7 @@ class GridSpec:
 
     Attributes:
         bits: Bits per code, 1..16; 16 leaves the columns untouched.
-        scheme: ``asym``, ``sym_gptq``, ``sym_signed`` (2 bits or more) or ``ternary`` (stored in 2 bits).
+        scheme: ``asym``, ``sym_gptq`` or ``sym_signed`` (2 bits or more).
         group_size: Consecutive input channels sharing a scale; the last group of a range holds the remainder, also
             when ``group_size`` exceeds the range. ``None``: one group per row of the range.
         clip_search: Shrink the range of every row to the factor of least error (``numerics/clip_search.py``).
@@ -56,10 +56,6 @@ class GridSpec:
             raise ConfigError(f"group_size: expected None or a positive integer, got {self.group_size}")
         if self.scheme == "sym_signed" and self.bits < 2:
             raise ConfigError("bits: expected 2..16 for scheme sym_signed (one bit leaves no positive code), got 1")
-        if self.scheme == "ternary" and self.bits not in (2, UNTOUCHED_BITS):
-            raise ConfigError(f"bits: expected 2 for scheme ternary (three levels), got {self.bits}")
-        if self.scheme == "ternary" and self.clip_search:
-            raise UnsupportedError("clip_search: not defined for scheme ternary; switch it off or use another scheme")
 
     @property
     def untouched(self) -> bool:

@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ptqbench.numerics.affine import code_limits, to_codes, to_values
+from ptqbench.numerics.affine import code_limits
 from ptqbench.numerics.grid import fit
 from ptqbench.numerics.grid_spec import GridSpec
 from ptqbench.numerics.groups import Group
@@ -41,7 +41,7 @@ class GroupGrids:
         """
         self.groups, self.positions = groups, positions
         self.scale, self.zero_point, self.low, self.high = like.new_zeros(4, len(groups), like.shape[1]).unbind(0)
-        self._affine = list(zip(*(t.unbind(0) for t in (self.scale, self.low, self.high)), strict=True))
+        self._of_group = list(zip(*(t.unbind(0) for t in (self.scale, self.low, self.high)), strict=True))
         self.fitted = [False] * len(groups)
         self.of_position = [0] * len(like)
         owners = [g for g, members in enumerate(positions) for _ in range(len(members))]
@@ -62,20 +62,17 @@ class GroupGrids:
         """Write c and q of one channel w, each (m,)."""
         g = self.of_position[position]
         spec = self.groups[g].spec
-        if self._is_affine(g):
-            scale, low, high = self._affine[g]
-            torch.div(w, scale, out=c)
-            if spec.zero_point == "real":  # codes are integers, c is not
-                c.add_(self.zero_point[g]).round_().sub_(self.zero_point[g])
-            else:
-                c.round_()
-            torch.mul(c.clamp_(low, high), scale, out=q)
-        elif spec.untouched:
+        if spec.untouched:
             c.zero_()
             q.copy_(w)
+            return
+        scale, low, high = self._of_group[g]
+        torch.div(w, scale, out=c)
+        if spec.zero_point == "real":  # codes are integers, c is not
+            c.add_(self.zero_point[g]).round_().sub_(self.zero_point[g])
         else:
-            c.copy_(to_codes(w, self.scale[g], self.zero_point[g], spec))
-            q.copy_(to_values(c, self.scale[g], self.zero_point[g], spec))
+            c.round_()
+        torch.mul(c.clamp_(low, high), scale, out=q)
 
     def write_codes(self, start: int, centred: Tensor, codes: Tensor) -> None:
         """Write the codes of the channels from position ``start`` on, given their c (k, m), into ``codes`` (k, m)."""
@@ -83,8 +80,6 @@ class GroupGrids:
         for g, run in groupby(self.of_position[start : start + len(centred)]):
             here = slice(first, first + len(list(run)))
             # The sum is an integer, but for rounding errors where the zero point is none.
-            codes[here] = (centred[here] + self.zero_point[g]).round_() if self._is_affine(g) else centred[here]
+            untouched = self.groups[g].spec.untouched
+            codes[here] = centred[here] if untouched else (centred[here] + self.zero_point[g]).round_()
             first = here.stop
-
-    def _is_affine(self, g: int) -> bool:
-        return not self.groups[g].spec.untouched and self.groups[g].spec.scheme != "ternary"
