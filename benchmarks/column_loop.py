@@ -45,7 +45,7 @@ def textbook(weight: Tensor, upper: Tensor) -> Tensor:
         for i in range(stop - start):
             w = block[:, i]
             codes[:, start + i] = code = to_codes(w, scale, zero_point, SPEC)
-            errors[:, i] = (w - to_values(code, scale, zero_point, SPEC)) / corner[i, i]
+            errors[:, i] = (w - to_values(code, scale, zero_point)) / corner[i, i]
             block[:, i:] -= torch.outer(errors[:, i], corner[i, i:])
         work[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
     return codes
@@ -57,7 +57,7 @@ def loop_over_factors(values: Tensor, xmin: Tensor, xmax: Tensor) -> Tensor:
     for i in range(STEPS):
         factor = (STEP_DENOMINATOR - i) / STEP_DENOMINATOR
         scale, zero_point = (t[:, None] for t in scale_from_range(factor * xmin, factor * xmax, SPEC))
-        trial = to_values(to_codes(values, scale, zero_point, SPEC), scale, zero_point, SPEC)
+        trial = to_values(to_codes(values, scale, zero_point, SPEC), scale, zero_point)
         loss = (trial - values).abs().pow(EXPONENT).sum(dim=1)
         better = loss < best_loss
         best, best_loss = torch.where(better, factor, best), torch.where(better, loss, best_loss)

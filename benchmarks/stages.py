@@ -81,9 +81,13 @@ def factors(inputs: dict[int, list[Any]], linears: list[int]) -> dict[str, Calla
     import torch
 
     from ptqbench.numerics.factorisation import factorise
-    from ptqbench.numerics.second_moment import second_moment
+    from ptqbench.numerics.second_moment import MomentSum
 
-    held = {width: second_moment(torch.cat([x.reshape(-1, width) for x in xs])) for width, xs in inputs.items()}
+    held = {}
+    for width, xs in inputs.items():
+        total = MomentSum(width)
+        total.add(torch.cat([x.reshape(-1, width) for x in xs]))
+        held[width] = total.mean()
 
     def usual() -> None:
         for width in linears:

@@ -11,6 +11,7 @@ from torch import nn
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from ptqbench.models.blockwise import BlockwiseModel
+from ptqbench.models.fuse import part_order
 from ptqbench.models.quantized import (
     BasisChange,
     BlockPlan,
@@ -25,7 +26,7 @@ from ptqbench.models.source import ModelSource
 from ptqbench.models.stages import finish, forward, staged
 from ptqbench.numerics.activation import ActivationGrid, apply_grid
 from ptqbench.numerics.hadamard import hadamard_transform
-from ptqbench.numerics.orthogonal import generator, haar, low_first_order, mix_heads, rotate_input, rotate_output
+from ptqbench.numerics.orthogonal import generator, haar, mix_heads, rotate_input, rotate_output
 
 LINEARS = (*ATTENTION_INPUT, *ATTENTION_OUTPUT, *MLP_INPUT, *MLP_OUTPUT)
 FOUR = ActivationGrid(4)
@@ -100,7 +101,7 @@ def test_online_transform_cancels_in_the_fused_weight_and_only_there(checkpoint,
 
 def test_head_mixing_and_reorder_cancel_in_permuted_columns(checkpoint):
     model, tokens = load(checkpoint("qwen3", head_dim=8)), random_tokens(2, 9)
-    expected, order = run(model, tokens), low_first_order(4, 8, 3)
+    expected, order = run(model, tokens), part_order(4, (5, 3))
     on_all_blocks(model, BlockPlan({OUT: InputPlan(online=lambda x: mix_heads(x, 4), order=order)}))
     for block in model.model.layers:
         fuse(block.get_submodule(OUT), lambda weight: mix_heads(weight, 4))
@@ -112,7 +113,7 @@ def test_head_mixing_and_reorder_cancel_in_permuted_columns(checkpoint):
 
 def test_prepare_transforms_then_quantizes_in_head_layout_then_reorders(checkpoint):
     block = load(checkpoint("qwen2")).model.layers[0]
-    order, x = low_first_order(4, 12, 2), torch.randn(2, 5, 48, dtype=F64)
+    order, x = part_order(4, (10, 2)), torch.randn(2, 5, 48, dtype=F64)
     plan = InputPlan(online=lambda x: mix_heads(x, 4), grid=GROUPED, n_groups=4, order=order)
     linear = install(block, BlockPlan({OUT: plan})).get_submodule(OUT)
     expected = torch.empty_like(x)

@@ -10,7 +10,8 @@ from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.numerics import factorisation
 from ptqbench.numerics.factorisation import factorise
 from ptqbench.numerics.gptq import gptq
-from ptqbench.numerics.grid import GridSpec, uniform_grid
+from ptqbench.numerics.grid import uniform_grid
+from ptqbench.numerics.grid_spec import GridSpec
 
 
 @pytest.mark.parametrize("act_order", [False, True])

@@ -23,10 +23,12 @@ from reference_problems import correlated_inputs, random_weight
 
 from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
 from ptqbench.numerics import column_loop, fused_columns
-from ptqbench.numerics.column_loop import GroupGrids, LoopOptions, run_columns
+from ptqbench.numerics.column_loop import LoopOptions, run_columns
 from ptqbench.numerics.gptaq import gptaq
 from ptqbench.numerics.gptq import gptq
-from ptqbench.numerics.grid import ColumnRange, Grid, GridSpec, LinearResult, uniform_grid
+from ptqbench.numerics.grid import ColumnRange, Grid, LinearResult, uniform_grid
+from ptqbench.numerics.grid_spec import GridSpec
+from ptqbench.numerics.group_grids import GroupGrids
 from ptqbench.numerics.groups import plan_groups
 from ptqbench.numerics.qronos import qronos
 from ptqbench.numerics.report import relative_output_error
@@ -245,37 +247,33 @@ for drift in (False, True):
 
 
 def test_engines_are_chosen_by_what_they_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    affine, ternary = [GridSpec(4)], [GridSpec(2, "ternary")]
     work = torch.zeros(4, 3)
-    assert not fused_columns.use_fused("auto", work, affine)
-    assert not fused_columns.use_fused("plain", work, affine)
+    assert not fused_columns.use_fused("auto", work)
+    assert not fused_columns.use_fused("plain", work)
     with pytest.raises(ConfigError, match="engine: expected one of auto, plain, fused"):
-        fused_columns.use_fused("fast", work, affine)
+        fused_columns.use_fused("fast", work)
     assert fused_columns.engine_on(torch.device("cpu")) == "plain"
     monkeypatch.setattr(fused_columns, "_has_triton", lambda: True)
     monkeypatch.setattr(fused_columns, "_kernels", lambda: SimpleNamespace(INTERPRETED=False, VERSION="9.9"))
     assert fused_columns.engine_on(torch.device("cuda", 1)) == "fused, triton 9.9"
     with pytest.raises(UnsupportedError, match="float64"):
-        fused_columns.use_fused("fused", work.double(), affine)
-    with pytest.raises(UnsupportedError, match="ternary"):
-        fused_columns.use_fused("fused", work, ternary)
+        fused_columns.use_fused("fused", work.double())
     with pytest.raises(UnsupportedError, match="CUDA device"):
-        fused_columns.use_fused("fused", work, affine)
+        fused_columns.use_fused("fused", work)
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, is_contiguous=lambda: True)
-    assert fused_columns.use_fused("auto", on_gpu, affine)
+    assert fused_columns.use_fused("auto", on_gpu)
     fused_columns.forbid_fused()
     try:
-        assert not fused_columns.use_fused("auto", on_gpu, affine)
+        assert not fused_columns.use_fused("auto", on_gpu)
         assert fused_columns.engine_on(torch.device("cuda", 1)) == "plain"
     finally:
         fused_columns.forbid_fused(False)
-    assert fused_columns.use_fused("auto", on_gpu, affine)
-    assert not fused_columns.use_fused("auto", on_gpu, ternary)
+    assert fused_columns.use_fused("auto", on_gpu)
     monkeypatch.setattr(fused_columns, "_has_triton", lambda: False)
-    assert not fused_columns.use_fused("auto", on_gpu, affine)
+    assert not fused_columns.use_fused("auto", on_gpu)
     assert fused_columns.engine_on(torch.device("cuda")) == "plain"
     with pytest.raises(UnsupportedError, match="not installed"):
-        fused_columns.use_fused("fused", on_gpu, affine)
+        fused_columns.use_fused("fused", on_gpu)
 
 
 def test_a_kernel_that_does_not_compile_is_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from ptqbench.numerics import column_loop, compensated
 from ptqbench.numerics.factorisation import factorise
 from ptqbench.numerics.gptaq import drift_matrix, gptaq, repeated_damping
 from ptqbench.numerics.gptq import gptq
-from ptqbench.numerics.grid import ColumnRange, Grid, GridSpec, uniform_grid
+from ptqbench.numerics.grid import ColumnRange, Grid, uniform_grid
+from ptqbench.numerics.grid_spec import GridSpec
 
 D = 26
 XQ = correlated_inputs(300, D, seed=0)

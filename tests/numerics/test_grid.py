@@ -10,28 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_problems import F64, random_weight
 
-from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
+from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.numerics import clip_search
+from ptqbench.numerics.affine import to_codes, to_values
 from ptqbench.numerics.grid import (
     ColumnRange,
-    GridSpec,
     code_dtype,
-    dequantize,
     effective_bits,
     fit,
     nominal_bits,
-    quantize,
     uniform_grid,
     validate_grid,
 )
+from ptqbench.numerics.grid_spec import GridSpec
 from ptqbench.numerics.rtn import round_to_nearest
 
 ROW = torch.tensor([[-1, -0.4, 0.1, 0.6, 0.8]], dtype=F64)
 SPECS = [GridSpec(b, s) for b in (2, 3, 4, 8, 12) for s in ("asym", "sym_gptq", "sym_signed")] + [
     GridSpec(1, "asym"),
     GridSpec(3, "sym_gptq", sym_nonnegative_row="as_code"),
-    GridSpec(2, "ternary"),
 ]
+
+
+def round_trip(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: GridSpec) -> torch.Tensor:
+    return to_values(to_codes(values, scale[:, None], zero_point[:, None], spec), scale[:, None], zero_point[:, None])
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_worked_example(bits: int, scheme: str, scale: float, zero_point: int, c
     got_scale, got_zero = fit(ROW, spec)
     assert got_scale.item() == pytest.approx(scale, abs=1e-6)
     assert got_zero.item() == zero_point
-    assert quantize(ROW, got_scale, got_zero, spec).tolist() == [codes]
+    assert to_codes(ROW, got_scale, got_zero, spec).tolist() == [codes]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_clip_search_worked_example(scheme: str, bits: int, shrink: float, scale
     spec = GridSpec(bits, scheme, clip_search=True)
     got_scale, zero = fit(ROW, spec)
     full_scale, _ = fit(ROW, GridSpec(bits, scheme))
-    values = dequantize(quantize(ROW, got_scale, zero, spec), got_scale, zero, spec)
+    values = round_trip(ROW, got_scale, zero, spec)
     assert got_scale.item() == pytest.approx(scale, abs=1e-6)
     assert (got_scale / full_scale).item() == pytest.approx(shrink, abs=1e-9)
     assert (values - ROW).abs().pow(2.4).sum().item() == pytest.approx(loss, abs=1e-8)
@@ -118,8 +120,8 @@ def test_clip_search_keeps_the_first_of_equal_losses(budget: int, monkeypatch: p
 def test_rounding_is_idempotent_and_within_half_a_step(values: list[float], spec: GridSpec) -> None:
     row = torch.tensor([values], dtype=F64)
     scale, zero = fit(row, spec)
-    once = dequantize(quantize(row, scale, zero, spec), scale, zero, spec)
-    twice = dequantize(quantize(once, scale, zero, spec), scale, zero, spec)
+    once = round_trip(row, scale, zero, spec)
+    twice = round_trip(once, scale, zero, spec)
     assert torch.equal(once, twice)
     if spec.scheme in ("asym", "sym_signed"):
         # The asymmetric zero point is rounded, which may move the whole grid by up to half a step.
@@ -139,11 +141,9 @@ def test_zero_is_on_every_grid_and_zero_rows_are_finite(spec: GridSpec) -> None:
     assert torch.isfinite(scale).all()
     assert (scale > 0).all()
     zeros = torch.zeros_like(weight)
-    codes = quantize(zeros, scale, zero, spec)
-    assert torch.equal(dequantize(codes, scale, zero, spec), zeros)
-    if spec.scheme != "ternary":
-        assert torch.equal(codes.to(F64), zero[:, None].expand_as(weight))
-    assert torch.isfinite(dequantize(quantize(weight, scale, zero, spec), scale, zero, spec)).all()
+    assert torch.equal(to_codes(zeros, scale[:, None], zero[:, None], spec), zero[:, None].expand_as(weight))
+    assert torch.equal(round_trip(zeros, scale, zero, spec), zeros)
+    assert torch.isfinite(round_trip(weight, scale, zero, spec)).all()
 
 
 def test_a_nonnegative_row_saturates_only_as_code() -> None:
@@ -152,22 +152,13 @@ def test_a_nonnegative_row_saturates_only_as_code() -> None:
     repaired = GridSpec(4, "sym_gptq")
     assert fit(row, as_code)[0].item() == pytest.approx(1 / 15)
     assert fit(row, repaired)[0].item() == pytest.approx(2 / 15)
-    assert quantize(row, *fit(row, as_code), as_code).tolist() == [[8, 15, 15]]
-    assert quantize(row, *fit(row, repaired), repaired).tolist() == [[8, 12, 15]]
+    assert to_codes(row, *fit(row, as_code), as_code).tolist() == [[8, 15, 15]]
+    assert to_codes(row, *fit(row, repaired), repaired).tolist() == [[8, 12, 15]]
 
 
 def test_sym_signed_floors_the_range() -> None:
     scale, _ = fit(torch.full((1, 4), 1e-7, dtype=F64), GridSpec(4, "sym_signed"))
     assert scale.item() == pytest.approx(1e-5 / 7)
-
-
-def test_ternary_levels_and_thresholds() -> None:
-    row = torch.tensor([[-1.0, -0.51, -0.49, 0.0, 0.99, 1.01, 2.0]], dtype=F64)
-    spec = GridSpec(2, "ternary")
-    scale, zero = fit(row, spec)
-    codes = quantize(row, scale, zero, spec)
-    assert codes.tolist() == [[-1, -1, 0, 0, 0, 1, 1]]
-    assert dequantize(codes, scale, zero, spec).tolist() == [[-1, -1, 0, 0, 0, 2, 2]]
 
 
 def test_computation_is_float32_unless_the_values_are_float64() -> None:
@@ -189,7 +180,6 @@ def test_computation_is_float32_unless_the_values_are_float64() -> None:
         ([GridSpec(9)], torch.int16),
         ([GridSpec(15)], torch.int16),
         ([GridSpec(15, "sym_signed")], torch.int16),
-        ([GridSpec(2, "ternary")], torch.int8),
         ([GridSpec(4), GridSpec(16)], torch.uint8),
     ],
 )
@@ -224,16 +214,14 @@ def test_sixteen_bits_leave_the_weight_untouched() -> None:
     mixed = round_to_nearest(weight, (ColumnRange(0, 4, GridSpec(2)), ColumnRange(4, 6, GridSpec(16))))
     assert torch.equal(mixed.dequantized[:, 4:], weight[:, 4:])
     assert not torch.equal(mixed.dequantized, weight)
-    with pytest.raises(UnsupportedError, match="no codes"):
-        quantize(weight, whole.scale[:, 0], whole.zero_point[:, 0], GridSpec(16))
 
 
 def test_rtn_can_take_the_grid_of_another_weight() -> None:
     weight, other, grid = random_weight(3, 8, seed=7), 3 * random_weight(3, 8, seed=8), uniform_grid(8, GridSpec(3))
     result = round_to_nearest(weight, grid, grid_weight=other)
     assert torch.equal(result.scale, round_to_nearest(other, grid).scale)
-    expected = quantize(weight, result.scale[:, 0], result.zero_point[:, 0], GridSpec(3))
-    assert torch.equal(result.codes, expected)
+    expected = to_codes(weight, result.scale, result.zero_point, GridSpec(3))
+    assert torch.equal(result.codes.double(), expected)
 
 
 def test_bit_accounting() -> None:
@@ -243,7 +231,6 @@ def test_bit_accounting() -> None:
     assert effective_bits(uniform_grid(100, GridSpec(2, range_contains_zero=False))) == 2 + 32 / 100
     assert effective_bits(uniform_grid(100, GridSpec(2, zero_point="real"))) == 2 + 32 / 100
     assert effective_bits(uniform_grid(100, GridSpec(2, group_size=64))) == 2 + 2 * 18 / 100
-    assert effective_bits(uniform_grid(100, GridSpec(2, "ternary"))) == 2 + 32 / 100
     assert effective_bits(uniform_grid(100, GridSpec(16))) == 16
     split = (ColumnRange(0, 56, GridSpec(4, "sym_signed")), ColumnRange(56, 64, GridSpec(8, "sym_signed")))
     assert nominal_bits(split) == 4.5
@@ -257,7 +244,6 @@ def test_bit_accounting() -> None:
         ({"bits": 17}, "bits: expected 1..16"),
         ({"bits": 4, "scheme": "symmetric"}, "scheme: expected one of asym"),
         ({"bits": 1, "scheme": "sym_signed"}, "no positive code"),
-        ({"bits": 4, "scheme": "ternary"}, "three levels"),
         ({"bits": 4, "group_size": 0}, "group_size"),
         ({"bits": 4, "group_size": -1}, "group_size"),
         ({"bits": 4, "sym_nonnegative_row": "x"}, "as_code"),
@@ -269,11 +255,6 @@ def test_bit_accounting() -> None:
 def test_impossible_specs_are_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GridSpec(**arguments)
-
-
-def test_ternary_with_clip_search_is_unsupported() -> None:
-    with pytest.raises(UnsupportedError, match="ternary"):
-        GridSpec(2, "ternary", clip_search=True)
 
 
 @pytest.mark.parametrize(

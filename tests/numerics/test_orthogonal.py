@@ -17,7 +17,6 @@ from ptqbench.numerics.orthogonal import (
     fold_gain,
     generator,
     haar,
-    low_first_order,
     mix_heads,
     positive_qr,
     random_hadamard,
@@ -247,19 +246,6 @@ def test_head_mixing_equals_the_dense_kronecker_product() -> None:
         mix_heads(torch.zeros(2, 14 * E), 14)
     with pytest.raises(ConfigError):
         mix_heads(x, 7)
-
-
-def test_low_first_order_moves_high_channels_to_the_end() -> None:
-    assert low_first_order(2, 4, 1).tolist() == [0, 1, 2, 4, 5, 6, 3, 7]
-    index = low_first_order(H, E, 3)
-    assert sorted(index.tolist()) == list(range(H * E))
-    assert {i % E for i in index[-3 * H :].tolist()} == {5, 6, 7}
-    x, weight = torch.randn(5, H * E), torch.randn(7, H * E)
-    torch.testing.assert_close(x[..., index] @ weight[:, index].T, x @ weight.T)
-    assert torch.equal(x[..., index][..., index.argsort()], x)
-    assert low_first_order(3, 4, 0).tolist() == low_first_order(3, 4, 4).tolist() == list(range(12))
-    with pytest.raises(ConfigError):
-        low_first_order(2, 4, 5)
 
 
 def test_generator_depends_on_seed_and_name_only() -> None:

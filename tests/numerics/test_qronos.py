@@ -10,7 +10,8 @@ from reference_problems import DRIFT, F64, QUANTIZED_INPUTS, WEIGHT, correlated_
 
 from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.numerics.gptq import gptq
-from ptqbench.numerics.grid import ColumnRange, Grid, GridSpec, uniform_grid
+from ptqbench.numerics.grid import ColumnRange, Grid, uniform_grid
+from ptqbench.numerics.grid_spec import GridSpec
 from ptqbench.numerics.qronos import eigenvalue_damping, qronos
 from ptqbench.numerics.rtn import round_to_nearest
 
@@ -21,7 +22,7 @@ MOMENT, CROSS = XQ.T @ XQ, XQ.T @ (X - XQ)
 SPLIT: Grid = (
     ColumnRange(0, 15, GridSpec(3, group_size=4)),
     ColumnRange(15, 20, GridSpec(4, "sym_signed")),
-    ColumnRange(20, D, GridSpec(2, "ternary")),
+    ColumnRange(20, D, GridSpec(2)),
 )
 
 
@@ -42,7 +43,7 @@ def test_worked_example() -> None:
     assert result.codes.tolist() == [[3, 0, 2, 0], [1, 3, 0, 1]]
 
 
-@pytest.mark.parametrize("spec", [GridSpec(2), GridSpec(4), GridSpec(3, "sym_signed"), GridSpec(2, "ternary")], ids=str)
+@pytest.mark.parametrize("spec", [GridSpec(2), GridSpec(4), GridSpec(3, "sym_signed")], ids=str)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_equals_least_squares_on_the_data(spec: GridSpec, act_order: bool) -> None:
     weight = random_weight(4, D, seed=2)

@@ -184,17 +184,6 @@ class TestLaws:
         )
 
     @pytest.mark.parametrize("rms_scale", RMS_SCALES)
-    def test_folded_residual_gives_the_same_target_without_the_cross_moment(self, rms_scale: RmsScale) -> None:
-        streams, alpha, beta = random_streams(), 0.7, 0.3
-        out, out_q = streams.x @ streams.weight.T, streams.xq @ streams.weight.T
-        weights = token_weights(rms_scale, streams.r + out, streams.rq + out_q, eps=EPS)
-        moments = TargetMoments(7, 5, cross=False, dtype=torch.float64)
-        moments.add(streams.x, streams.xq, alpha * out + beta * streams.r, alpha * out_q + beta * streams.rq, weights)
-        assert moments.means().cross_moment is None
-        folded = corrected_target(streams.weight, *moments.means(), alpha=1, beta=1, damping=0.01)
-        torch.testing.assert_close(folded, streams.target(rms_scale, alpha, beta), rtol=1e-10, atol=1e-10)
-
-    @pytest.mark.parametrize("rms_scale", RMS_SCALES)
     def test_strengths_scale_the_two_corrections_separately(self, rms_scale: RmsScale) -> None:
         streams = random_streams()
         input_part = streams.target(rms_scale, 1, 0) - streams.weight

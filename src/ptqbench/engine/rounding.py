@@ -19,7 +19,8 @@ from ptqbench.methods.base import REFERENCE, Aim, Refine, Repaired, Solver, Stat
 from ptqbench.methods.refinements import NoRefinement
 from ptqbench.methods.targets import Weight
 from ptqbench.models.stages import STAGES, Stage
-from ptqbench.numerics.grid import Grid, GridSpec, LinearResult, effective_bits, uniform_grid
+from ptqbench.numerics.grid import Grid, LinearResult, effective_bits, uniform_grid
+from ptqbench.numerics.grid_spec import GridSpec
 from ptqbench.numerics.groups import split_rows
 from ptqbench.numerics.report import relative_output_error, relative_weight_error
 from ptqbench.numerics.targets import RmsScale, relative_correction

@@ -130,7 +130,8 @@ class Precision:
         Raises:
             ConfigError: There is no such linear or stage.
         """
-        from ptqbench.numerics.grid import ColumnRange, GridSpec
+        from ptqbench.numerics.grid import ColumnRange
+        from ptqbench.numerics.grid_spec import GridSpec
 
         linear = STAGE_LINEARS.get(name, (name,))[0]
         shapes = self.architecture.linear_shapes()

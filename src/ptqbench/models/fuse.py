@@ -164,7 +164,8 @@ def rotate_head(tensors: Tensors, rotation: Tensor | None) -> Tensors:
 def part_order(n_heads: int, parts: Sequence[int]) -> Tensor:
     """List head channels part by part: [first part of head 0..H-1 | second part of head 0..H-1 | ...].
 
-    For two parts this is ``numerics.orthogonal.low_first_order``.
+    Use the same index for the weight's columns and for the activations (after their quantization in head layout):
+    ``x[..., index] @ weight[:, index].T``.
 
     Args:
         n_heads: H.

@@ -5,10 +5,9 @@
 A ``real`` zero point is added before rounding: codes = clamp(round_half_even(value / scale + zero_point), low, high).
 
 Legend: r rows, c columns of one group; ``scale`` and ``zero_point`` have one entry per row. Zero lies on every ``plain``
-grid. The ``ternary`` grid is the exception to the affine rule: its levels are (xmin, 0, xmax), so ``scale`` holds the
-upper level, ``zero_point`` the (non-positive) lower one, and the codes are -1, 0, 1.
+grid.
 
-Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``, ``ternary``); spcl/QuaRot@5008669 (``sym_signed``);
+Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``); spcl/QuaRot@5008669 (``sym_signed``);
 efsotr/NeUQI@2331daf (plain minimum and maximum; there a row of one value gets scale 1 and is lost, here it is exact).
 Deviation: a step that would underflow to zero is raised to the smallest normal number, so rows of subnormal weights
 stay finite.
@@ -16,13 +15,10 @@ stay finite.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ptqbench.numerics.grid import GridSpec
+from ptqbench.numerics.grid_spec import GridSpec
 
 SIGNED_FLOOR = 1e-5
 """``sym_signed`` treats a row whose largest magnitude is below this as if it were this (QuaRot)."""
@@ -30,8 +26,6 @@ SIGNED_FLOOR = 1e-5
 
 def code_limits(spec: GridSpec) -> tuple[int, int]:
     """Return the smallest and the largest code of a grid."""
-    if spec.scheme == "ternary":
-        return -1, 1
     if spec.scheme == "sym_signed":
         return -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
     return 0, 2**spec.bits - 1
@@ -70,11 +64,8 @@ def scale_from_range(xmin: Tensor, xmax: Tensor, spec: GridSpec) -> tuple[Tensor
         spec: The grid.
 
     Returns:
-        ``scale`` > 0 and ``zero_point``, integers held in the dtype of the range unless the grid wants real ones (for
-        ``ternary``: the two levels).
+        ``scale`` > 0 and ``zero_point``, integers held in the dtype of the range unless the grid wants real ones.
     """
-    if spec.scheme == "ternary":
-        return xmax.clone(), xmin.clone()
     low, high = code_limits(spec)
     if spec.scheme == "sym_signed":
         scale = xmax / high
@@ -87,16 +78,12 @@ def scale_from_range(xmin: Tensor, xmax: Tensor, spec: GridSpec) -> tuple[Tensor
 
 def to_codes(values: Tensor, scale: Tensor, zero_point: Tensor, spec: GridSpec) -> Tensor:
     """Round to codes held in the dtype of ``values``; ``scale`` and ``zero_point`` broadcast against ``values``."""
-    if spec.scheme == "ternary":
-        return (values > scale / 2).to(values.dtype) - (values < zero_point / 2).to(values.dtype)
     low, high = code_limits(spec)
     if spec.zero_point == "real":
         return (values / scale).add_(zero_point).round_().clamp_(low, high)
     return (values / scale).round_().add_(zero_point).clamp_(low, high)
 
 
-def to_values(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: GridSpec) -> Tensor:
+def to_values(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Return the values of floating-point ``codes``; ``scale`` and ``zero_point`` broadcast against them."""
-    if spec.scheme == "ternary":
-        return codes.clamp(min=0) * scale - codes.clamp(max=0) * zero_point
     return scale * (codes - zero_point)

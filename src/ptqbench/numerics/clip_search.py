@@ -10,15 +10,11 @@ Deviation: none in the result; rows and factors are evaluated together, in piece
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ptqbench.numerics.affine import scale_from_range, to_codes, to_values
-
-if TYPE_CHECKING:
-    from ptqbench.numerics.grid import GridSpec
+from ptqbench.numerics.grid_spec import GridSpec
 
 STEPS = 80
 STEP_DENOMINATOR = 100
@@ -66,5 +62,5 @@ def _losses(values: Tensor, xmin: Tensor, xmax: Tensor, factors: Tensor, spec: G
     """Return the loss of every factor and row, (f, r)."""
     scale, zero_point = scale_from_range(factors[:, None] * xmin, factors[:, None] * xmax, spec)
     scale, zero_point = scale.unsqueeze(2), zero_point.unsqueeze(2)
-    trial = to_values(to_codes(values, scale, zero_point, spec), scale, zero_point, spec)
+    trial = to_values(to_codes(values, scale, zero_point, spec), scale, zero_point)
     return trial.sub_(values).abs_().pow_(EXPONENT).sum(dim=2)

@@ -15,11 +15,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptqbench.numerics import fused_columns
+from ptqbench.numerics import group_grids
 
 VERSION = triton.__version__
-REAL = tl.constexpr(fused_columns.REAL)
-UNTOUCHED = tl.constexpr(fused_columns.UNTOUCHED)
+REAL = tl.constexpr(group_grids.REAL)
+UNTOUCHED = tl.constexpr(group_grids.UNTOUCHED)
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def round_panel(
         low: Smallest c.
         high: Largest c.
         group: (length,) int32, the group of each channel.
-        kind: (length,) int32, ``fused_columns.INTEGER``, ``REAL`` or ``UNTOUCHED``.
+        kind: (length,) int32, ``group_grids.INTEGER``, ``REAL`` or ``UNTOUCHED``.
         rows: Number of rows.
         length: Channels of the panel, at most ``CHANNELS``.
         CHANNELS: Power of two.

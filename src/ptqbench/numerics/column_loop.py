@@ -21,18 +21,16 @@ on fully up-to-date weights even where it reaches beyond the column block, so ``
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ptqbench.errors import ConfigError
-from ptqbench.numerics.affine import code_limits, to_codes, to_values
 from ptqbench.numerics.checks import require_choice
 from ptqbench.numerics.fused_columns import PANEL as FUSED_PANEL
 from ptqbench.numerics.fused_columns import FusedPanels, use_fused
-from ptqbench.numerics.grid import fit
-from ptqbench.numerics.groups import Group
+from ptqbench.numerics.group_grids import GroupGrids
 
 PANEL = 32
 """Channels per panel; with the row chunk of the solvers, a panel's weights and errors fit a second-level cache."""
@@ -70,68 +68,6 @@ class Drift:
 
     matrix: Tensor
     as_code: bool
-
-
-class GroupGrids:
-    """The grids of all groups for the rows at hand; filled group by group as the loop reaches them."""
-
-    def __init__(self, groups: list[Group], positions: list[Tensor], like: Tensor) -> None:
-        """Reserve an unfitted grid for every group.
-
-        Args:
-            groups: The plan.
-            positions: Per group the ascending or static processing positions of its channels.
-            like: (n, m), gives rows, dtype and device.
-        """
-        self.groups, self.positions = groups, positions
-        self.scale, self.zero_point, self.low, self.high = like.new_zeros(4, len(groups), like.shape[1]).unbind(0)
-        self._affine = list(zip(*(t.unbind(0) for t in (self.scale, self.low, self.high)), strict=True))
-        self.fitted = [False] * len(groups)
-        self.of_position = [0] * len(like)
-        owners = [g for g, members in enumerate(positions) for _ in range(len(members))]
-        for p, g in zip(torch.cat(positions).tolist(), owners, strict=True):
-            self.of_position[p] = g
-
-    def fit(self, g: int, values: Tensor) -> None:
-        """Fit group ``g`` on ``values`` (m, size)."""
-        spec = self.groups[g].spec
-        scale, zero_point = fit(values.contiguous(), spec)
-        low, high = code_limits(spec)
-        self.scale[g], self.zero_point[g] = scale, zero_point
-        # Limits of c, so that value = scale * clamp(round(w / scale), low - z, high - z) needs no shift by z.
-        self.low[g], self.high[g] = low - zero_point, high - zero_point
-        self.fitted[g] = True
-
-    def round(self, position: int, w: Tensor, c: Tensor, q: Tensor) -> None:
-        """Write c and q of one channel w, each (m,)."""
-        g = self.of_position[position]
-        spec = self.groups[g].spec
-        if self._is_affine(g):
-            scale, low, high = self._affine[g]
-            torch.div(w, scale, out=c)
-            if spec.zero_point == "real":  # codes are integers, c is not
-                c.add_(self.zero_point[g]).round_().sub_(self.zero_point[g])
-            else:
-                c.round_()
-            torch.mul(c.clamp_(low, high), scale, out=q)
-        elif spec.untouched:
-            c.zero_()
-            q.copy_(w)
-        else:
-            c.copy_(to_codes(w, self.scale[g], self.zero_point[g], spec))
-            q.copy_(to_values(c, self.scale[g], self.zero_point[g], spec))
-
-    def write_codes(self, start: int, centred: Tensor, codes: Tensor) -> None:
-        """Write the codes of the channels from position ``start`` on, given their c (k, m), into ``codes`` (k, m)."""
-        first = 0
-        for g, run in groupby(self.of_position[start : start + len(centred)]):
-            here = slice(first, first + len(list(run)))
-            # The sum is an integer, but for rounding errors where the zero point is none.
-            codes[here] = (centred[here] + self.zero_point[g]).round_() if self._is_affine(g) else centred[here]
-            first = here.stop
-
-    def _is_affine(self, g: int) -> bool:
-        return not self.groups[g].spec.untouched and self.groups[g].spec.scheme != "ternary"
 
 
 @dataclass(frozen=True)
@@ -175,7 +111,7 @@ def run_columns(
     Raises:
         UnsupportedError: ``fused`` was asked for and cannot serve, or its kernel does not compile here.
     """
-    fused = FusedPanels(grids) if use_fused(engine, work, (group.spec for group in grids.groups)) else None
+    fused = FusedPanels(grids) if use_fused(engine, work) else None
     size = min(options.column_block, len(work))
     stale = options.group_refit == "stale" and not all(grids.fitted)
     codes, values = torch.empty_like(work, dtype=codes_dtype), torch.empty_like(work)

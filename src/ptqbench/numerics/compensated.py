@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ptqbench.numerics.checks import compute_dtype, require_finite, require_matrix, require_shape
-from ptqbench.numerics.column_loop import Drift, GroupGrids, LoopOptions, run_columns
+from ptqbench.numerics.column_loop import Drift, LoopOptions, run_columns
 from ptqbench.numerics.factorisation import Factor, factorise
 from ptqbench.numerics.grid import Grid, LinearResult, code_dtype, validate_grid
+from ptqbench.numerics.group_grids import GroupGrids
 from ptqbench.numerics.groups import assemble, columns_of, plan_groups
 
 ROW_CHUNK = {"cpu": 4096}

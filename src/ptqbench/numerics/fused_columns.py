@@ -1,7 +1,7 @@
 """The column loop in one kernel launch per panel, for GPUs: what ``column_loop`` does there with a chain of launches each.
 
 Objective and legend: as in ``numerics/column_loop.py``, whose plain loop is the reference and serves everything else:
-float64, ternary grids, CPUs. Channels beyond the panel are still updated by matrix products.
+float64 and CPUs. Channels beyond the panel are still updated by matrix products.
 
 A program of the kernel (``numerics/column_kernel.py``) owns a few rows and keeps the errors e of the whole panel in
 registers, (``PANEL``, ``ROWS``): channel i gathers sum_j e_j U_ji / U_jj by one reduction over that tile, as the plain loop
@@ -15,21 +15,16 @@ between two codes may get the other one; later channels absorb the difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from importlib import util
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ptqbench.errors import UnsupportedError
 from ptqbench.numerics.checks import require_choice
-
-if TYPE_CHECKING:
-    from ptqbench.numerics.column_loop import GroupGrids
-    from ptqbench.numerics.grid import GridSpec
+from ptqbench.numerics.group_grids import GroupGrids, kind
 
 ENGINES = ("auto", "plain", "fused")
 """``auto`` is fused wherever it can serve and there is a GPU; ``fused`` fails where it cannot."""
@@ -39,8 +34,6 @@ SMALLEST_TILE = 16
 ROWS = 32
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 _forbidden = False
-INTEGER, REAL, UNTOUCHED = range(3)
-"""How the kernel tells grids apart: by their zero point, or that they keep the weight."""
 
 
 def forbid_fused(forbidden: bool = True) -> None:
@@ -50,7 +43,7 @@ def forbid_fused(forbidden: bool = True) -> None:
 
 
 def engine_on(device: torch.device) -> str:
-    """Say which column loop ``auto`` takes for float32 work on affine grids, to be recorded with a result.
+    """Say which column loop ``auto`` takes for float32 work, to be recorded with a result.
 
     Args:
         device: Where the weights are rounded.
@@ -62,13 +55,12 @@ def engine_on(device: torch.device) -> str:
     return f"fused, triton {_kernels().VERSION}" if fused else "plain"
 
 
-def use_fused(engine: str, work: Tensor, specs: Iterable[GridSpec]) -> bool:
+def use_fused(engine: str, work: Tensor) -> bool:
     """Choose the engine.
 
     Args:
         engine: One of ``ENGINES``.
         work: (n, m), for dtype, device and layout.
-        specs: The grids of all groups.
 
     Returns:
         Whether to use the kernel.
@@ -80,7 +72,7 @@ def use_fused(engine: str, work: Tensor, specs: Iterable[GridSpec]) -> bool:
     require_choice("engine", engine, ENGINES)
     if engine == "plain" or (engine == "auto" and (_forbidden or not work.is_cuda)):
         return False
-    reason = _obstacle(work, specs)
+    reason = _obstacle(work)
     if reason and engine == "fused":
         raise UnsupportedError(f"engine fused: {reason}; choose engine 'auto' or 'plain'")
     return not reason
@@ -96,7 +88,7 @@ class FusedPanels:
             grids: Grids of the rows at hand; they may be fitted later, panel by panel.
         """
         self._grids = grids
-        kinds = [_kind(group.spec) for group in grids.groups]
+        kinds = [kind(group.spec) for group in grids.groups]
         rows = [grids.of_position, [kinds[g] for g in grids.of_position]]
         self._group, self._kind = torch.tensor(rows, dtype=torch.int32).to(grids.scale.device).unbind(0)
 
@@ -157,20 +149,12 @@ def _has_triton() -> bool:
     return util.find_spec("triton") is not None
 
 
-def _kind(spec: GridSpec) -> int:
-    if spec.untouched:
-        return UNTOUCHED
-    return REAL if spec.zero_point == "real" else INTEGER
-
-
-def _obstacle(work: Tensor, specs: Iterable[GridSpec]) -> str:
+def _obstacle(work: Tensor) -> str:
     """Say why the kernel cannot serve, in words; empty if it can."""
     if not _has_triton():
         return "triton is not installed"
     if work.dtype != torch.float32 or not work.is_contiguous():
         return f"expected contiguous float32 work, got {work.dtype}"
-    if any(spec.scheme == "ternary" and not spec.untouched for spec in specs):
-        return "a ternary grid is not affine"
     if not work.is_cuda and not _kernels().INTERPRETED:
         return f"expected a CUDA device, got {work.device}"
     return ""

@@ -1,6 +1,6 @@
 """Integer grids: which values a quantized weight may take, how they are fitted, and what they cost in bits.
 
-    value = scale * (codes - zero_point)        (``ternary`` excepted, see ``numerics/affine.py``)
+    value = scale * (codes - zero_point)
 
 A linear's grid is a sequence of column ranges, each with its own ``GridSpec`` (mixed precision); a range is cut into
 groups of ``group_size`` consecutive input channels, or is one group. Every (row, group) has its own scale and zero
@@ -9,7 +9,7 @@ otherwise: with ``range_contains_zero`` off it is the plain minimum and maximum 
 off the grid; a real ``zero_point`` puts both ends of the range exactly on the grid instead of zero.
 
 Legend: weight (out_features, in_features); values (r, c) = rows x columns of one group; scale, zero_point (r,).
-Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``, ``ternary``), spcl/QuaRot@5008669 (``sym_signed``).
+Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``), spcl/QuaRot@5008669 (``sym_signed``).
 Deviation: ``sym_gptq`` rows without a negative entry get a symmetric range unless ``sym_nonnegative_row`` is
 ``as_code``; the original halves their scale but keeps the zero point, so that they saturate.
 """
@@ -21,73 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.numerics.affine import code_limits, scale_from_range, to_codes, to_values, value_range
-from ptqbench.numerics.checks import compute_dtype, require_choice, require_matrix
+from ptqbench.errors import ConfigError
+from ptqbench.numerics.affine import code_limits, scale_from_range, value_range
+from ptqbench.numerics.checks import compute_dtype, require_matrix
 from ptqbench.numerics.clip_search import best_shrink
+from ptqbench.numerics.grid_spec import GridSpec
 
-SCHEMES = ("asym", "sym_gptq", "sym_signed", "ternary")
-UNTOUCHED_BITS = 16
 SCALE_BITS = 16
-"""Bits that one stored scale (or one stored level of ``ternary``) costs in ``effective_bits``."""
-
-
-@dataclass(frozen=True)
-class GridSpec:
-    """How one range of columns is quantized.
-
-    Attributes:
-        bits: Bits per code, 1..16; 16 leaves the columns untouched.
-        scheme: ``asym``, ``sym_gptq``, ``sym_signed`` (2 bits or more) or ``ternary`` (stored in 2 bits).
-        group_size: Consecutive input channels sharing a scale; the last group of a range holds the remainder, also
-            when ``group_size`` exceeds the range. ``None``: one group per row of the range.
-        clip_search: Shrink the range of every row to the factor of least error (``numerics/clip_search.py``).
-        sym_nonnegative_row: ``symmetric``, or ``as_code`` for the original treatment of such rows by ``sym_gptq``.
-        range_contains_zero: Extend the range to zero where all values have one sign; ``asym`` alone may say False.
-        zero_point: ``integer`` (rounded, so that zero is on the grid), or ``real`` (``asym`` alone).
-    """
-
-    bits: int
-    scheme: str = "asym"
-    group_size: int | None = None
-    clip_search: bool = False
-    sym_nonnegative_row: str = "symmetric"
-    range_contains_zero: bool = True
-    zero_point: str = "integer"
-
-    def __post_init__(self) -> None:
-        """Reject impossible values where they are written down."""
-        require_choice("scheme", self.scheme, SCHEMES)
-        require_choice("sym_nonnegative_row", self.sym_nonnegative_row, ("symmetric", "as_code"))
-        require_choice("zero_point", self.zero_point, ("integer", "real"))
-        if self.scheme != "asym" and not self.plain:
-            raise ConfigError(
-                f"range_contains_zero=False and zero_point='real' belong to scheme asym, got scheme {self.scheme}"
-            )
-        if self.clip_search and not self.range_contains_zero:
-            raise UnsupportedError(
-                "clip_search: shrinks both ends towards zero, so it is not defined with range_contains_zero=False"
-            )
-        if not 1 <= self.bits <= UNTOUCHED_BITS:
-            raise ConfigError(f"bits: expected 1..{UNTOUCHED_BITS}, got {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ConfigError(f"group_size: expected None or a positive integer, got {self.group_size}")
-        if self.scheme == "sym_signed" and self.bits < 2:
-            raise ConfigError("bits: expected 2..16 for scheme sym_signed (one bit leaves no positive code), got 1")
-        if self.scheme == "ternary" and self.bits not in (2, UNTOUCHED_BITS):
-            raise ConfigError(f"bits: expected 2 for scheme ternary (three levels), got {self.bits}")
-        if self.scheme == "ternary" and self.clip_search:
-            raise UnsupportedError("clip_search: not defined for scheme ternary; switch it off or use another scheme")
-
-    @property
-    def untouched(self) -> bool:
-        """Whether columns of this grid keep their values."""
-        return self.bits == UNTOUCHED_BITS
-
-    @property
-    def plain(self) -> bool:
-        """Whether zero is a code, so that the zero point is an integer within the codes."""
-        return self.range_contains_zero and self.zero_point == "integer"
+"""Bits that one stored scale costs in ``effective_bits``."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +52,7 @@ class LinearResult:
             whole grid is untouched. Columns of an untouched range inside a mixed grid hold 0 and mean nothing.
         scale: (out, n_groups), groups of all column ranges in column order; float32, or float64 when the weight is.
         zero_point: (out, n_groups), dtype of ``scale``; integers within the codes, outside them where the range need not
-            contain zero, any number where it is ``real`` (for ``ternary`` the lower level).
+            contain zero, any number where it is ``real``.
         group_index: (in,) int32, the group of each input channel. Non-monotone when ``act_order`` forms its groups in
             processing order (``static_groups`` off).
         dequantized: (out, in) in the dtype of the weight.
@@ -182,42 +123,6 @@ def fit(values: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     return scale_from_range(xmin, xmax, spec)
 
 
-def quantize(values: Tensor, scale: Tensor, zero_point: Tensor, spec: GridSpec) -> Tensor:
-    """Round values to codes.
-
-    Args:
-        values: (r, c), not modified.
-        scale: (r,), from ``fit``.
-        zero_point: (r,), from ``fit``.
-        spec: The grid; must not be an untouched one.
-
-    Returns:
-        (r, c) codes in ``code_dtype``; values outside the range get the nearest end code.
-
-    Raises:
-        UnsupportedError: The grid is untouched: it has no codes.
-    """
-    if spec.untouched:
-        raise UnsupportedError(f"quantize: a grid of {spec.bits} bits has no codes; keep the values instead")
-    codes = to_codes(values.to(scale.dtype), scale[:, None], zero_point[:, None], spec)
-    return codes.to(code_dtype((ColumnRange(0, 1, spec),)))
-
-
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: GridSpec) -> Tensor:
-    """Return the values of integer codes.
-
-    Args:
-        codes: (r, c), not modified.
-        scale: (r,).
-        zero_point: (r,).
-        spec: The grid.
-
-    Returns:
-        (r, c) values in the dtype of ``scale``.
-    """
-    return to_values(codes.to(scale.dtype), scale[:, None], zero_point[:, None], spec)
-
-
 def code_dtype(grid: Grid) -> torch.dtype:
     """Return the smallest of uint8, int8 and int16 that holds every code of the grid (0 for untouched ranges)."""
     limits = [code_limits(part.spec) for part in grid if not part.spec.untouched]
@@ -236,9 +141,8 @@ def effective_bits(grid: Grid) -> float:
     """Return the true average bits per weight: codes plus what is stored per row and group.
 
     Each (row, group) stores a 16-bit scale and, for ``asym``, a zero point of ``bits`` bits, or of 16 where it may lie
-    outside the codes or between them; ``sym_gptq`` and ``sym_signed`` have a constant zero point; ``ternary`` stores two
-    16-bit levels; untouched columns cost 16 bits and
-    nothing else. Rows cancel. Not counted: the channel-to-group map of ``act_order`` with dynamic groups (one integer
+    outside the codes or between them; ``sym_gptq`` and ``sym_signed`` have a constant zero point; untouched columns cost 16
+    bits and nothing else. Rows cancel. Not counted: the channel-to-group map of ``act_order`` with dynamic groups (one integer
     per input channel, shared by all rows).
 
     Args:
@@ -254,6 +158,6 @@ def effective_bits(grid: Grid) -> float:
         if spec.untouched:
             continue
         groups = 1 if spec.group_size is None else -(-columns // spec.group_size)
-        zero_bits = {"asym": spec.bits if spec.plain else SCALE_BITS, "ternary": SCALE_BITS}.get(spec.scheme, 0)
-        total += groups * (SCALE_BITS + zero_bits)
+        zero_bits = spec.bits if spec.plain else SCALE_BITS
+        total += groups * (SCALE_BITS + (zero_bits if spec.scheme == "asym" else 0))
     return total / grid[-1].stop

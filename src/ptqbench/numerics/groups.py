@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptqbench.numerics.grid import Grid, GridSpec, LinearResult, code_dtype, fit
+from ptqbench.numerics.grid import Grid, LinearResult, code_dtype, fit
+from ptqbench.numerics.grid_spec import GridSpec
 
 
 @dataclass(frozen=True)

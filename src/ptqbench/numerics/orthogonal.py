@@ -265,30 +265,6 @@ def mix_heads(x: Tensor, n_heads: int, *, dtype: torch.dtype | None = None) -> T
     return hadamard_transform(heads.mT, dtype=dtype).mT.reshape(x.shape)
 
 
-def low_first_order(n_heads: int, head_dim: int, n_high: int) -> Tensor:
-    """List o_proj's input channels as [low channels of head 0..H-1 | last n_high channels of head 0..H-1].
-
-    Use the same index for the weight's columns and for the activations (after their quantization in head layout):
-    ``x[..., index] @ weight[:, index].T``. ``index.argsort()`` undoes it.
-
-    Args:
-        n_heads: H.
-        head_dim: e.
-        n_high: High channels per head, 0..e; the high part has H n_high channels.
-
-    Returns:
-        (H e,) int64 permutation.
-
-    Raises:
-        ConfigError: n_high lies outside 0..e.
-    """
-    if not 0 <= n_high <= head_dim:
-        raise ConfigError(f"expected 0 to {head_dim} high channels per head, got {n_high}")
-    channels = torch.arange(n_heads * head_dim).reshape(n_heads, head_dim)
-    n_low = head_dim - n_high
-    return torch.cat([channels[:, :n_low].flatten(), channels[:, n_low:].flatten()])
-
-
 def _per_head(rotations: Tensor, width: int, repeats: int) -> Tensor:
     """Expand head rotations to one float64 matrix per head of an axis of this width."""
     head_dim = rotations.shape[-1]

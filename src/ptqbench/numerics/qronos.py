@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ptqbench.numerics.checks import compute_dtype, require_finite, require_shape
-from ptqbench.numerics.column_loop import GroupGrids, LoopOptions
+from ptqbench.numerics.column_loop import LoopOptions
 from ptqbench.numerics.compensated import check_problem, checked_factor, compensated_rounding, in_processing_order
 from ptqbench.numerics.factorisation import Factor
 from ptqbench.numerics.grid import Grid, LinearResult
+from ptqbench.numerics.group_grids import GroupGrids
 from ptqbench.numerics.groups import untouched_result
 
 

@@ -50,7 +50,7 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, grid_weight: Tensor | None =
             continue
         rounded = to_codes(columns_of(weight, group).to(dtype), scale[g, :, None], zero_point[g, :, None], group.spec)
         columns_of(codes, group).copy_(rounded)
-        columns_of(values, group).copy_(to_values(rounded, scale[g, :, None], zero_point[g, :, None], group.spec))
+        columns_of(values, group).copy_(to_values(rounded, scale[g, :, None], zero_point[g, :, None]))
     result = assemble(weight, grid, groups, scale, zero_point, codes, values)
     require_finite("dequantized", result.dequantized)
     return result

@@ -1,10 +1,10 @@
 """Second moments of a linear's inputs, accumulated over batches.
 
-    second moment   S = (1/T) sum_t u_t x_t x_t^T                 cross moment   C = (1/T) sum_t u_t xq_t (x_t - xq_t)^T
+    second moment   S = (1/T) sum_t x_t x_t^T                 cross moment   C = (1/T) sum_t xq_t (x_t - xq_t)^T
 
-Legend: T tokens, in input channels; inputs (..., in) with any leading axes; weights u (...) one per token, 1 if absent.
+Legend: T tokens, in input channels; inputs (..., in) with any leading axes. Token-weighted moments: ``numerics/targets.py``.
 Source: IST-DASLab/gptq@2d65066 (which scales by 2/N with N sequences; every solver here is indifferent to the scale);
-arXiv 2509.06297 and 2504.02692 for the cross and token-weighted forms.
+arXiv 2504.02692 for the cross moment.
 
 Precision: sums run in float32, or in float64 on request. Inputs are never scaled before the product, so 16-bit inputs
 on a GPU go through its 16-bit matrix units with exact products and float32 sums. A second moment is symmetric: only
@@ -45,31 +45,28 @@ class MomentSum:
     n_tokens: int = 0
     symmetric: bool | None = None
 
-    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor) -> None:
         """Add the second moment of a batch.
 
         Args:
             inputs: (..., in) floating point, not modified.
-            weights: (...) one factor per token, >= 0, not modified.
 
         Raises:
             ConfigError: A shape is wrong, or this sum holds a cross moment.
         """
         x = self._flat("inputs", inputs, symmetric=True)
         total = self._total(x)
-        x = x if weights is None and _exact_in_half(x, total) else x.to(self.dtype)
-        left = x if weights is None else _weighted(x, inputs, weights, self.dtype)
+        x = x if _exact_in_half(x, total) else x.to(self.dtype)
         for start, stop in panels(self.in_features):
-            _add_product(total[start:stop, :stop], left[:, start:stop], x[:, :stop])
+            _add_product(total[start:stop, :stop], x[:, start:stop], x[:, :stop])
         self.n_tokens += len(x)
 
-    def add_cross(self, quantized: Tensor, full: Tensor, weights: Tensor | None = None) -> None:
+    def add_cross(self, quantized: Tensor, full: Tensor) -> None:
         """Add the cross moment Xq^T (X - Xq) of a batch.
 
         Args:
             quantized: (..., in) inputs Xq in the quantized stream, not modified.
             full: (..., in) inputs X of the same tokens in the full-precision stream, not modified.
-            weights: (...) one factor per token, not modified.
 
         Raises:
             ConfigError: A shape is wrong, or this sum holds a second moment.
@@ -79,8 +76,7 @@ class MomentSum:
         total = self._total(xq)
         # The difference of 16-bit numbers needs more bits than they have: subtract in the dtype of the sum.
         difference = full.reshape(xq.shape).to(self.dtype) - xq.to(self.dtype)
-        left = xq if weights is None else _weighted(xq, quantized, weights, self.dtype)
-        _add_product(total, left.to(self.dtype), difference)
+        _add_product(total, xq.to(self.dtype), difference)
         self.n_tokens += len(xq)
 
     def mean(self) -> Tensor:
@@ -120,46 +116,6 @@ def panels(size: int) -> list[tuple[int, int]]:
     """Cut the channels of a symmetric product into panels (start, stop), so that half of it can be left out."""
     width = max(MIN_PANEL, -(-size // PANELS))
     return [(start, min(start + width, size)) for start in range(0, size, width)]
-
-
-def second_moment(inputs: Tensor, weights: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the second moment per token of a single batch.
-
-    Args:
-        inputs: (..., in), not modified.
-        weights: (...) one factor per token, not modified.
-        dtype: dtype of the sum.
-
-    Returns:
-        (in, in).
-    """
-    moment = MomentSum(inputs.shape[-1], dtype)
-    moment.add(inputs, weights)
-    return moment.mean()
-
-
-def cross_moment(
-    quantized: Tensor, full: Tensor, weights: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Return the cross moment Xq^T (X - Xq) per token of a single batch.
-
-    Args:
-        quantized: (..., in), not modified.
-        full: (..., in), not modified.
-        weights: (...) one factor per token, not modified.
-        dtype: dtype of the sum.
-
-    Returns:
-        (in, in).
-    """
-    moment = MomentSum(quantized.shape[-1], dtype)
-    moment.add_cross(quantized, full, weights)
-    return moment.mean()
-
-
-def _weighted(x: Tensor, inputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    require_shape("weights", weights, inputs.shape[:-1])
-    return x.to(dtype) * weights.reshape(-1, 1).to(dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -102,10 +102,6 @@ class TargetMoments:
     One object serves every linear that reads the same input (q, k, v). For a linear that is added to a residual, give
     ``out_features`` and pass both residual tensors to ``add``. **A bias belongs to the residual**: it cancels for
     ``none`` and ``common`` but not for ``split``, where both residuals must contain it.
-
-    Folded form for wide inputs (down_proj): with ``cross=False`` pass ``alpha * X weight^T + beta * R`` and ``alpha *
-    X_q weight^T + beta * R_q`` as the residuals and call ``corrected_target`` with beta = 1; the (n, n) matrix C is
-    never built. The result is the same unless a channel is dead (there the folded form keeps that channel's drift).
     """
 
     def __init__(
@@ -122,7 +118,7 @@ class TargetMoments:
         Args:
             in_features: n, the width of the linear's input.
             out_features: m, the width of the residual; None if there is no residual term.
-            cross: accumulate C; False for statistics of a single stream or for the folded form.
+            cross: accumulate C; False where only the residual drift is corrected.
             dtype: accumulation dtype, float32 or float64; half precision overflows on sink tokens.
             device: where the sums live.
         """
