@@ -218,7 +218,7 @@ class ExecutionSpec:
     ``column_loop: plain`` keeps the solvers off the fused kernel on a GPU (``numerics.fused_columns``).
     """
 
-    runs_dir: str = execution(default="runs")
+    runs_dir: Annotated[str, Field(min_length=1)] = execution(default="runs")
     device: Literal["auto", "cpu", "cuda"] = execution(default="auto")
     threads: Positive | None = execution(default=None)
     progress: bool = execution(default=True)
