@@ -233,7 +233,7 @@ class ExecutionSpec:
     permits windows that are longer than the context of the model.
     """
 
-    runs_dir: str = execution(default="runs")
+    runs_dir: Annotated[str, Field(min_length=1)] = execution(default="runs")
     device: Literal["auto", "cpu", "cuda"] = execution(default="auto")
     threads: Annotated[int, Field(ge=1, le=1024)] | None = execution(default=None)
     progress: bool = execution(default=True)
