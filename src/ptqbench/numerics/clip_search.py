@@ -1,6 +1,6 @@
 """Choose how far to shrink the range of a row so that clipping plus rounding costs least.
 
-Objective, per row: the first minimum over p in {1, 0.99, ..., 0.21} of sum_j |q_j(p) - x_j|^2.4, where both ends of
+Objective, per row: the first minimum over p in {1, 0.99, ..., 0.21} of ``sum_j |q_j(p) - x_j|^2.4``, where both ends of
 the range are multiplied by p.
 
 Legend: r rows, c columns of one group, f factors tried at once.

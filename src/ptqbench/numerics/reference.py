@@ -101,7 +101,7 @@ class Rounded(NamedTuple):
 
 
 def rtn(W: Tensor, options: Options) -> Rounded:
-    """Round to nearest: min over Q on the grid of |w - q|, entry by entry."""
+    """Round to nearest: min over Q on the grid of ``|w - q|``, entry by entry."""
     size = options.group_size or W.shape[1]
     pieces = W.split(size, dim=1)
     grids = [options.fit(piece) for piece in pieces]

@@ -1,6 +1,6 @@
 """Round every weight to the nearest value of its grid.
 
-Objective: min over Q on the grid of |w - q| entry by entry, the grid being fitted per row and group to the weight.
+Objective: min over Q on the grid of ``|w - q|`` entry by entry, the grid being fitted per row and group to the weight.
 
 Legend: weight (out, in). Source: the baseline of IST-DASLab/gptq@2d65066. Deviation: groups, symmetric schemes and
 mixed precision are honoured (that baseline knows asymmetric rows only).

@@ -10,11 +10,12 @@ hold one weight per token: the frozen scale of the RMSNorm after the addition. T
     target = weight + (alpha weight C^T + beta G^T) (H + lambda I)^-1,      lambda = damping * mean diag H
     H = (D_q X_q)^T (D_q X_q)    C = (D_q X_q)^T (D X - D_q X_q)    G = (D_q X_q)^T (D R - D_q R_q)
 
-    rms_scale   D, D_q
-    none        1, 1        alpha = beta = 1: sublayer target; no residual: linear target; QEP is the latter with
-                            alpha .5, damping 1.0, on every linear but down_proj
-    common      d, d        d   = 1/rms(R + X weight^T)
-    split       d, d_q      d_q = 1/rms(R_q + X_q weight^T)
+    rms_scale none: D, D_q = 1, 1;    common: d, d;    split: d, d_q
+
+    d = 1/rms(R + X weight^T)         d_q = 1/rms(R_q + X_q weight^T)
+
+``none`` at alpha = beta = 1 is the sublayer target and, without a residual, the linear target. QEP is the latter with alpha .5
+and damping 1.0 on every linear but down_proj.
 
 Shapes (T tokens, n inputs, m outputs): X, X_q (T, n); R, R_q (T, m); weight, target (m, n); H = ``second_moment`` and
 C = ``cross_moment`` (n, n), the transpose of C is the drift moment of GPTAQ; G = ``residual_moment`` (n, m).
