@@ -155,6 +155,7 @@ def fake_quantize(
         rounded = fake_quantize(x.detach(), bits, symmetric, clip_ratio, range_contains_zero, zero_point)
         return straight_through(x, rounded)
     work = x if x.dtype == torch.float64 else x.float()
+    # y = (clamp(round(x / scale) + z, lowest, highest) - z) scale; a real z is added before rounding
     scale, zero = fit_range(work, bits, symmetric, clip_ratio, range_contains_zero, zero_point)
     lowest, highest = code_limits(bits, symmetric)
     codes = (work / scale).add_(zero).round_() if zero_point == "real" else (work / scale).round_().add_(zero)
@@ -210,9 +211,11 @@ def fit_range(
     Returns:
         (scale, zero_point), each (..., 1), scale > 0.
     """
+    # scale = clip max|x| / (2^(bits-1) - 1)
     if symmetric:
         scale = x.abs().amax(-1, keepdim=True) * clip_ratio / (2 ** (bits - 1) - 1)
         return torch.where(scale == 0, 1.0, scale), torch.zeros_like(scale)
+    # scale = clip (max - min) / (2^bits - 1),   z = -clip min / scale; an empty range is replaced as the docstring says
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
     silent = (low == 0) & (high == 0)
     levels = 2**bits - 1

@@ -143,6 +143,7 @@ def hadamard_transform(x: Tensor, *, dtype: torch.dtype | None = None, odd_facto
     else:
         base, power = _split_by_factor(n, odd_factor)
         factor, scale = odd_factor.to(dtype=dtype, device=x.device), math.sqrt(0.5**power)
+    # x bar H_n^T with H_n = H_K kron H_2^m: the last axis as (K, 2^m), H_2^m on the right, H_K on the left, then the scale
     work = x.to(dtype).reshape(math.prod(x.shape[:-1]), base, 2**power)
     work = _sylvester_transform(work, power)
     if base > 1:
@@ -173,6 +174,7 @@ def _sylvester_transform(x: Tensor, power: int) -> Tensor:
     stages = -(-power // _MAX_RADIX)
     done = 1
     for stage in range(stages):
+        # One dense factor H_2^bits on the next bits of the index, from the fastest on; ``done`` positions lie inside them.
         bits = power // stages + (stage < power % stages)
         factor = _sylvester_as(bits, x.dtype, x.device)
         lines = rows * base * width // (done * 2**bits)
@@ -187,6 +189,7 @@ def _sylvester_transform(x: Tensor, power: int) -> Tensor:
 def _sylvester(power: int) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.int64)
     for _ in range(power):
+        # H_2^(a+1) = [[1, 1], [1, -1]] kron H_2^a
         matrix = torch.kron(torch.tensor([[1, 1], [1, -1]]), matrix)
     return matrix
 

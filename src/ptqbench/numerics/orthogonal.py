@@ -70,6 +70,7 @@ def positive_qr(matrix: Tensor) -> Tensor:
     Returns:
         (..., n, n) orthogonal.
     """
+    # M = Q R = (Q S)(S R) with S = sign(diag R)
     q, r = torch.linalg.qr(matrix)
     signed: Tensor = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
     return signed
@@ -87,6 +88,7 @@ def nearest_orthogonal(matrix: Tensor) -> tuple[Tensor, float]:
     wide = matrix.double()
     identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     deviation = float((wide.mT @ wide - identity).abs().max())
+    # M = U diag(s) V^T; the polar factor is U V^T
     left, _, right = torch.linalg.svd(wide)
     return left @ right, deviation
 

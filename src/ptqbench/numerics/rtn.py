@@ -48,6 +48,7 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, grid_weight: Tensor | None =
     for g, group in enumerate(groups):
         if group.spec.untouched:
             continue
+        # codes = clamp(round(w / scale) + zero_point),   q = scale * (codes - zero_point)
         rounded = to_codes(columns_of(weight, group).to(dtype), scale[g, :, None], zero_point[g, :, None], group.spec)
         columns_of(codes, group).copy_(rounded)
         columns_of(values, group).copy_(to_values(rounded, scale[g, :, None], zero_point[g, :, None]))
