@@ -9,7 +9,7 @@ so the high-precision part is the last.
 Source: arXiv 2404.00456 (QuaRot), code spcl/QuaRot@5008669; arXiv 2412.14363 (ResQ), code utkarsh-dmx/
 project-resq@cb87d0d. zero_point is rounded but not clamped, codes are clamped. Deviations: a plain-range row with
 max = min is extended to contain 0 (the codes divide by zero there); half-precision input is computed in float32.
-A row holding NaN or infinity becomes NaN: it is never hidden, and no synchronising check is made per call.
+A row with NaN or infinity becomes NaN, so that it stays visible; there is no check per call, which would make the host wait.
 
 Where a gradient is asked for, rounding is passed straight through: the gradient of the input is that of the output, with the
 range held fixed (facebookresearch/SpinQuant@8f47aa3).

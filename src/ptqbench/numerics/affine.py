@@ -26,7 +26,7 @@ from torch import Tensor
 from ptqbench.numerics.grid_spec import GridSpec
 
 SIGNED_FLOOR = 1e-5
-"""``sym_signed`` treats a row whose largest magnitude is below this as if it were this (QuaRot)."""
+"""Smallest range of ``sym_signed``: rows of smaller weights get this one (QuaRot)."""
 
 
 def code_limits(spec: GridSpec) -> tuple[int, int]:

@@ -158,7 +158,7 @@ def run_columns(
 
 
 def _panels(block: _Block, grids: GroupGrids, longest: int) -> list[tuple[int, int]]:
-    """Cut a block into panels, also where an unfitted group begins (its fit needs the updates of all before)."""
+    """Cut a block into panels, also where an unfitted group begins: its fit needs the updates of all channels before it."""
     size = block.stop - block.start
     seen = {g for g, fitted in enumerate(grids.fitted) if fitted}
     cuts = set(range(0, size, longest)) | {size}
@@ -198,9 +198,9 @@ def _round_fused(block: _Block, first: int, last: int, fused: FusedPanels, codes
 
 
 def _current(work: Tensor, block: _Block, done: int, positions: Tensor) -> Tensor:
-    """Return the weights at ``positions`` with the updates of the block's first ``done`` channels applied everywhere.
+    """Return the weights at ``positions`` after the updates by the first ``done`` channels of the block.
 
-    Inside the block they are up to date already; beyond it the block's own updates are still pending.
+    Weights inside the block have them already. Weights beyond it get them here, on a copy.
     """
     current = work[positions]
     beyond = positions >= block.stop

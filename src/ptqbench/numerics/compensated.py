@@ -154,7 +154,10 @@ def _fit_before_loop(
     factor: Factor,
     options: LoopOptions,
 ) -> None:
-    """Fit whole ranges on the untouched weight, and what else does not depend on the rounding on the zeroed one."""
+    """Fit the grids that do not depend on the rounding.
+
+    Whole ranges are fitted on the weight as it is; static groups, and all groups under ``grid_weight``, with dead channels at 0.
+    """
     source = weight if grid_weight is None else grid_weight
     zeroed = work if grid_weight is None else _transposed(grid_weight, factor, work.dtype)
     for g, group in enumerate(grids.groups):

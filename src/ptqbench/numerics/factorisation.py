@@ -2,8 +2,8 @@
 
     (H + damping * mean(diag H) * I)^-1 = U^T U,   U upper triangular, channels in processing order
 
-U is the inverse of the upper triangular R with H = R R^T, that is, of the Cholesky factor of the matrix read
-backwards: one factorisation and one triangular inverse, and a single place where a singular H shows.
+Let R be upper triangular with H = R R^T (H damped): R is the Cholesky factor of H with rows and columns reversed, reversed
+back. Then U = R^-1. This takes one factorisation and one triangular inverse, and a singular H shows in a single place.
 
 Legend: H (in, in) ``second_moment``, any positive multiple of X^T X; U (in, in).
 Source: IST-DASLab/gptq@2d65066, arXiv 2210.17323 section 3 (Cholesky reformulation).

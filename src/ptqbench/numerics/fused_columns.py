@@ -3,11 +3,11 @@
 Objective and legend: as in ``numerics/column_loop.py``. Its plain loop is the reference and serves float64 and CPUs. Channels
 beyond the panel are updated by matrix products in both.
 
-A program of the kernel (``numerics/column_kernel.py``) owns a few rows and keeps the errors e of the whole panel in
-registers, (``PANEL``, ``ROWS``): channel i gathers sum_j e_j U_ji / U_jj by one reduction over that tile, as the plain loop
-gathers by a product, and adds its own error to it by a mask. Gathering writes every number once and reads nothing that
-the kernel wrote, so no program ever waits for another and the next channel can be loaded while this one is rounded.
-Products are not contracted with sums, so that e is the error of the very q that is stored.
+A program of the kernel (``numerics/column_kernel.py``) owns ``ROWS`` rows and keeps the errors e of the whole panel in
+registers, as a tile (``PANEL``, ``ROWS``). Channel i gathers sum_j e_j U_ji / U_jj by one reduction over that tile, where the
+plain loop takes a product, and then writes its own error into the tile by a mask. The kernel writes every number once and
+reads back none of them. Therefore no program waits for another, and the next channel is loaded while this one is rounded.
+Products and sums are not fused, so that e is the error of exactly the q that is stored.
 
 Source: none but the plain loop. Deviation: sums in another order, so a weight within rounding error of the border
 between two codes may get the other one; later channels absorb the difference.
