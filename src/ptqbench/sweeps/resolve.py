@@ -35,14 +35,18 @@ class Known:
     def __init__(self) -> None:
         """Start knowing nothing."""
         self._digests: dict[Any, str] = {}
-        self._configs: dict[ModelSpec, dict[str, Any]] = {}
+        self._sources: dict[ModelSpec, source.ModelSource] = {}
         self._commits: dict[tuple[str, str], str | DataNotHereError] = {}
 
     def config(self, model: ModelSpec) -> dict[str, Any]:
         """The ``config.json`` of a model."""
-        if model not in self._configs:
-            self._configs[model] = source.locate(model, weights=False).config
-        return self._configs[model]
+        return self.checkpoint(model).config
+
+    def checkpoint(self, model: ModelSpec) -> source.ModelSource:
+        """The folder of a model."""
+        if model not in self._sources:
+            self._sources[model] = source.locate(model, weights=False)
+        return self._sources[model]
 
     def model_digest(self, model: ModelSpec) -> str:
         """The content digest of a model."""
@@ -140,9 +144,7 @@ def _fill(given: dict[str, Any], witness: str, defaults: Mapping[str, Any]) -> d
 
 def _pin(spec: RunSpec, known: Known) -> RunSpec:
     """Fill in content digests and the data type, and drop what cannot matter to an unquantized cell."""
-    config = known.config(spec.model)
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    dtype = spec.model.dtype if spec.model.dtype != "auto" else stored
+    dtype = spec.model.dtype if spec.model.dtype != "auto" else known.checkpoint(spec.model).dtype
     if dtype not in DTYPES:
         raise UnsupportedError(
             f"the checkpoint stores {dtype!r}; expected one of {', '.join(DTYPES)}: give model.dtype=..."
