@@ -131,3 +131,17 @@ def test_nan_in_a_weight_names_the_tensor(checkpoint):
     model = open_model(folder)
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"), model.block(1):
         pass
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
+)
+def test_weight_beyond_the_range_of_float16_is_refused(checkpoint, name):
+    from safetensors.torch import load_file, save_file
+
+    folder = checkpoint()
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[3] = 7e4
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=r"7e\+04 does not fit float16.*model.dtype=bfloat16"):
+        open_model(folder, torch.float16).materialise()

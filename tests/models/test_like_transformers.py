@@ -78,6 +78,15 @@ def head_of_its_own(tensors):
     return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].flip(0)}
 
 
+def head_of_the_embedding(tensors):
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+
+def typed(change, drop=(), **values):
+    """Change the stored types and what the configuration says about them."""
+    return lambda folder: (edit_config(folder, drop, **values), edit_tensors(folder, change))
+
+
 def biases(tensors):
     return tensors | {
         k.replace("weight", "bias"): torch.ones(len(v)) for k, v in tensors.items() if k.endswith("proj.weight")
@@ -117,12 +126,20 @@ def rope(key="rope_parameters", theta=None, **values):
     return configured(("rope_parameters",), **{key: values}, **({} if theta else {"rope_theta": 500.0}))
 
 
+def windows(width, first, **values):
+    """Ask for sliding windows by the keys that Qwen had before ``layer_types``."""
+    return configured(
+        ("layer_types",), use_sliding_window=True, sliding_window=width, max_window_layers=first, **values
+    )
+
+
+OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 ACCEPTED = {
     "untied": ("llama", {}, None),
     "tied": ("llama", {"tie_word_embeddings": True}, None),
     "no tie_word_embeddings": ("qwen2", {}, configured(("tie_word_embeddings",))),
     "tied, another head": ("llama", {"tie_word_embeddings": True}, stored(head_of_its_own)),
-    "tied, equal head": ("qwen3", {"tie_word_embeddings": True}, stored(lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})),
+    "tied, equal head": ("qwen3", {"tie_word_embeddings": True}, stored(head_of_the_embedding)),
     "all biases": ("llama", {"attention_bias": True, "mlp_bias": True}, None),
     "biases of qwen3": ("qwen3", {"attention_bias": True}, None),
     "extra biases": ("llama", {}, stored(biases)),
@@ -137,16 +154,16 @@ ACCEPTED = {
     "wrong shards": ("qwen2", {}, wrong_shards),
     "in both shards": ("qwen2", {}, in_both_shards),
     "stale index": ("llama", {}, stale_index),
-    "bfloat16": ("llama", {}, lambda f: (edit_config(f, ("torch_dtype",), dtype="bfloat16"), edit_tensors(f, as_type(torch.bfloat16)))),
-    "float16": ("qwen3", {}, lambda f: (edit_config(f, ("dtype",), torch_dtype="float16"), edit_tensors(f, as_type(torch.float16)))),
+    "bfloat16": ("llama", {}, typed(as_type(torch.bfloat16), dtype="bfloat16")),
+    "float16": ("qwen3", {}, typed(as_type(torch.float16), ("dtype",), torch_dtype="float16")),
     "float64 in float32": ("llama", {}, stored(as_type(torch.float64))),
     "mixed types": ("llama", {}, stored(mixed_types)),
-    "mixed types, none in config": ("llama", {}, lambda f: (edit_config(f, ("dtype", "torch_dtype")), edit_tensors(f, mixed_types))),
-    "bfloat16, none in config": ("llama", {}, lambda f: (edit_config(f, ("dtype",)), edit_tensors(f, as_type(torch.bfloat16)))),
+    "mixed types, none in config": ("llama", {}, typed(mixed_types, ("dtype",))),
+    "bfloat16, none in config": ("llama", {}, typed(as_type(torch.bfloat16), ("dtype",))),
     "type in index": ("llama", {}, lambda f: (edit_config(f, ("dtype",)), sharded(f, metadata={"dtype": "float16"}))),
     "full attention": ("qwen3", {}, configured(layer_types=["full_attention"] * 2, use_sliding_window=True, sliding_window=4)),
-    "windows in no block": ("qwen2", {}, configured(("layer_types",), use_sliding_window=True, sliding_window=4, max_window_layers=2)),
-    "windows without width": ("qwen2", {}, configured(("layer_types",), use_sliding_window=True, sliding_window=None, max_window_layers=0)),
+    "windows in no block": ("qwen2", {}, windows(4, 2)),
+    "windows without width": ("qwen2", {}, windows(None, 0)),
     "windows of llama": ("llama", {}, configured(use_sliding_window=True, sliding_window=4)),
     "rope default": ("llama", {}, rope(rope_type="default", theta=1234.0)),
     "rope old, null": ("llama", {}, configured(("rope_parameters",), rope_scaling=None, rope_theta=777.0)),
@@ -156,7 +173,7 @@ ACCEPTED = {
     "rope llama3": ("llama", {}, rope(**LLAMA3, theta=1e4)),
     "rope old llama3": ("llama", {}, rope("rope_scaling", **LLAMA3)),
     "rope yarn": ("qwen3", {}, rope(**YARN, theta=1e4)),
-    "rope old yarn": ("qwen2", {}, rope("rope_scaling", **({"type": "yarn"} | {k: v for k, v in YARN.items() if k != "rope_type"}))),
+    "rope old yarn": ("qwen2", {}, rope("rope_scaling", **OLD_YARN)),
     "rope longrope": ("llama", {}, rope(**LONG, theta=1e4)),
     "rope both forms": ("llama", {}, configured(rope_scaling={"rope_type": "linear", "factor": 3.0}, rope_theta=300.0)),
     "not in ASCII": ("llama", {}, configured(finetuned_by="Zoë — 模型")),
@@ -264,7 +281,7 @@ REFUSED = {
     "float8": (one_tensor(lambda w: w.to(torch.float8_e5m2)), "dtype F8_E5M2"),
     "float8 and scales": (scales(".weight_scale_inv", torch.float8_e4m3fn), "dtype F8_E4M3 with .*weight_scale_inv"),
     "scales alone": (scales(".weight_scale"), "quantized already.*weight_scale"),
-    "packed": (lambda f: edit_tensors(f, lambda t: {k.replace("up_proj.weight", "up_proj.qweight"): v for k, v in t.items()}), "qweight"),
+    "packed": (stored(lambda t: {k.replace("proj.weight", "proj.qweight"): v for k, v in t.items()}), "qweight"),
     "quantization_config": (configured(quantization_config={"quant_method": "gptq"}), "quantized.*quantization_config.*gptq"),
     "empty quantization_config": (configured(quantization_config={}), "quantized"),
     "compression_config": (configured(compression_config={"format": "pack-quantized"}), "compression_config.*pack-quantized"),
@@ -307,7 +324,7 @@ REFUSED = {
     "too many layer types": (configured(layer_types=["full_attention"] * 3), "one entry for each of 2 blocks"),
     "layer types as text": (configured(layer_types="full_attention"), "layer_types must be a list"),
     "sliding by the old keys": (
-        configured(("layer_types",), model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1),
+        windows(4, 1, model_type="qwen2"),
         "use_sliding_window",
     ),
     "rope unknown": (rope(rope_type="spiral", factor=2.0), "rope_type 'spiral'.*known: default"),
@@ -366,7 +383,7 @@ def test_everything_else_is_refused_by_name_in_one_line(checkpoint, name, monkey
     [
         ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "cannot fill 4 bytes"),
         ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "expected them to begin at 0"),
-        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "v": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "begin at 4"),
+        ({key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for key in "vw"}, "begin at 4"),
         ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "corrupt"),
         ({"w": {"dtype": "F32", "shape": [1]}}, "corrupt"),
         ({"w": [1]}, "corrupt"),
@@ -421,3 +438,25 @@ def test_hub_model_is_checked_as_far_as_it_is_here(checkpoint, tmp_path, monkeyp
     one_tensor(lambda w: w.to(torch.int8))(here)
     with pytest.raises(UnsupportedError, match="dtype I8"):
         digest(spec)
+
+
+def test_a_composed_cell_has_the_type_of_the_weights_where_the_configuration_has_none(checkpoint):
+    from ptqbench.sweeps.compose import compose_cell
+
+    folder = checkpoint()
+    typed(as_type(torch.bfloat16), ("dtype",))(folder)
+    words = ["+method=fp16", "bitwidth=fp16", "model=local", f"model.path={folder}", "evaluation=tiny"]
+    assert compose_cell(words).model.dtype == "bfloat16"
+
+
+def test_the_result_of_a_cell_says_what_was_left_out(checkpoint, tmp_path):
+    from ptqbench.run import run_cell
+    from ptqbench.runs.folder import create
+    from ptqbench.sweeps.compose import compose_cell
+
+    folder = checkpoint()
+    stored(biases)(folder)
+    words = ["+method=fp16", "bitwidth=fp16", "model=local", f"model.path={folder}", "evaluation=tiny", "evaluation.tasks=[]",
+             "evaluation.texts.tiny.seq_len=64", f"execution.runs_dir={tmp_path}"]  # fmt: skip
+    spec = compose_cell(words)
+    assert run_cell(spec, create(spec))["remarks"] == ModelSource(folder).remarks != []

@@ -198,7 +198,7 @@ class BlockwiseModel:
         return installed
 
     def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        placed = {key: value.to(device=self.device, dtype=self.dtype) for key, value in tensors.items()}
+        placed = {key: self._cast(value) for key, value in tensors.items()}
         module.load_state_dict(placed, strict=True, assign=True)
         module.requires_grad_(False)
 
@@ -206,7 +206,21 @@ class BlockwiseModel:
         """Change basis and data type of embedding rows (rows, hidden_size)."""
         change = self.basis.embedding if self.basis is not None else dict
         pieces = [change({"weight": piece.to(self.device)})["weight"] for piece in rows.split(VOCABULARY_ROWS)]
-        return torch.cat([piece.to(self.dtype) for piece in pieces])
+        return torch.cat([self._cast(piece) for piece in pieces])
+
+    def _cast(self, weight: Tensor) -> Tensor:
+        """Move a finite weight to the device and the data type of the model.
+
+        Raises:
+            NumericalError: It is beyond the range of the data type.
+        """
+        cast = weight.to(device=self.device, dtype=self.dtype)
+        if self.dtype == torch.float16 and not bool(torch.isfinite(cast).all()):
+            raise NumericalError(
+                f"{self.source.folder}: a weight of size {float(weight.abs().max()):.3g} does not fit float16 (at most 65504); "
+                f"give model.dtype=bfloat16 or float32"
+            )
+        return cast
 
     def _head_tensors(self) -> dict[str, Tensor]:
         """Read ``norm.weight`` and ``lm_head.weight`` (a clone of tied embeddings) and change their basis."""
@@ -218,7 +232,7 @@ class BlockwiseModel:
         for piece in table.split(VOCABULARY_ROWS):
             changed = self.basis.head({"norm.weight": gain, "lm_head.weight": piece.to(self.device)})
             changed_gain = changed["norm.weight"]
-            pieces.append(changed["lm_head.weight"].to(self.dtype))
+            pieces.append(self._cast(changed["lm_head.weight"]))
         return {"norm.weight": changed_gain, "lm_head.weight": torch.cat(pieces)}
 
     def _read_module(self, name: str) -> dict[str, Tensor]:
