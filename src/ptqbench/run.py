@@ -311,6 +311,7 @@ def _result(
         "peak_host_gib": round(provenance.peak_host_gib(), 4),
         "peak_gpu_gib": provenance.peak_gpu_gib(),
         "attempts": len(folder.attempts),
+        "remarks": model.source.remarks,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +71,11 @@ def _read_file(given: str | None, digest: str) -> dict[str, Any]:
 
             return dict(load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise ConfigError(
+            f"rotation_file {path} cannot be read: it is no pickle of tensors alone, and nothing else is unpickled because that "
+            f"can run code; save a mapping of names to tensors, best with safetensors"
+        ) from None
     except Exception as error:  # both readers raise many types for one fact
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"rotation_file {path} cannot be read: {reason}") from None

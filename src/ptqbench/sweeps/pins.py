@@ -30,14 +30,18 @@ class Known:
     def __init__(self) -> None:
         self._digests: dict[Any, str] = {}
         self._windows: dict[CalibrationSpec, CalibrationSpec] = {}
-        self._configs: dict[ModelSpec, dict[str, Any]] = {}
+        self._sources: dict[ModelSpec, source.ModelSource] = {}
         self._commits: dict[tuple[str, str], str | DataNotHereError] = {}
 
     def config(self, model: ModelSpec) -> dict[str, Any]:
         """The ``config.json`` of a model."""
-        if model not in self._configs:
-            self._configs[model] = source.locate(model, weights=False).config
-        return self._configs[model]
+        return self.checkpoint(model).config
+
+    def checkpoint(self, model: ModelSpec) -> source.ModelSource:
+        """The folder of a model."""
+        if model not in self._sources:
+            self._sources[model] = source.locate(model, weights=False)
+        return self._sources[model]
 
     def model_digest(self, model: ModelSpec) -> str:
         """The content digest of a model."""
@@ -117,9 +121,7 @@ def _check_options(spec: RunSpec) -> None:
 
 
 def _dtype(model: ModelSpec, known: Known) -> Any:
-    config = known.config(model)
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    dtype = model.dtype if model.dtype != "auto" else stored
+    dtype = model.dtype if model.dtype != "auto" else known.checkpoint(model).dtype
     if dtype not in DTYPES:
         raise UnsupportedError(
             f"the checkpoint stores {dtype!r}; expected one of {', '.join(DTYPES)}: give model.dtype=..."
