@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ptqbench.cell.fingerprint import FORMAT, identity_fields
 from ptqbench.cell.registry import create
 from ptqbench.cell.spec import UNTOUCHED_BITS, CalibrationSpec, RunSpec
-from ptqbench.errors import CellBusy, PtqbenchError
+from ptqbench.errors import CellBusy, ConfigError, PtqbenchError
 from ptqbench.runs.artefacts import FOLDER, Artefacts
 from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
 from ptqbench.runs.folder import RunFolder, replacing, write_json
@@ -139,14 +139,29 @@ def _configure(spec: RunSpec) -> None:
     forbid_fused(spec.execution.column_loop == "plain")
 
 
+def device_of(spec: RunSpec) -> torch.device:
+    """The device on which a cell runs on this machine.
+
+    Raises:
+        ConfigError: It is to run on a GPU, and there is none.
+    """
+    import torch
+
+    device, found = spec.execution.device, torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ConfigError(
+            "execution.device=cuda: expected a GPU on this machine, torch finds none; say execution.device=cpu, or run the cell "
+            "where there is one"
+        )
+    return torch.device(device if device != "auto" else "cuda" if found else "cpu")
+
+
 def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
     import torch
 
     from ptqbench.models.blockwise import BlockwiseModel
     from ptqbench.models.outliers import outlier_channels, rescale_block
 
-    device = spec.execution.device
-    device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     width = int(source.config["hidden_size"])
     channels = outlier_channels(width, spec.model.outlier_channels)
 
@@ -154,7 +169,7 @@ def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
         return rescale_block(tensors, width, channels, spec.model.outlier_factor)
 
     dtype: torch.dtype = getattr(torch, spec.model.dtype)
-    return BlockwiseModel(source, dtype, torch.device(device), with_outliers if channels else None)
+    return BlockwiseModel(source, dtype, device_of(spec), with_outliers if channels else None)
 
 
 @dataclasses.dataclass(frozen=True)
