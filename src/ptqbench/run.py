@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ptqbench.engine.bases import Shelf
     from ptqbench.engine.blocks_on_disk import BlockState
     from ptqbench.engine.timings import Timings
+    from ptqbench.evaluate.cell import Ready
     from ptqbench.methods.precision import Precision
     from ptqbench.models.blockwise import BlockwiseModel
 
@@ -93,7 +94,7 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
     from ptqbench.data.tokenizer import load_tokenizer
     from ptqbench.engine.blocks_on_disk import BlockState
     from ptqbench.engine.timings import Timings
-    from ptqbench.evaluate.cell import prepared_tasks
+    from ptqbench.evaluate.cell import load
     from ptqbench.models.source import locate
 
     observer.stage("load", 1)
@@ -105,11 +106,11 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
     transform = create("transform", spec.method.transform)
     precision = transform.precision(spec, model.architecture)
     calibration = _Calibration(spec, model, tokenizer)
-    tasks = prepared_tasks(spec.evaluation, folder, tokenizer)
+    ready = load(spec.evaluation, folder, tokenizer, model.architecture.vocab_size)
     if spec.quantizes:
         model = _transformed(spec, model, transform, calibration, folder, timings, observer)
         _quantize(spec, model, precision, calibration, state, timings, observer)
-    metrics = _evaluate(spec, folder, model, tokenizer, tasks, state, timings, observer)
+    metrics = _evaluate(spec, folder, model, tokenizer, ready, state, timings, observer)
     result = _result(spec, folder, model, metrics, _record_layers(spec, folder, state, model, precision), timings)
     _check_still(spec, folder, calibration.artefacts)
     return result | {"tokenizer": type(tokenizer).__name__, "shared": calibration.artefacts.account()}
@@ -264,7 +265,7 @@ def _evaluate(
     folder: RunFolder,
     model: BlockwiseModel,
     tokenizer: Any,
-    tasks: Any,
+    ready: Ready,
     state: BlockState,
     timings: Timings,
     observer: Observer,
@@ -272,7 +273,7 @@ def _evaluate(
     from ptqbench.evaluate.cell import CellEvaluation
 
     overlay = state.overlay if spec.bitwidth.w_bits < UNTOUCHED_BITS else None
-    return CellEvaluation(spec.evaluation, folder, model, overlay, tokenizer, observer, timings.measure, tasks).run()
+    return CellEvaluation(spec.evaluation, folder, model, overlay, tokenizer, observer, timings.measure, ready).run()
 
 
 def _record_layers(
