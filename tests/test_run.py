@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from ptqbench.errors import RunFailed
+from ptqbench.errors import ConfigError, RunFailed
+from ptqbench.run import run_folder
 from ptqbench.runs import attempt as attempt_module
 from ptqbench.runs import folder as store
 from ptqbench.runs.attempt import Silent, attempt
@@ -123,3 +124,21 @@ def test_products_on_a_gpu_are_asked_for_in_a_fixed_order(tmp_path, monkeypatch,
     folder = make(tmp_path)
     done = subprocess.run([sys.executable, "-c", SHOWN, str(folder.path)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{expected} True"
+
+
+def test_a_missing_gpu_is_said_before_there_is_a_run_folder(tmp_path, monkeypatch):
+    from ptqbench import foreground
+    from ptqbench.launch import dispatch
+    from ptqbench.sweeps.compose import resolved
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["+method=gptq", *SMALL, f"execution.runs_dir={tmp_path}/runs", "execution.device=cuda"]
+    with pytest.raises(ConfigError, match="expected a GPU on this machine"):
+        foreground.run_one(compose_cell(words))
+    with pytest.raises(ConfigError, match="expected a GPU on this machine"):
+        dispatch.launch(resolved([("cell", [*words, "launcher=inline"])]))
+    assert not (tmp_path / "runs").exists()
+    folder = store.create(compose_cell(words))  # as where a job is queued, to run on another machine
+    with pytest.raises(RunFailed, match="expected a GPU on this machine"):
+        run_folder(folder)
+    assert folder.failure()["kind"] == "config"

@@ -61,7 +61,7 @@ def run_one(spec: RunSpec) -> int:
         Exit status 0; also where another process works on the cell.
 
     Raises:
-        ConfigError: The combination makes no sense.
+        ConfigError: The combination makes no sense, or there is no GPU for it.
         RunFailed: The cell failed.
     """
     from ptqbench.results.terminal import result_table
@@ -73,12 +73,13 @@ def run_one(spec: RunSpec) -> int:
     folder, state = folder_of(spec), "already done"
     result = folder.result()
     if result is None:
+        from ptqbench.run import device_of, run_cell
+
+        device_of(spec)
         state, folder = "done", create(spec, folder)
         folder.cancel_path.unlink(missing_ok=True)
         try:
             with Bar(errors, name, spec.execution.progress and errors.is_terminal) as bar:
-                from ptqbench.run import run_cell
-
                 result = run_cell(spec, folder, bar)
         except CellBusy as busy:
             console.print(str(busy), soft_wrap=True, highlight=False, markup=False)

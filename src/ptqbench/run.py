@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ptqbench.cell.fingerprint import FORMAT, identity_fields
 from ptqbench.cell.registry import create
 from ptqbench.cell.spec import UNTOUCHED_BITS, CalibrationSpec, RunSpec
-from ptqbench.errors import CellBusy, PtqbenchError
+from ptqbench.errors import CellBusy, ConfigError, PtqbenchError
 from ptqbench.runs.artefacts import FOLDER, Artefacts
 from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
 from ptqbench.runs.folder import RunFolder, replacing, write_json
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ptqbench.engine.bases import Shelf
     from ptqbench.engine.blocks_on_disk import BlockState
     from ptqbench.engine.timings import Timings
+    from ptqbench.evaluate.cell import Ready
     from ptqbench.methods.precision import Precision
     from ptqbench.models.blockwise import BlockwiseModel
 
@@ -93,7 +94,7 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
     from ptqbench.data.tokenizer import load_tokenizer
     from ptqbench.engine.blocks_on_disk import BlockState
     from ptqbench.engine.timings import Timings
-    from ptqbench.evaluate.cell import prepared_tasks
+    from ptqbench.evaluate.cell import load
     from ptqbench.models.source import locate
 
     observer.stage("load", 1)
@@ -105,11 +106,11 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
     transform = create("transform", spec.method.transform)
     precision = transform.precision(spec, model.architecture)
     calibration = _Calibration(spec, model, tokenizer)
-    tasks = prepared_tasks(spec.evaluation, folder, tokenizer)
+    ready = load(spec.evaluation, folder, tokenizer, model.architecture.vocab_size)
     if spec.quantizes:
         model = _transformed(spec, model, transform, calibration, folder, timings, observer)
         _quantize(spec, model, precision, calibration, state, timings, observer)
-    metrics = _evaluate(spec, folder, model, tokenizer, tasks, state, timings, observer)
+    metrics = _evaluate(spec, folder, model, tokenizer, ready, state, timings, observer)
     result = _result(spec, folder, model, metrics, _record_layers(spec, folder, state, model, precision), timings)
     _check_still(spec, folder, calibration.artefacts)
     return result | {"tokenizer": type(tokenizer).__name__, "shared": calibration.artefacts.account()}
@@ -139,14 +140,29 @@ def _configure(spec: RunSpec) -> None:
     forbid_fused(spec.execution.column_loop == "plain")
 
 
+def device_of(spec: RunSpec) -> torch.device:
+    """The device on which a cell runs on this machine.
+
+    Raises:
+        ConfigError: It is to run on a GPU, and there is none.
+    """
+    import torch
+
+    device, found = spec.execution.device, torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ConfigError(
+            "execution.device=cuda: expected a GPU on this machine, torch finds none; say execution.device=cpu, or run the cell "
+            "where there is one"
+        )
+    return torch.device(device if device != "auto" else "cuda" if found else "cpu")
+
+
 def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
     import torch
 
     from ptqbench.models.blockwise import BlockwiseModel
     from ptqbench.models.outliers import outlier_channels, rescale_block
 
-    device = spec.execution.device
-    device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     width = int(source.config["hidden_size"])
     channels = outlier_channels(width, spec.model.outlier_channels)
 
@@ -154,7 +170,7 @@ def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
         return rescale_block(tensors, width, channels, spec.model.outlier_factor)
 
     dtype: torch.dtype = getattr(torch, spec.model.dtype)
-    return BlockwiseModel(source, dtype, torch.device(device), with_outliers if channels else None)
+    return BlockwiseModel(source, dtype, device_of(spec), with_outliers if channels else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +265,7 @@ def _evaluate(
     folder: RunFolder,
     model: BlockwiseModel,
     tokenizer: Any,
-    tasks: Any,
+    ready: Ready,
     state: BlockState,
     timings: Timings,
     observer: Observer,
@@ -257,7 +273,7 @@ def _evaluate(
     from ptqbench.evaluate.cell import CellEvaluation
 
     overlay = state.overlay if spec.bitwidth.w_bits < UNTOUCHED_BITS else None
-    return CellEvaluation(spec.evaluation, folder, model, overlay, tokenizer, observer, timings.measure, tasks).run()
+    return CellEvaluation(spec.evaluation, folder, model, overlay, tokenizer, observer, timings.measure, ready).run()
 
 
 def _record_layers(

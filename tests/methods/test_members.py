@@ -318,6 +318,8 @@ def test_registered_members_build_from_their_own_defaults(role, name):
         ("target", {"name": "loaq", "rms_scale": "both"}, ["rms_scale", "'split'", "'both'"]),
         ("target", {"name": "qep", "exclude": ["down_proj"]}, ["exclude", "mlp.down_proj", "'down_proj'"]),
         ("solver", {"name": "gptaq", "strenght": 0.5}, ["strenght", "did you mean 'strength'"]),
+        ("solver", {"name": "gptq", "damping": 1e9}, ["damping", "less than or equal to 10"]),
+        ("target", {"name": "qep", "damping": 1e9}, ["damping", "less than or equal to 10"]),
         ("refine", {"name": "null_space", "ridge": -1.0}, ["ridge", "greater than or equal to 0"]),
     ],
 )
@@ -333,6 +335,8 @@ def test_members_that_act_on_rounded_weights_skip_cells_without():
 
     assert "solver none rounds nothing" in skip_reason(compose_cell(["+method=fp16", "method/target=loaq"]))
     assert "rounds nothing" in skip_reason(compose_cell(["+method=fp16", "method/refine=null_space"]))
+    low = ["+method=resq", "method.transform.high_bits=3", "bitwidth=w4a4kv4"]
+    assert "high_bits=3 is below the 4 bits of bitwidth w4a4kv4" in skip_reason(compose_cell(low))
     assert (
         skip_reason(compose_cell(["+method=gptq", "method/target=loaq", "method/refine=scale_refit", "bitwidth=w3"]))
         is None

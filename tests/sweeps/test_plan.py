@@ -111,7 +111,8 @@ def test_a_branch_is_looked_up_once_for_all_cells(tmp_path, monkeypatch):
     assert {cell.spec.evaluation.task_digests["race"] for cell in found} == {f"hub:EleutherAI/race@{40 * 'a'}"}
     assert len(looks) == 2
     texts = ["calibration=file", "calibration.dataset=ptb", "calibration.split=train", "evaluation=ptb"]
-    (cell,) = resolved([("texts", [*words[:1], *texts, "bitwidth=w4", words[-1]])])
+    words.append("execution.beyond_context=true")
+    (cell,) = resolved([("texts", [*words[:1], *texts, "bitwidth=w4", *words[-2:]])])
     assert cell.spec.calibration.digest == cell.spec.evaluation.texts["ptb"].digest
     assert looks[2:] == ["refs/convert/parquet"], "two splits, one look"
 

@@ -60,7 +60,7 @@ def load_text(spec: TextSpec) -> Text:
     if longest > MAX_CHARACTERS:
         raise ConfigError(
             f"{_name(spec)} has {longest} characters that are tokenized in one piece, expected at most {MAX_CHARACTERS}: "
-            f"give a separator between its documents, or a smaller portion"
+            f"give a separator between its documents (dataset=file), or a smaller portion"
         )
     return text
 

@@ -29,6 +29,9 @@ def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False)
 
     Returns:
         Exit status: 1 if a cell failed or could not be composed, 130 if cells were cancelled, else 0.
+
+    Raises:
+        ConfigError: Cells are to run on a GPU of this machine, which has none.
     """
     launcher = next((cell.spec.launcher for cell in cells if cell.spec is not None), LauncherSpec())
     kind = choose(launcher)
@@ -43,6 +46,7 @@ def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False)
     with Report(rows, live=progress) as report:
         if todo:
             report.announce(_how(kind, launcher))
+        _check_devices(kind, todo)
         for row in todo:
             if row.cell.spec is not None and row.cell.folder is not None:
                 create(row.cell.spec, row.cell.folder)
@@ -76,6 +80,15 @@ def choose(launcher: LauncherSpec) -> str:
     if launcher.kind != "auto":
         return launcher.kind
     return "slurm" if slurm.available() and "SLURM_JOB_ID" not in os.environ else "local"
+
+
+def _check_devices(kind: str, todo: list[Row]) -> None:
+    """Refuse cells that are to run on a GPU of this machine where it has none, before any has a run folder."""
+    asked = [row.cell.spec for row in todo if row.cell.spec is not None and row.cell.spec.execution.device == "cuda"]
+    if asked and kind in ("local", "inline"):
+        from ptqbench.run import device_of
+
+        device_of(asked[0])
 
 
 def _how(kind: str, launcher: LauncherSpec) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import UnsupportedError
 from ptqbench.methods.base import Aim, Statistic, Statistics
+from ptqbench.methods.targets import Damping
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -70,7 +71,7 @@ class Gptq:
         on_cholesky_failure: ``raise``, or ``retry`` with ten times the damping, recorded in the layer report.
     """
 
-    damping: Annotated[float, Field(ge=0)] = 0.01
+    damping: Damping = 0.01
     column_block: Annotated[int, Field(ge=1)] = 128
     act_order: bool = False
     static_groups: bool = False

@@ -123,6 +123,12 @@ class Subspace(FromLayout):
         if self.objective == "joint" and self.low_bits(spec) >= UNTOUCHED_BITS:
             return "objective=joint weighs rounding noise of weights and inputs: it vanishes where both have 16 bits"
         bits = spec.bitwidth
+        below = [b for b in (bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits) if b < UNTOUCHED_BITS]
+        if self.high_fraction and max(below, default=0) > self.high_bits:
+            return (
+                f"method.transform.high_bits={self.high_bits} is below the {max(below)} bits of bitwidth {bits.name}: the most "
+                f"important directions would get the fewest bits"
+            )
         if self.iso_bits and {bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits} - {ISO_BULK_BITS, UNTOUCHED_BITS}:
             return f"iso_bits (2, 4 and 6 bits) is defined for {ISO_BULK_BITS} bits, bitwidth {bits.name} has others"
         what = "down_proj's transform (intermediate_size)"

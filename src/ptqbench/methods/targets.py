@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ptqbench.models.architecture import Architecture
 
 Strength = Annotated[float, Field(ge=0, le=1)]
-Damping = Annotated[float, Field(ge=0)]
+Damping = Annotated[float, Field(ge=0, le=10)]  # more leaves nothing of the moment: rounding to nearest
 
 
 @dataclasses.dataclass(frozen=True)
