@@ -82,7 +82,9 @@ def _ask(arguments: list[str], words: list[str]) -> _Asked:
             task()
     except SystemExit as stop:
         if stop.code:
-            raise ConfigError((said.getvalue().strip().splitlines() or ["Hydra refused the command line"])[-1]) from None
+            raise ConfigError(
+                (said.getvalue().strip().splitlines() or ["Hydra refused the command line"])[-1]
+            ) from None
     except Exception as error:
         raise refusal(error, words) from None
     finally:
@@ -113,7 +115,9 @@ def _values(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     if not override.is_discrete_sweep():
-        raise ConfigError(f"{override.input_line}: expected values that can be listed, such as seed=0,1,2 or seed=range(3)")
+        raise ConfigError(
+            f"{override.input_line}: expected values that can be listed, such as seed=0,1,2 or seed=range(3)"
+        )
     found = list(itertools.islice(override.sweep_string_iterator(), MOST_CELLS + 1))
     if not found:
         raise ConfigError(f"{override.input_line}: no values, so no cells")

@@ -14,7 +14,6 @@ import json
 import os
 import stat
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from ptqbench.cell.folders import cache_folder
