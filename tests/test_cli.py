@@ -11,8 +11,8 @@ import pytest
 from ptqbench.cell.folders import conf_folder, group_names
 from ptqbench.errors import ConfigError
 from ptqbench.sweeps.compose import Composer, compose_cell
-from ptqbench.sweeps.words import rewrite
 from ptqbench.sweeps.resolve import resolve
+from ptqbench.sweeps.words import rewrite
 
 
 def ptqbench(*arguments, cwd, timeout=300, **environment):

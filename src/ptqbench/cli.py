@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ptqbench import __version__
 from ptqbench.errors import ConfigError
-from ptqbench.runs.places import existing_runs_folder, gib, output_file, runs_folder
+from ptqbench.runs.places import existing_runs_folder, gib, output_file, picture_file, runs_folder
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -177,11 +177,11 @@ def _uncollected() -> Iterator[None]:
 
 def _report(options: argparse.Namespace) -> int:
     from ptqbench.results.report_page import report_page
-    from ptqbench.runs.folder import write_text
+    from ptqbench.runs.places import write_output
 
     sources, title, columns = _table_sources(options)
     command = [] if options.sweep is None else [options.sweep, *options.overrides]
-    write_text(Path(options.output), report_page(sources, title, columns, command))
+    write_output(options.output, report_page(sources, title, columns, command))
     print(f"report: {options.output}")
     return 0
 
@@ -314,7 +314,7 @@ COMMANDS = {
             _option("--format", choices=_STYLES, help="default: terminal, or by the suffix of --output"),
             _option("--output", metavar="FILE", type=output_file, help="write a .md, .tex, .html or .csv file"),
             _option("--check", action="store_true", help="the papers' figures beside ours, and whether they compare"),
-            _option("--picture", metavar="FILE", type=output_file, help="also draw the figures to a PNG or PDF file"),
+            _option("--picture", metavar="FILE", type=picture_file, help="also draw the figures to a PNG or PDF file"),
             _option("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders"),
         ), existing_runs_folder,
     ),

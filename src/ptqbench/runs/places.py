@@ -1,11 +1,14 @@
-"""Names of files and folders, and amounts, that a person gives with an option: checked before any work is done for them."""
+"""What a person gives with an option: names of files and folders, checked before any work is done for them, and amounts."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 from argparse import ArgumentTypeError
 from pathlib import Path
+
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def output_file(name: str) -> str:
@@ -20,6 +23,33 @@ def output_file(name: str) -> str:
     if not above.is_dir():
         raise ArgumentTypeError(f"{name!r} lies below {str(above)!r}, which is a file")
     return name
+
+
+def picture_file(name: str) -> str:
+    """Check the name of a picture to be drawn."""
+    if Path(output_file(name)).suffix.lower() not in PICTURES:
+        raise ArgumentTypeError(f"expected a name that ends in {', '.join(PICTURES)}, got {name!r}")
+    return name
+
+
+def write_output(name: str, text: str) -> None:
+    """Write a text where a person wants it: a link is followed, a device or a pipe is written to, a file is replaced as a whole.
+
+    Args:
+        name: As ``output_file`` has checked it.
+        text: What is written, as UTF-8.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from ptqbench.runs.folder import write_text  # here, so that a start without it imports no pydantic
+
+    path = Path(os.path.realpath(name))
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+    else:
+        write_text(path, text)
 
 
 def runs_folder(name: str) -> str:
