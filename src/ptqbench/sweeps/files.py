@@ -160,7 +160,7 @@ def _check_size(sweep: Sweep, where: str) -> None:
 
 def _check_exclusions(sweep: Sweep, where: str) -> None:
     """Refuse an exclusion that removes nothing: a slip in it would let cells run that were to be left out."""
-    points = [point for grid in sweep.grids for point in _points(grid, sweep.name)]
+    points = [point for grid in sweep.grids for point in _points(grid, sweep.name)] if sweep.exclude else []
     for rule in sweep.exclude:
         if any(_matches(point, rule) for point in points):
             continue

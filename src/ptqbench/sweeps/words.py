@@ -73,8 +73,8 @@ def _mapping_key(key: Any) -> str:
 
 
 def assign(key: str, value: Any) -> list[str]:
-    """Override words that give a key this value. Hydra would merge a mapping into what is there, so that is emptied first."""
-    return [*([f"{key}=null"] if isinstance(value, dict) else []), f"{key}={literal(value)}"]
+    """Override words that give a key this value. What is there is emptied first where Hydra would merge the value into it."""
+    return [*([f"{key}=null"] if isinstance(value, dict | list) else []), f"{key}={literal(value)}"]
 
 
 def is_axis(name: str) -> bool:
