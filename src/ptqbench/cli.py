@@ -92,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _print_anything() -> None:
     """Let every character be printed: one that the terminal's encoding lacks is written in ASCII instead of raising."""
-    plain = {"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "≤": "<=", "≥": ">=", "→": "->", "µ": "u"}
+    plain = dict(zip("±×–—−…≤≥→↓↑µ", ["+-", "x", "-", "-", "-", "...", "<=", ">=", "->", "v", "^", "u"], strict=True))
 
     def written(error: UnicodeError) -> tuple[str | bytes, int]:
         if not isinstance(error, UnicodeEncodeError):

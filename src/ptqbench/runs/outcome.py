@@ -34,11 +34,11 @@ def outcome(error: BaseException) -> tuple[str, int]:
         wrong = isinstance(error, ConfigError | UnsupportedError | CalibrationError) or place
         return one_line(error), 2 if wrong else 1
     if isinstance(error, OSError) and error.filename is not None and error.errno in WRONG_PLACE:
-        return f"{os.fsdecode(error.filename)!r} {WRONG_PLACE[error.errno]}", 2
+        return f"{str(error.filename)!r} {WRONG_PLACE[error.errno]}", 2
     kind = classify(error)
     status = 2 if kind.name == "config" else 1
     if isinstance(error, OSError):
-        at = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+        at = "" if error.filename is None else f" ({error.filename})"
         advice = f"; {kind.advice}" if kind.name != "code" else ""
         return f"{error.strerror or one_line(error)}{at}{advice}", status
     if isinstance(error, MemoryError):
