@@ -104,9 +104,8 @@ def note_multirun(overrides: Iterable[Override], compose: Compose) -> None:
         ConfigError: More cells than are taken.
     """
     values = {override.get_key_element(): _values(override) for override in overrides}
-    count = math.prod(map(len, values.values()))
-    if count > MOST_CELLS:
-        raise ConfigError(f"the command line asks for {count:,} cells, at most {MOST_CELLS:,} are taken")
+    if math.prod(map(len, values.values())) > MOST_CELLS:
+        raise ConfigError(f"the command line asks for more than {MOST_CELLS:,} cells, which is the most that are taken")
     pairs = [[f"{key}={value}" for value in choices] for key, choices in values.items()]
     _asked.jobs, _asked.compose = [list(job) for job in itertools.product(*pairs)], compose
 
