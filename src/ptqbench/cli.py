@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     _print_anything()
     try:
         status = _dispatch(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:  # whoever read the output has seen enough
         _discard_output()
         return 0
@@ -108,7 +108,7 @@ def _print_anything() -> None:
 def _discard_output() -> None:
     """Drop what standard output could not take, else Python tries again at exit and says so."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

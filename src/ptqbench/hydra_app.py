@@ -1,6 +1,7 @@
-"""Command lines that are Hydra's: one cell, a multirun, or what Hydra itself shows. It parses and composes; then it is done.
+"""Command lines in Hydra's grammar: one cell, a multirun, or Hydra's own ``--cfg`` and ``--info``.
 
-No cell runs inside Hydra, so that its handling of errors, its folders and its logs have no part in one.
+Hydra parses and composes, and returns. Cells run afterwards, so that Hydra's folders, logs and handling of errors have no part in
+them.
 """
 
 from __future__ import annotations
