@@ -363,6 +363,7 @@ def test_damaged_files_spoil_no_page(two, method, name):
 def test_a_sweep_of_which_nothing_is_done_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("name: mine\ntitle: Mine & yours\ngrids: [{method: rtn, bitwidth: [w3, w2]}]\n")
+    (tmp_path / "none").mkdir()
     assert main(["report", "mine.yaml", "model=tiny", "--runs-dir", "none"]) == 0
     assert capsys.readouterr().out == "report: report.html\n"
     page = Page((tmp_path / "report.html").read_text())
@@ -378,6 +379,7 @@ def test_a_sweep_of_which_nothing_is_done_says_so(tmp_path, monkeypatch, capsys)
 
 def test_no_cell_at_all_gives_a_page_too(tmp_path, capsys):
     output = tmp_path / "new" / "page.html"
+    (tmp_path / "none").mkdir()
     assert main(["report", "--runs-dir", str(tmp_path / "none"), "--output", str(output)]) == 0
     page = Page(output.read_text())
     assert "There is no cell to report on." in page.text

@@ -371,11 +371,11 @@ def test_command_refuses_a_suffix_it_does_not_know(capsys):
     assert ".md, .tex, .html, .csv" in capsys.readouterr().err
 
 
-def test_terminal_table_of_one_model_fits_80_columns(monkeypatch, capsys):
+def test_terminal_table_of_one_model_fits_80_columns(tmp_path, monkeypatch, capsys):
     from ptqbench.cli import main
 
     monkeypatch.setenv("COLUMNS", "80")
-    assert main(["table", "demo", "--runs-dir", "no/such/folder"]) == 0
+    assert main(["table", "demo", "--runs-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("│" in line for line in lines) >= 15

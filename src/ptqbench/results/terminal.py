@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptqbench.errors import ConfigError
-from ptqbench.runs.folder import DONE, PENDING, RunFolder, write_text
+from ptqbench.runs.folder import DONE, PENDING, RunFolder
+from ptqbench.runs.places import write_output
 
 if TYPE_CHECKING:
     import argparse
@@ -159,7 +160,7 @@ def put(text: str, output: str | None) -> None:
     if output is None:
         print(text, end="")
         return
-    write_text(Path(output), text)
+    write_output(output, text)
     print(f"written: {output}")
 
 
