@@ -1,4 +1,4 @@
-# make demo | test | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
+# make demo | test | torture | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
@@ -7,12 +7,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 DEMO ?= demo
 PYTEST ?=
+MINUTES ?= 60
+SEED ?= 0
+WORKERS ?= 2
+ONLY ?=
+NUMBER ?=
+PROVE ?=
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test torture lint format clean help
 
 help:
 	@echo "make demo     quantize the embedded model with every method, show the comparison, write a report"
 	@echo "make test     run the tests (PYTEST='-k gptq' passes options)"
+	@echo "make torture  kills, full disks, races, wrong requests (MINUTES=60 SEED=0 WORKERS=2 ONLY=kills,disk NUMBER=17 PROVE=1)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff format"
 	@echo "make clean    remove .venv, caches and the demo's results"
@@ -24,6 +31,10 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
+
+torture: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m torture --minutes $(MINUTES) --seed $(SEED) --workers $(WORKERS) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(NUMBER),--number $(NUMBER)) $(if $(PROVE),--prove)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -123,9 +123,11 @@ def output(draw: Random, place: Place) -> Request:
     if title == "unknown suffix":
         strange = here / f"x.{draw.choice(('docx', 'nosuch', 'p'))}"
         return request(title, strange, (2,) if command == "table" else (0, 2))
-    if title == "pipe":
+    if title == "pipe" and command == "table":
         os.mkfifo(target)
-        return request(title, target, (1, 2))
+        made = request(title, target, (0, 1, 2), lambda: "" if target.is_fifo() else "the pipe was replaced by a file")
+        made.before = lambda: [None, os.open(target, os.O_RDWR)][0]  # somebody reads it
+        return made
     if title == "unwritable":
         made = request(title, _unwritable(here / "closed") / f"a{suffix}", (1, 2))
         made.before = _nobody
