@@ -43,7 +43,9 @@ def trial(world: World, number: int) -> Outcome:
             return outcome
         try:
             ended = Running(command(*given), here).end()
-            outcome.check(ended.status == 0 and "Traceback" not in ended.text, "resume", f"{method} with space again: {ended}")
+            outcome.check(
+                ended.status == 0 and "Traceback" not in ended.text, "resume", f"{method} with space again: {ended}"
+            )
             cells.check_end(outcome, runs / reference.name, reference)
         finally:
             if real:

@@ -32,7 +32,11 @@ def trial(world: World, number: int) -> Outcome:
     reference, keep = cells.refer(world, method), draw.random() > 0.15
     with world.trial_folder(number, outcome) as here:
         folder = here / "runs" / reference.name
-        given = [*cells.words(method), f"execution.runs_dir={here / 'runs'}", *([] if keep else ["execution.keep_codes=false"])]
+        given = [
+            *cells.words(method),
+            f"execution.runs_dir={here / 'runs'}",
+            *([] if keep else ["execution.keep_codes=false"]),
+        ]
         for _ in range(PER_TRIAL):
             before = cells.finished(folder)
             door = job(folder) if (folder / "spec.json").exists() and draw.random() < 0.6 else command(*given)
@@ -45,14 +49,18 @@ def trial(world: World, number: int) -> Outcome:
         before = cells.finished(folder)
         for _ in range(2):  # the second one shows what is done, and tidies
             ended = Running(command(*given), here).end()
-            outcome.check(ended.status == 0 and "Traceback" not in ended.text, "status", f"{method} does not go on: {ended}")
+            outcome.check(
+                ended.status == 0 and "Traceback" not in ended.text, "status", f"{method} does not go on: {ended}"
+            )
         cells.check_kept(outcome, before, folder, may_go=not keep)
         cells.check_end(outcome, folder, reference, keep)
         outcome.counts["cells"] += 1
     return outcome
 
 
-def _strike(outcome: Outcome, draw, running: Running, seconds: float, folder: Path, here: Path) -> signal.Signals | None:  # type: ignore[no-untyped-def]
+def _strike(
+    outcome: Outcome, draw, running: Running, seconds: float, folder: Path, here: Path
+) -> signal.Signals | None:  # type: ignore[no-untyped-def]
     """Send a signal at a random moment; None where the cell was faster."""
     number = draw.choices(list(SIGNALS), list(SIGNALS.values()))[0]
     if running.over(draw.uniform(0.0, 1.1 * seconds)) or not running.signal(number):

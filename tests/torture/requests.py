@@ -126,7 +126,9 @@ def trial(world: World, number: int) -> Outcome:
         if whole and request.says and not any(word.lower() in ended.text.lower() for word in request.says):
             outcome.check(False, f"{layer}: words", f"expected one of {request.says}: {shown}")
         for path, record in cells.records(here):
-            outcome.check(record.get("kind") != "code", f"{layer}: kind", f"{record.get('message')} in {path.name}: {shown}")
+            outcome.check(
+                record.get("kind") != "code", f"{layer}: kind", f"{record.get('message')} in {path.name}: {shown}"
+            )
         wrong = request.after()
         outcome.check(not wrong, f"{layer}: after", f"{wrong}: {shown}")
     return outcome

@@ -126,7 +126,10 @@ def prove(world: World, parts: Sequence[str]) -> int:
         module.prepare(here)
         found = _first(module, here, broken)
         missed += found is None
-        print(f"{'noticed' if found else 'MISSED '} {broken.part}/{broken.check}: {broken.what}{f' ({found})' if found else ''}", flush=True)
+        print(
+            f"{'noticed' if found else 'MISSED '} {broken.part}/{broken.check}: {broken.what}{f' ({found})' if found else ''}",
+            flush=True,
+        )
     print(f"{missed} of the breaks were missed")
     return int(missed > 0)
 
