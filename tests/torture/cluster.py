@@ -49,7 +49,8 @@ def trial(world: World, number: int) -> Outcome:
         common += ["resources.cpus=1", "resources.host_mem_gib=2", "resources.time_min=20", "resources.gpus=0"]
         sweep, runs = here / "many.yaml", here / "runs"
         sweep.write_text(
-            f"name: many\ncommon: {json.dumps(common)}\ngrids: [{{method: [rtn, gptq], bitwidth: w3, seed: {list(range(CELLS // 2))}}}]\n"
+            f"name: many\ncommon: {json.dumps(common)}\n"
+            f"grids: [{{method: [rtn, gptq], bitwidth: w3, seed: {list(range(CELLS // 2))}}}]\n"
         )
         words = ["sweep", str(sweep), "launcher=slurm", "--runs-dir", str(runs)]
         nodes = [f"node{n + 1}" for n in range(world.workers)]

@@ -126,7 +126,7 @@ class Running:
     """A forked process at work on a function that returns an exit status."""
 
     def __init__(self, function: Callable[[], int], cwd: Path, env: dict[str, str] | None = None) -> None:
-        self._files = [tempfile.TemporaryFile() for _ in range(2)]
+        self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 - closed in end()
         self.started = time.monotonic()
         sys.stdout.flush()
         self.pid = os.fork()

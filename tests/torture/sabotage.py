@@ -16,6 +16,9 @@ from unittest import mock
 
 from torture.kit import World
 
+MAIN, CLASSIFY = "ptqbench.cli.main", "ptqbench.runs.attempt.classify"
+BLOCKS = "ptqbench.engine.blocks_on_disk.BlockState"
+SPOILED = "status bytes redone"
 TRIALS = 64  # of one part, until its check notices
 
 
@@ -62,7 +65,7 @@ def _raising(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _two_lines(real: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda error, words: "first line\nsecond line"
+    return lambda error: "first line\nsecond line"
 
 
 @contextlib.contextmanager
@@ -98,23 +101,47 @@ def _interrupt_as_failure(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 BREAKS: Sequence[Break] = (
-    Break("kills", "redone", "finished blocks are not recognised", "ptqbench.engine.blocks_on_disk.BlockState.has", lambda real: lambda self, index: False),
+    Break(
+        "kills", "redone", "finished blocks are not recognised", f"{BLOCKS}.has", lambda real: lambda self, index: False
+    ),
     Break("kills", "stray", "a file is left in the run folder", "ptqbench.run.lease", _left_lease),
-    Break("kills", "kind", "an interrupted attempt is recorded as a failure", "ptqbench.run.attempt", _interrupt_as_failure),
+    Break(
+        "kills",
+        "kind",
+        "an interrupted attempt is recorded as a failure",
+        "ptqbench.run.attempt",
+        _interrupt_as_failure,
+    ),
     Break("kills", "frozen", "there is no lease", "ptqbench.run.lease", lambda real: _no_lease),
-    Break("operations", "status bytes redone", "files are written in place", "ptqbench.engine.blocks_on_disk.replacing", lambda real: _in_place),
-    Break("operations", "status bytes redone", "JSON is written in place", "ptqbench.runs.folder.replacing", lambda real: _in_place),
-    Break("disk", "kind", "a full disk is a defect of the code", "ptqbench.runs.attempt.classify", _kind_code),
-    Break("disk", "bytes resume", "an error while a block is saved is swallowed", "ptqbench.engine.blocks_on_disk.BlockState.save", _swallowing),
+    Break(
+        "operations",
+        SPOILED,
+        "blocks are written in place",
+        "ptqbench.engine.blocks_on_disk.replacing",
+        lambda real: _in_place,
+    ),
+    Break("operations", SPOILED, "JSON is written in place", "ptqbench.runs.folder.replacing", lambda real: _in_place),
+    Break("disk", "kind", "a full disk is a defect of the code", CLASSIFY, _kind_code),
+    Break("disk", "bytes resume", "an error while a block is saved is swallowed", f"{BLOCKS}.save", _swallowing),
     Break("races", "ten: once", "there is no lease", "ptqbench.run.lease", lambda real: _no_lease),
     Break("requests", "traceback", "an error that nobody expects", "ptqbench.sweeps.files.load_sweep", _raising),
-    Break("requests", "lines", "an error of two lines", "ptqbench.hydra_app.one_line", _two_lines),
-    Break("requests", "nonsense accepted", "every exit status is 0", "ptqbench.cli.main", lambda real: lambda words: real(words) and 0),
-    Break("requests", "status", "a wrong request ends with status 1", "ptqbench.cli.main", lambda real: lambda words: min(real(words), 1)),
-    Break("requests", "hang", "a request takes long", "ptqbench.cli.main", lambda real: lambda words: time.sleep(60.0)),
-    Break("requests", "words", "status shows nothing", "ptqbench.results.terminal.print_status", lambda real: lambda *arguments: None),
-    Break("requests", "kind", "every failure is a defect of the code", "ptqbench.runs.attempt.classify", _kind_code),
-)  # fmt: skip
+    Break("requests", "lines", "an error of two lines", "ptqbench.errors.PtqbenchError.__str__", _two_lines),
+    Break(
+        "requests", "nonsense accepted", "every exit status is 0", MAIN, lambda real: lambda words: real(words) and 0
+    ),
+    Break(
+        "requests", "status", "a wrong request ends with status 1", MAIN, lambda real: lambda words: min(real(words), 1)
+    ),
+    Break("requests", "hang", "a request takes long", MAIN, lambda real: lambda words: time.sleep(60.0)),
+    Break(
+        "requests",
+        "words",
+        "status shows nothing",
+        "ptqbench.results.terminal.print_status",
+        lambda real: lambda *given: None,
+    ),
+    Break("requests", "kind", "every failure is a defect of the code", CLASSIFY, _kind_code),
+)
 
 
 def prove(world: World, parts: Sequence[str]) -> int:

@@ -41,8 +41,10 @@ FIELDS = {
     "synced.json": ("result", "time", "url"),
 }
 WHOLE = {
-    "empty": b"", "cut off": b'{"time": 17', "binary": bytes(range(256)), "nested deep": b"[" * 2000 + b"]" * 2000, "not UTF-8": b'{"a": "\xff"}',
-    "nested deep in a field": b'{"time": ' + b"[" * 1500 + b"]" * 1500 + b', "pid": 1}', "zeros": b"\0" * 64, "NaN": b'{"time": NaN, "pid": NaN}',
+    "empty": b"", "cut off": b'{"time": 17', "binary": bytes(range(256)), "nested deep": b"[" * 2000 + b"]" * 2000,
+    "not UTF-8": b'{"a": "\xff"}',
+    "nested deep in a field": b'{"time": ' + b"[" * 1500 + b"]" * 1500 + b', "pid": 1}', "zeros": b"\0" * 64,
+    "NaN": b'{"time": NaN, "pid": NaN}',
     "Infinity": b'{"time": Infinity, "pid": 1e400}', "huge number": b'{"time": ' + b"9" * 5000 + b', "pid": ' + b"9" * 5000 + b"}",
 }  # fmt: skip
 WHOLE_VALUES = (None, [], {}, 3, "x", True, [1, 2], {"a": 1})
@@ -59,7 +61,8 @@ def _begin(folder: Path, name: str) -> tuple[Path, Any]:
     return path, {
         "lease.json": _lease(now),
         "submission.json": {"job": "1_0", "task": 0, "time": now, "token": "t"},
-        "failure.json": {"kind": "disk", "message": "m", "class": "OSError", "attempt": "001", "stage": "load", "time": now, "traceback": "", "log_tail": []},
+        "failure.json": {"kind": "disk", "message": "m", "class": "OSError", "attempt": "001", "stage": "load", "time": now,
+        "traceback": "", "log_tail": []},
         "cancel.json": {"time": now, "by": {}},
         "synced.json": {"result": "x", "time": now},
     }.get(name, {})  # fmt: skip
@@ -105,7 +108,8 @@ def record(draw: Random, place: Place) -> Request:
         cal = "calibration.n_samples: 8, calibration.seq_len: 32"
         sweep = place.write(
             "three.yaml",
-            f"name: three\ncommon: {given}\ngrids: [{{method: fp16, bitwidth: fp16}}, {{method: [rtn, gptq], bitwidth: w3, {cal}}}]\n",
+            f"name: three\ncommon: {given}\ngrids:\n"
+            f"  - {{method: fp16, bitwidth: fp16}}\n  - {{method: [rtn, gptq], bitwidth: w3, {cal}}}\n",
         )
         chosen = draw.choice(
             SWEEPERS if name != "lease.json" else [way for way in SWEEPERS if way != ["cancel"]]

@@ -35,7 +35,8 @@ def _request(
     place: Place, title: str, model: Path, calibration: Path, evaluation: Path, status: tuple[int, ...], *more: str
 ) -> Request:
     words = [
-        "+method=rtn", "bitwidth=w3", "model=local", f"model.path='{model}'", "calibration=file", f"calibration.path='{calibration}'",
+        "+method=rtn", "bitwidth=w3", "model=local", f"model.path='{model}'", "calibration=file",
+        f"calibration.path='{calibration}'",
         "calibration.seq_len=32", "calibration.n_samples=4", "evaluation=file", f"evaluation.texts.file.path='{evaluation}'",
         "evaluation.texts.file.seq_len=64", f"execution.runs_dir='{place.here / 'new'}'", "execution.progress=false",
         "execution.threads=1", *more,
@@ -55,7 +56,8 @@ CONFIG: dict[str, list[Any]] = {
     "vocab_size": [0, -1, 1000, "1024", None, DELETE, 1.5, 10**9],
     "rms_norm_eps": ["x", None, -1, [1], True],
     "hidden_act": ["gelu", "nosuch", 7, None, "relu"],
-    "rope_parameters": [7, "x", [], {"rope_type": "nosuch", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": "x"}, {"rope_type": "default", "rope_theta": -1}],
+    "rope_parameters": [7, "x", [], {"rope_type": "nosuch", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": "x"},
+    {"rope_type": "default", "rope_theta": -1}],
     "max_position_embeddings": [0, -1, "x", 1.5],
     "attention_bias": [True, "x", 7],
     "mlp_bias": [True, "x"],
@@ -209,7 +211,8 @@ def tokenizer(draw: Random, place: Place) -> Request:
 
     ways: dict[str, Any] = {
         "empty": lambda: b"", "cut off": lambda: path.read_bytes()[: draw.randint(1, 50000)], "empty mapping": lambda: b"{}",
-        "a list": lambda: b"[]", "null": lambda: b"null", "not UTF-8": lambda: b"\xff\xfe" * 500, "random bytes": lambda: os.urandom(3000),
+        "a list": lambda: b"[]", "null": lambda: b"null", "not UTF-8": lambda: b"\xff\xfe" * 500,
+        "random bytes": lambda: os.urandom(3000),
         "no model": lambda: json.dumps({k: v for k, v in data.items() if k != "model"}).encode(),
         "unknown model type": lambda: json.dumps(data | {"model": data["model"] | {"type": "Nosuch"}}).encode(),
         "empty vocabulary": lambda: json.dumps(data | {"model": data["model"] | {"vocab": {}, "merges": []}}).encode(),
@@ -241,8 +244,10 @@ def text(draw: Random, place: Place) -> Request:
     sound, path = _text(place), place.here / "bad.txt"
     story = sound.read_bytes()
     ways: dict[str, Any] = {
-        "empty": b"", "white space": b" \n\t" * 500, "one word": b"Once", "not UTF-8": story[:3000] + b"\xff\xfe\xfa" + story[3000:],
-        "UTF-16": story.decode().encode("utf-16"), "binary": bytes(range(256)) * 100, "Latin-1": ("Größe é " * 2000).encode("latin-1"),
+        "empty": b"", "white space": b" \n\t" * 500, "one word": b"Once",
+        "not UTF-8": story[:3000] + b"\xff\xfe\xfa" + story[3000:],
+        "UTF-16": story.decode().encode("utf-16"), "binary": bytes(range(256)) * 100,
+        "Latin-1": ("Größe é " * 2000).encode("latin-1"),
         "zip": b"PK\x03\x04" + os.urandom(9000), "gzip under another name": gzip.compress(story),
     }  # fmt: skip
     others = ("missing", "a folder", "a pipe", "a device without an end", "link to nothing", "link to itself")
@@ -280,7 +285,8 @@ def task(draw: Random, place: Place) -> Request:
     good = "\n".join(json.dumps(LINE | {"id": str(n)}) for n in range(20)).encode() + b"\n"
     ways: dict[str, bytes | None] = {
         "empty": b"", "cut off": good[:-40], "not JSON": b"question: x\n" * 9, "not UTF-8": good.replace(b"What", b"\xff\xfe"),
-        "a list per line": b"[1, 2]\n" * 9, "a number per line": b"7\n" * 9, "null per line": b"null\n" * 9, "fields missing": b'{"id": "1"}\n' * 9,
+        "a list per line": b"[1, 2]\n" * 9, "a number per line": b"7\n" * 9, "null per line": b"null\n" * 9,
+        "fields missing": b'{"id": "1"}\n' * 9,
         "choices a word": good.replace(b'{"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}', b'"abcd"'),
         "answer that is no choice": good.replace(b'"answerKey": "A"', b'"answerKey": "Z"'), "no file": None,
     }  # fmt: skip

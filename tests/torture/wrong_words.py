@@ -9,6 +9,8 @@ from torture.requests import Place, Request, typo
 COMMANDS = ("plan", "sweep", "retry", "cancel", "status", "table", "report", "sync", "prefetch", "gc", "doctor")
 NEED_SWEEP = ("plan", "sweep", "retry", "cancel")
 SWEEPS = ("demo", "composition", "gptq_llama", "resq_table1", "coquant_table1", "q2n_weight_only")
+NO_FILES = ("nosuch.yaml", "/nosuch/x.yml", "a" * 300 + ".yaml", "", " ", ".yaml")
+HYDRA = ("--cfg", "--package", "--config-name", "--config-dir", "--info", "--experimental-rerun")
 GROUPS = {
     "+method": ["rtn", "gptq", "gptaq", "qronos", "qep", "loaq", "q2n", "quarot", "resq", "coquant", "spinquant"],
     "model": ["tiny", "llama-2-7b", "qwen3-0.6b", "tiny-outlier"],
@@ -96,12 +98,15 @@ NOT_READ = {  # sound for a cell that reads them, without effect in this one
     "calibration.path": "FILE", "evaluation.texts.tiny.path": "FILE", "evaluation.data_dir": "FOLDER",
 }  # fmt: skip
 GRAMMAR = (
-    "seed=[", "seed={a:", "seed='x", 'seed="x', "seed=(1", "seed=1]", "seed=$(x", "seed=${nosuch}", "seed=${oc.env:NO_SUCH_VARIABLE}",
+    "seed=[", "seed={a:", "seed='x", 'seed="x', "seed=(1", "seed=1]", "seed=$(x", "seed=${nosuch}",
+    "seed=${oc.env:NO_SUCH_VARIABLE}",
     "=", "=1", "seed", "+seed=1", "~seed", "~method", "++", "+", "~", "seed.x=1", "a.b.c.d=1", "seed@x=1", "method@=gptq",
     "seed=1,2", "seed=range(1,3)", "seed=choice(1,2)", "bitwidth=w3,w4", "evaluation.texts={}", "evaluation=null", "model=null",
     "bitwidth=[w3,w4]", "hydra.run.dir=x", "hydra.mode=nosuch", "hydra/launcher=nosuch", "hydra/launcher=submitit_slurm",
-    "defaults=[]", "method.solver=null", "method=null", "bitwidth=", "model=", "model.path=", "--seed=1", "-x", "seed:1", "seed = 1",
-    "calibration.n_samples=8 seed=1", "seed=\x01", "seed=é", "é=1", "evaluation.tasks=[a,", "evaluation.tasks=[,]", "**=1", "[/x]=1",
+    "defaults=[]", "method.solver=null", "method=null", "bitwidth=", "model=", "model.path=", "--seed=1", "-x", "seed:1",
+    "seed = 1",
+    "calibration.n_samples=8 seed=1", "seed=\x01", "seed=é", "é=1", "evaluation.tasks=[a,", "evaluation.tasks=[,]", "**=1",
+    "[/x]=1",
     "method.solver.damping=0.01.2", "evaluation.few_shot.tiny_questions=-1", "evaluation.few_shot.nosuch=3",
 )  # fmt: skip
 KEYS = (
@@ -124,7 +129,7 @@ def command_line(draw: Random, place: Place) -> Request:
         lambda: ("unknown option", [name, "demo", draw.choice(("--nosuch", "--al", "-q", "--runs_dir=x", "--output"))]),
         lambda: ("no sweep", [draw.choice((*NEED_SWEEP, "prefetch"))]),
         lambda: ("misspelled sweep", [sweep, typo(draw, draw.choice(SWEEPS))]),
-        lambda: ("missing sweep file", [sweep, draw.choice(("nosuch.yaml", "/nosuch/x.yml", "a" * 300 + ".yaml", "", " ", ".yaml"))]),
+        lambda: ("missing sweep file", [sweep, draw.choice(NO_FILES)]),
         lambda: ("budget", ["gc", "--budget-gib", budget, "--runs-dir", str(place.runs)]),
         lambda: ("no budget", ["gc"]),
         lambda: ("unknown format", ["table", "--format", draw.choice(("tex", "pdf", "", "MD"))]),
@@ -133,8 +138,7 @@ def command_line(draw: Random, place: Place) -> Request:
         lambda: ("runs folder is a file", [draw.choice(("status", "table", "report", "prefetch", "gc")), "--runs-dir", file]),
         lambda: ("words without a command", [draw.choice(("gptq", "rtn", "yes", "[/x]", "é", "", " ", "plan demo", "7"))]),
         lambda: ("no method", [draw.choice(("-m", "model=tiny", "--cfg=job", "bitwidth=w3", "+method=", "method", "--"))]),
-        lambda: ("Hydra's options", ["+method=rtn", *draw.choice((["--cfg", "nosuch"], ["--package", "nosuch"], ["--config-name", "nosuch"],
-                                                                ["--config-dir", nothing], ["--info", "nosuch"], ["--experimental-rerun", file]))]),
+        lambda: ("Hydra's options", ["+method=rtn", draw.choice(HYDRA), "nosuch"]),
         lambda: ("extra word", ["doctor", "extra"]),
         lambda: ("sweep and cell", ["plan", "demo", "+method"]),
     ]  # fmt: skip
@@ -180,7 +184,11 @@ MULTIRUN = ("seed=1,2", "seed=range(1,3)", "seed=choice(1,2)", "bitwidth=w3,w4")
 def _through(draw: Random, place: Place, wrong: str) -> Request:
     """Give a wrong word with one cell, a multirun, or a sweep."""
     title, method = f"wrong word {wrong!r}", "gptq"
-    way = 0 if wrong in ("~method", "method=null", "method@=gptq") or wrong.startswith(("-", "+method=")) else draw.randrange(4)
+    way = (
+        0
+        if wrong in ("~method", "method=null", "method@=gptq") or wrong.startswith(("-", "+method="))
+        else draw.randrange(4)
+    )
     if way == 0 or (way == 1 and wrong in MULTIRUN):
         base = [w for w in place.cell(method=method) if not (wrong.startswith("+method=") and w.startswith("+method="))]
         return Request(title, [*base, wrong])
@@ -190,7 +198,8 @@ def _through(draw: Random, place: Place, wrong: str) -> Request:
         )
     sweep = place.write(
         "one.yaml",
-        f"name: one\ncommon: [model=tiny, 'execution.runs_dir={place.here / 'new'}']\ngrids: [{{method: {method}, bitwidth: w3}}]\n",
+        f"name: one\ncommon: [model=tiny, 'execution.runs_dir={place.here / 'new'}']\n"
+        f"grids: [{{method: {method}, bitwidth: w3}}]\n",
     )
     if way == 2:
         return Request(
