@@ -75,12 +75,13 @@ def _strike(
 
 def _stopped(outcome: Outcome, draw, folder: Path, here: Path) -> None:  # type: ignore[no-untyped-def]
     """A frozen holder keeps its cell: a second process leaves it alone."""
+    time.sleep(0.02)  # the signal needs a moment
     held = (folder / "lease.json").exists() and not (folder / "result.json").exists()
     if not held or draw.random() < 0.5:
         time.sleep(draw.uniform(0.0, 0.2))
         return
     second = Running(job(folder), here).end()
-    right = second.status == 0 and "being worked on" in second.text
+    right = second.status == 0 and ("being worked on" in second.text or "hanging process" in second.text)
     outcome.check(right, "frozen", f"a second process beside a stopped one: {second}")
 
 
