@@ -20,6 +20,7 @@ from torture.kit import HANG_S, Outcome, Running, World, command
 SHARE, LIMIT = 12.0, 500
 MEMORY = 6 << 30
 RAW = (
+    "a defect of ptqbench",
     "object has no attribute", "NoneType", "indices must be", "unsupported operand", "[Errno", "Error executing job",
     "list index out of range", "not JSON serializable", "invalid literal for", "object is not", "KeyError",
 )  # fmt: skip

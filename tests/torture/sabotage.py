@@ -112,7 +112,13 @@ BREAKS: Sequence[Break] = (
         "ptqbench.run.attempt",
         _interrupt_as_failure,
     ),
-    Break("kills", "frozen", "the holder of a lease counts as gone", "ptqbench.runs.lease.alive", lambda real: lambda *given: False),
+    Break(
+        "kills",
+        "frozen",
+        "the holder of a lease counts as gone",
+        "ptqbench.runs.lease.alive",
+        lambda real: lambda *given: False,
+    ),
     Break(
         "operations",
         SPOILED,

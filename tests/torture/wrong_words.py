@@ -102,7 +102,7 @@ GRAMMAR = (
     "seed=${oc.env:NO_SUCH_VARIABLE}",
     "=", "=1", "seed", "+seed=1", "~seed", "~method", "++", "+", "~", "seed.x=1", "a.b.c.d=1", "seed@x=1", "method@=gptq",
     "seed=1,2", "seed=range(1,3)", "seed=choice(1,2)", "bitwidth=w3,w4", "evaluation.texts={}", "evaluation=null", "model=null",
-    "bitwidth=[w3,w4]", "hydra.run.dir=x", "hydra.mode=nosuch", "hydra/launcher=nosuch", "hydra/launcher=submitit_slurm",
+    "bitwidth=[w3,w4]", "hydra.mode=nosuch", "hydra/launcher=nosuch", "hydra/launcher=submitit_slurm",
     "defaults=[]", "method.solver=null", "method=null", "bitwidth=", "model=", "model.path=", "--seed=1", "-x", "seed:1",
     "seed = 1",
     "calibration.n_samples=8 seed=1", "seed=\x01", "seed=é", "é=1", "evaluation.tasks=[a,", "evaluation.tasks=[,]", "**=1",
