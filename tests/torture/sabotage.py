@@ -122,8 +122,8 @@ BREAKS: Sequence[Break] = (
     Break(
         "operations",
         SPOILED,
-        "blocks are written in place",
-        "ptqbench.engine.blocks_on_disk.replacing",
+        "records are written in place",
+        "ptqbench.evaluate.records.replacing",
         lambda real: _in_place,
     ),
     Break("operations", SPOILED, "JSON is written in place", "ptqbench.runs.folder.replacing", lambda real: _in_place),
