@@ -22,9 +22,13 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torture.kit import Outcome, World
 
 PARTS = ("requests", "disk", "operations", "races", "cluster", "kills")  # the last one takes all the time that is left
 
@@ -74,7 +78,7 @@ def main() -> int:
     return conclude(world, reports, begun, options.output)
 
 
-def run_part(world: World, name: str, left: list[str], end: float, number: int | None) -> dict[str, Any]:  # noqa: F821
+def run_part(world: World, name: str, left: list[str], end: float, number: int | None) -> dict[str, Any]:
     """Run one part for its share of the time that is left; returns its report."""
     begun, counts, findings, trials = time.time(), Counter[str](), [], 0
     module = importlib.import_module(f"torture.{name}")
@@ -99,7 +103,7 @@ def run_part(world: World, name: str, left: list[str], end: float, number: int |
     }
 
 
-def trials_of(world: World, module: ModuleType, until: float, number: int | None):  # type: ignore[no-untyped-def]  # noqa: F821
+def trials_of(world: World, module: ModuleType, until: float, number: int | None) -> Iterator[tuple[int, Outcome]]:
     """Yield (number, outcome) of trials in forked workers until the time is over."""
     limit = module.LIMIT if hasattr(module, "LIMIT") else None
     total = min(x for x in (limit, module.total(world) if hasattr(module, "total") else None, 10**9) if x is not None)
@@ -117,7 +121,7 @@ def trials_of(world: World, module: ModuleType, until: float, number: int | None
                 yield waiting.pop(future), future.result()
 
 
-def guarded(module: str, world: World, number: int):  # type: ignore[no-untyped-def]  # noqa: F821
+def guarded(module: str, world: World, number: int) -> Outcome:
     """Run a trial; a defect of the torture itself is a finding too."""
     from torture.kit import Outcome
 
@@ -129,7 +133,7 @@ def guarded(module: str, world: World, number: int):  # type: ignore[no-untyped-
         return outcome
 
 
-def conclude(world: World, reports: list[dict[str, Any]], begun: float, output: Path | None) -> int:  # noqa: F821
+def conclude(world: World, reports: list[dict[str, Any]], begun: float, output: Path | None) -> int:
     """Print the table, write ``torture.json``, and return the exit status."""
     found = sum(len(report["findings"]) for report in reports)
     print(f"\n{'part':<12}{'trials':>8}{'checks':>9}{'signals':>9}{'found':>7}{'seconds':>9}  counted")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
+from random import Random
 
 from torture import cells
 from torture.kit import CELL_S, Ended, Outcome, Running, World, command, job
@@ -59,8 +60,8 @@ def trial(world: World, number: int) -> Outcome:
 
 
 def _strike(
-    outcome: Outcome, draw, running: Running, seconds: float, folder: Path, here: Path
-) -> signal.Signals | None:  # type: ignore[no-untyped-def]
+    outcome: Outcome, draw: Random, running: Running, seconds: float, folder: Path, here: Path
+) -> signal.Signals | None:
     """Send a signal at a random moment; None where the cell was faster."""
     number = draw.choices(list(SIGNALS), list(SIGNALS.values()))[0]
     if running.over(draw.uniform(0.0, 1.1 * seconds)) or not running.signal(number):
@@ -73,7 +74,7 @@ def _strike(
     return number
 
 
-def _stopped(outcome: Outcome, draw, folder: Path, here: Path) -> None:  # type: ignore[no-untyped-def]
+def _stopped(outcome: Outcome, draw: Random, folder: Path, here: Path) -> None:
     """A frozen holder keeps its cell: a second process leaves it alone."""
     time.sleep(0.02)  # the signal needs a moment
     held = (folder / "lease.json").exists() and not (folder / "result.json").exists()

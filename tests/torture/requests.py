@@ -13,6 +13,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 from torture import cells
 from torture.kit import HANG_S, Outcome, Running, World, command
@@ -141,7 +142,7 @@ def _begin(request: Request) -> None:
     request.before()
 
 
-def typo(draw, word: str) -> str:  # type: ignore[no-untyped-def]
+def typo(draw: Random, word: str) -> str:
     """Misspell a word: one letter lost, doubled, changed, or two exchanged."""
     at = draw.randrange(len(word))
     kind = draw.randrange(4)

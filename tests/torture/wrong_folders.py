@@ -268,12 +268,12 @@ def terminal(draw: Random, place: Place) -> Request:
 def _terminal(kind: str) -> None:
     if kind in ("ascii", "latin-1", "cp1252"):
         os.environ |= {"LC_ALL": "C", "PYTHONIOENCODING": kind, "PYTHONUTF8": "0"}
-        sys.stdout.reconfigure(encoding=kind)  # type: ignore[union-attr]
-        sys.stderr.reconfigure(encoding=kind, errors="backslashreplace")  # type: ignore[union-attr]
+        sys.stdout.reconfigure(encoding=kind)
+        sys.stderr.reconfigure(encoding=kind, errors="backslashreplace")
     elif kind == "full":
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     elif kind == "closed":
-        sys.stdout = None  # type: ignore[assignment]  # what the interpreter does when it starts without one
+        sys.stdout = None  # what the interpreter does when it starts without one
         with contextlib.suppress(OSError):
             os.close(1)
     else:
@@ -319,7 +319,7 @@ def unwritable(draw: Random, place: Place) -> Request:
     sound.chmod(0o777)
     request = _by(door, place, kind, base, sound, (0,), _nobody)
     if kind == "working folder closed":
-        request.before = lambda: (os.chdir(closed), _nobody())[1]  # type: ignore[func-returns-value]
+        request.before = lambda: (os.chdir(closed), _nobody())[1]
     elif kind in ("cache is a file", "cache closed"):
         request.env = {"PTQBENCH_CACHE": str(file if kind == "cache is a file" else closed / "cache")}
         request.before = _nobody
