@@ -128,7 +128,7 @@ BREAKS: Sequence[Break] = (
     ),
     Break("operations", SPOILED, "JSON is written in place", "ptqbench.runs.folder.replacing", lambda real: _in_place),
     Break("disk", "kind", "a full disk is a defect of the code", CLASSIFY, _kind_code),
-    Break("disk", "bytes resume", "an error while a block is saved is swallowed", f"{BLOCKS}.save", _swallowing),
+    Break("disk", "kind bytes resume", "an error while a block is saved is swallowed", f"{BLOCKS}.save", _swallowing),
     Break("races", "ten: once", "there is no lease", "ptqbench.run.lease", lambda real: _no_lease),
     Break("requests", "traceback", "an error that nobody expects", "ptqbench.sweeps.files.load_sweep", _raising),
     Break("requests", "lines", "an error of two lines", "ptqbench.errors.PtqbenchError.__str__", _two_lines),
