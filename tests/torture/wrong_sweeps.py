@@ -111,6 +111,7 @@ ODD: dict[str, tuple[str, str]] = {  # sound, whatever it looks like
 def sweep_file(draw: Random, place: Place) -> Request:
     """A sweep file and a command that reads it."""
     kind = draw.random()
+    (place.here / "new").mkdir()  # else that would be what is refused
     command = draw.choice(("plan", "plan", "status", "table", "report", "sweep", "retry", "cancel", "prefetch"))
     if kind < 0.1:
         title, (old, new) = draw.choice(list(ODD.items()))
@@ -134,7 +135,7 @@ def sweep_file(draw: Random, place: Place) -> Request:
         words.append("launcher=print")
     lenient = title in CELLS_ONLY
     if not lenient:
-        return Request(f"sweep file: {title}", words)
+        return Request(f"sweep file: {title}", words, says=(path.name, "sound"))
     if command not in ("plan", "sweep"):
         words[0] = "plan"
     return Request(f"sweep file: {title}", words, status=(0, 1, 2), says=("invalid", "ptqbench: "), one_line=False)
