@@ -168,15 +168,22 @@ def prove(world: World, parts: Sequence[str]) -> int:
 
 
 def _first(module: Any, world: World, broken: Break) -> str | None:
-    """Run trials of a part with the code broken until its check fails."""
+    """Run trials of a part with the code broken until its check finds what it does not find in the code as it is."""
     owner, name = _owner(broken.target)
-    real = getattr(owner, name)
-    with mock.patch.object(owner, name, broken.change(real)):
-        for number in range(TRIALS):
-            for check, seen in module.trial(world, number).findings:
-                if any(check.endswith(word) for word in broken.check.split(" ")) or check == broken.check:
-                    return f"trial {number}: {check}: {seen[:80]}"
+    change = broken.change(getattr(owner, name))
+    for number in range(TRIALS):
+        with mock.patch.object(owner, name, change):
+            found = [one for one in module.trial(world, number).findings if _is(broken, one[0])]
+        if found:
+            usual = {check for check, _ in module.trial(world, number).findings}
+            new = [(check, seen) for check, seen in found if check not in usual]
+            if new:
+                return f"trial {number}: {new[0][0]}: {new[0][1][:80]}"
     return None
+
+
+def _is(broken: Break, check: str) -> bool:
+    return check == broken.check or any(check.endswith(word) for word in broken.check.split(" "))
 
 
 def _owner(target: str) -> tuple[Any, str]:
