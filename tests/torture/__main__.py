@@ -113,7 +113,11 @@ def trials_of(world: World, module: ModuleType, until: float, number: int | None
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting: dict[Any, int] = {}
         while True:
-            while len(waiting) < workers and time.time() < until and (at := next(numbers, None)) is not None:
+            while (
+                len(waiting) < workers
+                and (number is not None or time.time() < until)
+                and (at := next(numbers, None)) is not None
+            ):
                 waiting[pool.submit(guarded, module.__name__, world, at)] = at
             if not waiting:
                 return
