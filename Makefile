@@ -37,6 +37,7 @@ test: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs $(DOCS)
 	@echo "documentation: $(DOCS)/index.html"
+
 torture: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m torture --minutes $(MINUTES) --seed $(SEED) --workers $(WORKERS) \
 		$(if $(ONLY),--only $(ONLY)) $(if $(NUMBER),--number $(NUMBER)) $(if $(PROVE),--prove)
