@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ptqbench.cell.folders import cache_folder
 from ptqbench.cell.spec import ModelSpec
@@ -36,6 +36,8 @@ from ptqbench.models.checkpoint import (
     weight_files,
 )
 from ptqbench.models.config import check_config
+
+T = TypeVar("T")
 
 EMBEDDED = ("tiny",)
 HEAD = "lm_head.weight"
@@ -80,7 +82,7 @@ class ModelSource:
     @cached_property
     def weight_files(self) -> list[Path]:
         """The safetensors files that transformers would load, sorted by name."""
-        return weight_files(self.folder)
+        return self._named(lambda: weight_files(self.folder))
 
     @property
     def has_weights(self) -> bool:
@@ -134,24 +136,26 @@ class ModelSource:
         Raises:
             ConfigError, UnsupportedError: As ``models.checkpoint``, with the folder.
         """
-        _ = self.weight_files
         self._named(lambda: check_tensors(self.tensors, self.architecture.tensor_shapes()))
-        check_tokenizer(self.folder)
+        self._named(lambda: check_tokenizer(self.folder))
 
-    def _named(self, check: Callable[[], None]) -> None:
-        """Run a check, and put the folder before its complaint."""
+    def _named(self, look: Callable[[], T]) -> T:
+        """Look at the folder, and put its name before whatever is wrong with it."""
         try:
-            check()
+            return look()
         except (ConfigError, UnsupportedError) as error:
             known = str(self.folder) in str(error)
             raise type(error)(str(error) if known else f"{self.folder}: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"{error.filename or self.folder} cannot be read: {error.strerror}") from None
 
     def content_digest(self) -> str:
         """Hash configuration, weights and every file that the tokenizer reads: ``sha256:`` and 64 hexadecimal digits."""
         total = hashlib.sha256()
         read = {path for pattern in HASHED for path in self.folder.glob(pattern) if path.is_file()}
         for path in sorted({*self.weight_files, *read}):
-            total.update(path.name.encode() + b"\0" + file_digest(path).encode() + b"\n")
+            # One line per file: its name, and the digest of its content.
+            total.update(path.name.encode() + b"\0" + self._named(lambda path=path: file_digest(path)).encode() + b"\n")
         return f"sha256:{total.hexdigest()}"
 
 
