@@ -190,7 +190,7 @@ class _Loop:
     ) -> list[Statistics]:
         """Advance every window through the next stages, one window after the other, and sum what is found there."""
         eps = float(self.model.config.rms_norm_eps)
-        wanted = [Wanted(self.method.needs(stage), self.method.rms_scale, eps) for stage in stages]
+        wanted = [Wanted(self.method.needs(stage), self.method.target.rms_scale, eps) for stage in stages]
         collectors = [Collector(*pair, block, reference) for pair in zip(stages, wanted, strict=True)]
         for window in windows:
             for collector in collectors:

@@ -149,7 +149,7 @@ def _pin(spec: RunSpec, known: Known) -> RunSpec:
         )
     model = dataclasses.replace(spec.model, digest=known.model_digest(spec.model), dtype=dtype)  # type: ignore[arg-type]
     calibration = None
-    if spec.quantizes and spec.calibration is not None:
+    if spec.calibrates and spec.calibration is not None:
         calibration = dataclasses.replace(spec.calibration, digest=known.text_digest(spec.calibration))
     named = {label: complete_text(text, f"evaluation.texts.{label}") for label, text in spec.evaluation.texts.items()}
     texts = {label: dataclasses.replace(text, digest=known.text_digest(text)) for label, text in named.items()}
@@ -165,7 +165,7 @@ def _pin(spec: RunSpec, known: Known) -> RunSpec:
         evaluation=dataclasses.replace(
             spec.evaluation, texts=texts, task_digests=task_digests(spec.evaluation, known.commit)
         ),
-        seed=spec.seed if spec.quantizes else 0,
+        seed=spec.seed if spec.calibrates else 0,
     )
 
 
