@@ -380,24 +380,15 @@ def test_prepare_does_what_a_transform_needs(checkpoint, tmp_path):
 
     model, path = open_model(checkpoint()), tmp_path / "R.bin"
     spinquant_file(path, model.architecture)
-    asked = []
-
-    class Calibration:
-        def windows(self, n):
-            asked.append(n)
-            return WINDOWS[:n]
-
-        def shelf(self, n):
-            return None
-
-    run = lambda transform, name: Preparation(model, cell(), tmp_path / name, IDENTITY, Silent(), Calibration()).of(
+    calibration = Calibration()
+    run = lambda transform, name: Preparation(model, cell(), tmp_path / name, IDENTITY, Silent(), calibration).of(
         transform
     )
     assert run(create("transform", RoleSpec("hadamard")), "hadamard") is None
-    assert asked == []
+    assert calibration.asked == []
     assert set(run(given(path), "file")) == {"residual", "0.heads", "1.heads"}
     assert set(run(member(steps=2, batch_size=3), "learned")) == {"residual", "0.heads", "1.heads"}
-    assert asked == [6]
+    assert calibration.asked == [6]
     assert set(run(create("transform", RoleSpec("subspace", {"n_samples": 4})), "subspace")) >= {"residual", "0.value"}
 
 
