@@ -311,6 +311,11 @@ class RunSpec:
         bits = self.bitwidth
         return min(bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits) < UNTOUCHED_BITS
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration can matter: something is rounded, or a transform is applied."""
+        return self.quantizes or self.method.transform.name != "none"
+
 
 def to_dict(value: Any) -> Any:
     """Turn a spec (or any part of one) into plain JSON-able data."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.methods.base import Transform
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from ptqbench.numerics.bits import high_rank, kv_overhead_bits, mean_bits
 
@@ -344,12 +345,12 @@ def _reordered(x: Tensor, order: Tensor) -> Tensor:
     return x.index_select(-1, order.to(x.device))
 
 
-class FromLayout:
+class FromLayout(Transform):
     """Base of the transforms, whose grids follow from their layout and the cell."""
 
     def layout(self) -> Layout:
-        """Say how the transform splits axes."""
-        raise NotImplementedError
+        """Say how the transform splits axes; here not at all."""
+        return Layout()
 
     def precision(self, spec: RunSpec, architecture: Architecture) -> Precision:
         """Build the grids of a cell."""

@@ -134,6 +134,11 @@ class RunFolder:
         return self.path / "layers.parquet"
 
     @property
+    def bases_path(self) -> Path:
+        """What is kept of eigenbases beside the matrices: ``engine.bases.recorded_facts``."""
+        return self.path / "bases.json"
+
+    @property
     def records_path(self) -> Path:
         """Finished texts and tasks, Parquet."""
         return self.path / "records"
