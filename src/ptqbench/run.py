@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ptqbench.engine.bases import Shelf
     from ptqbench.engine.blocks_on_disk import BlockState
     from ptqbench.engine.timings import Timings
-    from ptqbench.methods.base import Transform
     from ptqbench.methods.precision import Precision
+    from ptqbench.methods.transform import Transform
     from ptqbench.models.blockwise import BlockwiseModel
 
 KEEP_CODES_BELOW_BYTES = 64 << 20
