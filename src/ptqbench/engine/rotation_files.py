@@ -21,7 +21,7 @@ from ptqbench.models.source import file_digest
 from ptqbench.numerics.orthogonal import nearest_orthogonal
 
 if TYPE_CHECKING:
-    from ptqbench.methods.base import FileMatrix, Transform
+    from ptqbench.methods.transform import FileMatrix, Transform
     from ptqbench.models.architecture import Architecture
 
 OFF_ORTHOGONAL = 1e-2

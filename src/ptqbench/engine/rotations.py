@@ -24,7 +24,7 @@ from ptqbench.numerics.cayley import cayley_step, cosine_rate
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
-    from ptqbench.methods.base import Transform
+    from ptqbench.methods.transform import Transform
     from ptqbench.runs.attempt import Observer
 
 PROGRESS = "progress"

@@ -1,4 +1,4 @@
-"""What the four roles are given and what they give back.
+"""What the four roles are given and what they give back; the role of the transform itself is in ``methods.transform``.
 
 A member of a role is a frozen dataclass of plain hyper-parameters plus one method. It keeps no state between linears, does
 no I/O and moves no tensor between devices. The pipeline collects the union of the statistics that the members of a method
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ptqbench.cell.spec import RunSpec
-    from ptqbench.methods.learned import Learning
-    from ptqbench.methods.precision import Precision
     from ptqbench.models.architecture import Architecture
-    from ptqbench.models.fuse import Basis
     from ptqbench.numerics.grid import Grid, LinearResult
     from ptqbench.numerics.targets import RmsScale
 
@@ -139,57 +136,6 @@ class Member:
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
         """Say why this member makes no sense in a cell, or None."""
         return None
-
-
-class Transform(Member, ABC):
-    """In which basis do we quantize?"""
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether eigenbases must be computed first (``ptqbench.engine.bases``)."""
-        return False
-
-    @property
-    def learning(self) -> Learning | None:
-        """How its rotations are learned on the loss of the quantized network; None if they are not."""
-        return None
-
-    def start(self, architecture: Architecture) -> dict[str, Tensor]:
-        """Draw the rotations that learning starts from, by name; float64, orthogonal."""
-        raise NotImplementedError
-
-    def from_files(self, architecture: Architecture, held: Collection[str]) -> dict[str, FileMatrix]:
-        """Say which matrices to take from its files, which hold the names ``held``: our name -> where it is."""
-        return {}
-
-    @abstractmethod
-    def precision(self, spec: RunSpec, architecture: Architecture) -> Precision:
-        """Return the grids of weights, inputs, keys and values in this basis."""
-
-    @abstractmethod
-    def basis(
-        self, spec: RunSpec, architecture: Architecture, bases: Mapping[str, Tensor] | None = None
-    ) -> Basis | None:
-        """Return how tensors are fused and blocks are planned; None for the checkpoint as it is.
-
-        Args:
-            spec: The cell.
-            architecture: Dimensions.
-            bases: What was computed, learned or read beforehand, by name; None where nothing was.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class FileMatrix:
-    """A matrix in a file.
-
-    Attributes:
-        name: Its name there.
-        shape: The shape that it must have.
-    """
-
-    name: str
-    shape: tuple[int, ...]
 
 
 class Target(Member, ABC):

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
-from ptqbench.methods.precision import FromLayout, Layout
+from ptqbench.methods.precision import Layout
+from ptqbench.methods.transform import Learning, Transform
 from ptqbench.methods.transforms import Seed, down_transform, no_hadamard
 
 if TYPE_CHECKING:
@@ -30,31 +31,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Learning:
-    """How rotations are learned: Cayley steps on the mean loss per token of the network with quantizers on.
-
-    Attributes:
-        steps: Number of steps; the rate falls from ``learning_rate`` along half a cosine.
-        learning_rate: Longest step.
-        momentum: Share of the velocity that is kept from step to step.
-        batch_size: Calibration windows per step; each is used once.
-        quantize_weights: Whether weights are rounded to nearest in the loss, too.
-    """
-
-    steps: int
-    learning_rate: float
-    momentum: float
-    batch_size: int
-    quantize_weights: bool
-
-    @property
-    def n_samples(self) -> int:
-        """Calibration windows that are needed."""
-        return self.steps * self.batch_size
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnedRotation(FromLayout):
+class LearnedRotation(Transform):
     """Learn the rotation of the residual stream and one of the value heads per block (SpinQuant).
 
     Attributes:

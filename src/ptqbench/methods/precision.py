@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.methods.base import Transform
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from ptqbench.numerics.bits import high_rank, kv_overhead_bits, mean_bits
 
@@ -343,15 +342,3 @@ class Precision:
 def _reordered(x: Tensor, order: Tensor) -> Tensor:
     """Put the channels (last axis) of the parts of all heads together."""
     return x.index_select(-1, order.to(x.device))
-
-
-class FromLayout(Transform):
-    """Base of the transforms, whose grids follow from their layout and the cell."""
-
-    def layout(self) -> Layout:
-        """Say how the transform splits axes; here not at all."""
-        return Layout()
-
-    def precision(self, spec: RunSpec, architecture: Architecture) -> Precision:
-        """Build the grids of a cell."""
-        return Precision(spec, architecture, self.layout())

@@ -14,9 +14,9 @@ from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError
-from ptqbench.methods.base import FileMatrix
-from ptqbench.methods.learned import Count, Learning, Momentum, Rate, constant_loss
-from ptqbench.methods.precision import FromLayout, Layout
+from ptqbench.methods.learned import Count, Momentum, Rate, constant_loss
+from ptqbench.methods.precision import Layout
+from ptqbench.methods.transform import FileMatrix, Learning, Transform
 from ptqbench.methods.transforms import Bits, Seed, down_transform, no_hadamard
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ ODD_FACTOR = "odd_factor"
 
 
 @dataclasses.dataclass(frozen=True)
-class Subspace(FromLayout):
+class Subspace(Transform):
     """Keep the most important directions at high precision, randomise inside the parts (ResQ, CoQuant).
 
     Attributes:

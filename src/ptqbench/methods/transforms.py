@@ -15,8 +15,8 @@ from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.methods.base import FileMatrix
-from ptqbench.methods.precision import FromLayout, Layout
+from ptqbench.methods.precision import Layout
+from ptqbench.methods.transform import FileMatrix, Transform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ Seed = Annotated[int, Field(ge=0)]
 
 
 @dataclasses.dataclass(frozen=True)
-class NoTransform(FromLayout):
+class NoTransform(Transform):
     """Quantize in the basis of the checkpoint."""
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
@@ -49,7 +49,7 @@ class NoTransform(FromLayout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hadamard(FromLayout):
+class Hadamard(Transform):
     """Spread outliers by orthogonal matrices that cancel (QuaRot, arXiv 2404.00456).
 
     Attributes:
