@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from ptqbench.cell.fingerprint import FORMAT, identity_fields
 from ptqbench.cell.registry import create
 from ptqbench.cell.spec import UNTOUCHED_BITS, CalibrationSpec, RunSpec
-from ptqbench.errors import CellBusy, PtqbenchError
+from ptqbench.errors import CellBusy, ConfigError, PtqbenchError
 from ptqbench.runs.artefacts import FOLDER, Artefacts
 from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
 from ptqbench.runs.folder import RunFolder, read_json, replacing, write_json
 from ptqbench.runs.lease import lease
+from ptqbench.sweeps.pins import check_unchanged
 from ptqbench.tracking.guard import followed
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from ptqbench.engine.bases import Shelf
     from ptqbench.engine.blocks_on_disk import BlockState
     from ptqbench.engine.timings import Timings
+    from ptqbench.evaluate.cell import Ready
     from ptqbench.methods.precision import Precision
     from ptqbench.methods.transform import Transform
     from ptqbench.models.blockwise import BlockwiseModel
@@ -81,6 +84,7 @@ def run_folder(folder: RunFolder) -> dict[str, Any]:
 
 def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer) -> dict[str, Any]:
     with followed(spec, folder), attempt(folder, shown) as current:
+        check_unchanged(spec)
         result = _work(spec, folder, current)
         write_json(folder.result_path, result)
         _drop_codes(spec, folder, result["bits"]["packed_bytes"])
@@ -96,7 +100,20 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
     if spec.quantizes:
         cell.quantize()
     metrics = cell.evaluate()
-    return cell.result(metrics, cell.bits())
+    result = cell.result(metrics, cell.bits())
+    _check_still(spec, folder, cell.calibration.artefacts)
+    return result
+
+
+def _check_still(spec: RunSpec, folder: RunFolder, artefacts: Artefacts) -> None:
+    """Throw the work away if what it was done on has changed meanwhile."""
+    try:
+        check_unchanged(spec)
+    except PtqbenchError:
+        for path in (folder.state_path, folder.records_path):
+            shutil.rmtree(path, ignore_errors=True)
+        artefacts.discard()
+        raise
 
 
 def _configure(spec: RunSpec) -> None:
@@ -112,14 +129,29 @@ def _configure(spec: RunSpec) -> None:
     forbid_fused(spec.execution.column_loop == "plain")
 
 
+def device_of(spec: RunSpec) -> torch.device:
+    """The device on which a cell runs on this machine.
+
+    Raises:
+        ConfigError: It is to run on a GPU, and there is none.
+    """
+    import torch
+
+    device, found = spec.execution.device, torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ConfigError(
+            "execution.device=cuda: expected a GPU on this machine, torch finds none; say execution.device=cpu, or run the cell "
+            "where there is one"
+        )
+    return torch.device(device if device != "auto" else "cuda" if found else "cpu")
+
+
 def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
     import torch
 
     from ptqbench.models.blockwise import BlockwiseModel
     from ptqbench.models.outliers import outlier_channels, rescale_block
 
-    device = spec.execution.device
-    device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     width = int(source.config["hidden_size"])
     channels = outlier_channels(width, spec.model.outlier_channels)
 
@@ -127,7 +159,7 @@ def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
         return rescale_block(tensors, width, channels, spec.model.outlier_factor)
 
     dtype: torch.dtype = getattr(torch, spec.model.dtype)
-    return BlockwiseModel(source, dtype, torch.device(device), with_outliers if channels else None)
+    return BlockwiseModel(source, dtype, device_of(spec), with_outliers if channels else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +222,7 @@ class _Work:
         precision: The grids.
         timings: Where the time goes.
         state: The finished blocks.
+        ready: Texts and tasks of the evaluation, loaded before the first block.
     """
 
     spec: RunSpec
@@ -202,13 +235,15 @@ class _Work:
     precision: Precision
     timings: Timings
     state: BlockState
+    ready: Ready
 
     @classmethod
     def begin(cls, spec: RunSpec, folder: RunFolder, observer: Observer) -> _Work:
-        """Open the checkpoint and its tokenizer."""
-        from ptqbench.data.windows import load_tokenizer
+        """Open the checkpoint and its tokenizer, and load what is to be measured."""
+        from ptqbench.data.tokenizer import load_tokenizer
         from ptqbench.engine.blocks_on_disk import BlockState
         from ptqbench.engine.timings import Timings
+        from ptqbench.evaluate.cell import load
         from ptqbench.models.source import locate
 
         source = locate(spec.model)
@@ -226,6 +261,7 @@ class _Work:
             precision=transform.precision(spec, model.architecture),
             timings=Timings(),
             state=BlockState(folder.state_path, folder.run_id),
+            ready=load(spec.evaluation, folder, tokenizer, model.architecture.vocab_size),
         )
 
     def transformed(self) -> _Work:
@@ -267,7 +303,7 @@ class _Work:
         from ptqbench.evaluate.cell import CellEvaluation
 
         overlay = self.state.overlay if self.spec.bitwidth.w_bits < UNTOUCHED_BITS else None
-        measured = (self.model, overlay, self.tokenizer, self.observer, self.timings.measure)
+        measured = (self.model, overlay, self.tokenizer, self.observer, self.timings.measure, self.ready)
         return CellEvaluation(self.spec.evaluation, self.folder, *measured).run()
 
     def bits(self) -> dict[str, Any]:
@@ -325,6 +361,8 @@ class _Work:
             "peak_host_gib": round(provenance.peak_host_gib(), 4),
             "peak_gpu_gib": provenance.peak_gpu_gib(),
             "attempts": len(self.folder.attempts),
+            "remarks": self.model.source.remarks,
+            "tokenizer": type(self.tokenizer).__name__,
             "shared": self.calibration.artefacts.account(),
         }
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import UnsupportedError
-from ptqbench.methods.base import Aim, Statistic, Statistics
+from ptqbench.methods.base import Aim, Solver, Statistic, Statistics
 from ptqbench.methods.targets import Damping
 
 if TYPE_CHECKING:

@@ -92,7 +92,7 @@ def pin(spec: RunSpec, known: Known) -> RunSpec:
     """
     model = dataclasses.replace(spec.model, digest=known.model_digest(spec.model), dtype=_dtype(spec.model, known))
     _check_options(spec)
-    calibration = known.calibration(spec.calibration) if spec.quantizes and spec.calibration is not None else None
+    calibration = known.calibration(spec.calibration) if spec.calibrates and spec.calibration is not None else None
     named = {label: complete_text(text, f"evaluation.texts.{label}") for label, text in spec.evaluation.texts.items()}
     texts = {label: dataclasses.replace(text, digest=known.text_digest(text)) for label, text in named.items()}
     for label, text in texts.items():
@@ -106,7 +106,7 @@ def pin(spec: RunSpec, known: Known) -> RunSpec:
         method=dataclasses.replace(spec.method, **pinned),
         calibration=calibration,
         evaluation=dataclasses.replace(spec.evaluation, texts=texts, task_digests=tasks),
-        seed=spec.seed if spec.quantizes else 0,
+        seed=spec.seed if spec.calibrates else 0,
     )
     _check_context(found, known.config(spec.model).get("max_position_embeddings"))
     return found
@@ -114,7 +114,7 @@ def pin(spec: RunSpec, known: Known) -> RunSpec:
 
 def _check_options(spec: RunSpec) -> None:
     texts: dict[str, TextSpec] = {f"evaluation.texts.{label}": text for label, text in spec.evaluation.texts.items()}
-    if spec.quantizes and spec.calibration is not None:
+    if spec.calibrates and spec.calibration is not None:
         texts["calibration"] = spec.calibration
     for where, text in texts.items():
         check_options(text, where)

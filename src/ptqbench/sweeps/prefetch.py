@@ -50,7 +50,7 @@ def prefetch(specs: Iterable[RunSpec], manifest: Path, say: Callable[[Item], Non
         wanted.setdefault(("model", _key(spec.model)), lambda model=spec.model: _model(model))  # type: ignore[misc]
         texts = [
             *spec.evaluation.texts.values(),
-            *([spec.calibration] if spec.calibration and spec.calibration.windows is None and spec.quantizes else []),
+            *([spec.calibration] if spec.calibration and spec.calibration.windows is None and spec.calibrates else []),
         ]
         for text in texts:
             wanted.setdefault(("text", _key(text)), lambda text=text: _text(text))  # type: ignore[misc]
