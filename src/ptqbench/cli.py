@@ -111,7 +111,7 @@ def _plan(arguments: list[str]) -> int:
     parser = _parser("plan", "Every cell of a sweep with its state and what it needs; submits nothing.", "required")
     parser.add_argument("--groups", action="store_true", help="only the sums per resource group")
     options = parser.parse_intermixed_args(arguments)
-    from ptqbench.launch.report import print_plan
+    from ptqbench.launch.summary import print_plan
     from ptqbench.sweeps.plan import plan
 
     print_plan(plan(_cells(options)), every_cell=not options.groups)

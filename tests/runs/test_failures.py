@@ -28,7 +28,7 @@ def raised_by(action):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "gpu_memory"),
         (ValueError("x"), "code"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "code"),
-        (OSError(errno.EACCES, "Permission denied"), "code"),
+        (OSError(errno.EACCES, "Permission denied"), "config"),
     ],
 )
 def test_kinds(error, kind):

@@ -29,7 +29,7 @@ def test_a_held_lease_refuses_and_a_released_one_is_gone(folder):
     assert folder.state() == PENDING
     with lease(folder) as mine:
         assert folder.state() == RUNNING
-        assert json.loads(folder.lease_path.read_text()) == mine
+        assert json.loads(folder.lease_path.read_text()) == mine.record
         with pytest.raises(CellBusy, match=f"process {os.getpid()} on "), lease(folder):
             pass
         assert folder.lease_path.exists(), "a refused process must not remove the lease of the holder"
@@ -53,7 +53,7 @@ def test_a_dead_process_of_this_machine_loses_it_at_once(folder):
 
 
 def test_a_number_that_another_process_has_now_is_a_dead_holder(folder):
-    write_json(folder.lease_path, holder(created=me()["created"] - 3600.0))
+    write_json(folder.lease_path, holder(started=me()["started"] - 3600.0))
     with lease(folder):
         pass
 

@@ -29,7 +29,7 @@ from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.capture import BlockMoments, read_moments
 from ptqbench.models.stages import Positions, forward
 from ptqbench.numerics.subspace import eigenbasis
-from ptqbench.runs.folder import replacing
+from ptqbench.runs.files import is_readable, replacing
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -62,12 +62,15 @@ class StoredBases(Mapping[str, Tensor]):
 
         Raises:
             ConfigError: The file belongs to something else.
+            StorageError: The file cannot be read now.
         """
         path = self._path(part)
+        if not is_readable(path):
+            return False
         try:
             with safe_open(path, framework="pt") as stored:
                 owner = (stored.metadata() or {}).get("identity")
-        except (SafetensorError, FileNotFoundError):
+        except SafetensorError:
             return False
         if owner != self.identity:
             raise ConfigError(f"{path} belongs to {owner}, not {self.identity}; remove the folder to start anew")
