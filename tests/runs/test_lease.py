@@ -71,6 +71,13 @@ def test_a_holder_elsewhere_lives_until_it_is_silent_for_long_enough(folder):
         pass
 
 
+@pytest.mark.parametrize("time", [time.time() + 3600, 1e300])
+def test_a_time_in_the_future_is_no_sign_of_life(folder, time):
+    write_json(folder.lease_path, holder(machine="elsewhere:boot:1", time=time))
+    write_json(folder.new_attempt() / "heartbeat.json", {"time": time})
+    assert folder.state() == INTERRUPTED
+
+
 def test_a_restarted_slurm_job_takes_over_from_its_previous_incarnation(monkeypatch):
     far = holder(machine="elsewhere:boot:1", slurm_job="42", slurm_restart=0)
     assert alive(far, None)

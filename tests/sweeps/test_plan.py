@@ -141,7 +141,9 @@ def test_states_and_groups(tmp_path, monkeypatch):
     write_json(found[0].folder.result_path, {"run_id": found[0].folder.run_id})
     write_json(found[1].folder.failure_path, {"kind": "host_memory", "message": "too little"})
     write_json(found[2].folder.submission_path, {"launcher": "slurm", "token": "t", "task": 5})
-    monkeypatch.setattr(planning, "look", lambda folders, patient: Queue({("t", 5): Job("17_5", "PENDING", "Resources")}))
+    monkeypatch.setattr(
+        planning, "look", lambda folders, patient: Queue({("t", 5): Job("17_5", "PENDING", "Resources")})
+    )
     rows = plan(found)
     assert [row.state for row in rows] == [DONE, FAILED, QUEUED, PENDING]
     assert [row.todo for row in rows] == [False, True, False, True]
