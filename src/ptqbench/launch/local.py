@@ -97,7 +97,6 @@ class Pool:
     """The event loop over workers."""
 
     def __init__(self, tasks: Sequence[Task], slots: Sequence[Slot], summary: Summary) -> None:
-        """Prepare; nothing starts yet."""
         self._waiting, self._free, self._summary = deque(tasks), list(slots), summary
         self._running: list[tuple[Slot, Worker]] = []
         self._elsewhere: list[Task] = []

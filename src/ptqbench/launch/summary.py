@@ -64,7 +64,6 @@ class Summary:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop drawing."""
         if self._live:
             self._live.stop()
 
