@@ -121,7 +121,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ptqbench.launch.report import print_plan
+    from ptqbench.launch.summary import print_plan
     from ptqbench.sweeps.plan import plan
 
     print_plan(plan(_cells(options)), every_cell=not options.groups)

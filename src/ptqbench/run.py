@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from ptqbench.cell.fingerprint import FORMAT, identity_fields
 from ptqbench.cell.registry import create
 from ptqbench.cell.spec import UNTOUCHED_BITS, CalibrationSpec, RunSpec
-from ptqbench.errors import CellBusy, ConfigError, PtqbenchError
+from ptqbench.errors import CellBusy, ConfigError, PtqbenchError, RunFailed
 from ptqbench.runs.artefacts import FOLDER, Artefacts
 from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
 from ptqbench.runs.folder import RunFolder, read_json, replacing, write_json
-from ptqbench.runs.lease import lease
+from ptqbench.runs.lease import Lease, lease
 from ptqbench.sweeps.pins import check_unchanged
 from ptqbench.tracking.guard import followed
 
@@ -52,13 +52,14 @@ def run_cell(spec: RunSpec, folder: RunFolder, shown: Observer | None = None) ->
     Raises:
         RunFailed: The cell failed; see ``failure.json``.
         CellBusy: Another living process works on the cell.
+        StorageError: The run folder cannot be read or written.
     """
     done = folder.result()
     if done is not None:
         return done
-    with lease(folder):
+    with lease(folder) as held:
         done = folder.result()  # perhaps finished by the previous holder between the first look and the lease
-        return done if done is not None else _attempt(spec, folder, shown or Silent())
+        return done if done is not None else _attempt(spec, folder, shown or Silent(), held)
 
 
 def run_folder(folder: RunFolder) -> dict[str, Any]:
@@ -74,19 +75,22 @@ def run_folder(folder: RunFolder) -> dict[str, Any]:
         PtqbenchError: As :func:`run_cell`; an unreadable or foreign ``spec.json`` is recorded in ``failure.json`` too.
     """
     try:
-        spec = folder.read_spec()
-    except PtqbenchError as error:
-        if folder.spec_path.exists():  # else there is no cell whose failure could be recorded
-            record_failure(folder, error)
+        return run_cell(folder.read_spec(), folder)
+    except (CellBusy, RunFailed):  # nothing is wrong; recorded by the attempt
         raise
-    return run_cell(spec, folder)
+    except PtqbenchError as error:
+        with contextlib.suppress(OSError):
+            if folder.spec_path.exists():  # else there is no cell whose failure could be recorded
+                record_failure(folder, error)
+        raise
 
 
-def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer) -> dict[str, Any]:
-    with followed(spec, folder), attempt(folder, shown) as current:
+def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer, held: Lease) -> dict[str, Any]:
+    with followed(spec, folder), attempt(folder, shown, held) as current:
         check_unchanged(spec)
         result = _work(spec, folder, current)
-        write_json(folder.result_path, result)
+        with held.confirmed():
+            write_json(folder.result_path, result)
         _drop_codes(spec, folder, result["bits"]["packed_bytes"])
     return result
 
@@ -371,10 +375,7 @@ def _drop_codes(spec: RunSpec, folder: RunFolder, packed_bytes: int) -> None:
     """Remove finished blocks unless they are to be kept; after the result is written, so that a kill costs no work."""
     keep = spec.execution.keep_codes
     if keep is False or (keep is None and packed_bytes > KEEP_CODES_BELOW_BYTES):
-        for path in folder.state_path.glob("*.safetensors"):
-            path.unlink()
-        with contextlib.suppress(OSError):
-            folder.state_path.rmdir()
+        shutil.rmtree(folder.state_path, ignore_errors=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -402,7 +403,7 @@ def main(arguments: list[str]) -> int:
         return 0
     except PtqbenchError as error:
         print(f"ptqbench: {error}", file=sys.stderr)
-        return 1 if folder.failure_path.exists() else 2
+        return 1 if os.path.exists(folder.failure_path) else 2
     except KeyboardInterrupt:
         return 130
     for name, metric in result["metrics"].items():

@@ -28,7 +28,7 @@ from ptqbench.methods.eigenbases import COLUMNS_OF, FACTS, diagonalised, eigenba
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.capture import BlockMoments, read_moments
 from ptqbench.models.stages import Positions, forward
-from ptqbench.runs.folder import replacing
+from ptqbench.runs.files import is_readable, replacing
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -61,12 +61,15 @@ class StoredBases(Mapping[str, Tensor]):
 
         Raises:
             ConfigError: The file belongs to something else.
+            StorageError: The file cannot be read now.
         """
         path = self._path(part)
+        if not is_readable(path):
+            return False
         try:
             with safe_open(path, framework="pt") as stored:
                 owner = (stored.metadata() or {}).get("identity")
-        except (SafetensorError, FileNotFoundError):
+        except SafetensorError:
             return False
         if owner != self.identity:
             raise ConfigError(f"{path} belongs to {owner}, not {self.identity}; remove the folder to start anew")

@@ -150,7 +150,7 @@ def learn_rotations(
                     _save_progress(stored, step + 1, rotations, velocities)
                 on_step(step)
         stored.save_named(rotations)
-        stored.drop(PROGRESS)
+    stored.drop(PROGRESS)  # also that of a process killed right here
     return stored
 
 
