@@ -9,8 +9,7 @@ from typing import Any
 
 from ptqbench.cell.folders import conf_folder
 from ptqbench.errors import ConfigError, PtqbenchError
-from ptqbench.sweeps.compose import Composer, one_line, require_method, resolved, rewrite
-from ptqbench.sweeps.resolve import resolve
+from ptqbench.sweeps.compose import Composer, named, one_line, require_method, resolved, rewrite
 
 
 def run_hydra(arguments: list[str]) -> int:
@@ -29,7 +28,7 @@ def run_hydra(arguments: list[str]) -> int:
     @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")  # type: ignore[untyped-decorator]
     def task(config: DictConfig) -> None:
         try:
-            status.append(run_one(resolve(OmegaConf.to_container(config, resolve=True))))  # type: ignore[arg-type]
+            status.append(run_one(named(OmegaConf.to_container(config, resolve=True))))  # type: ignore[arg-type]
         except PtqbenchError as error:  # kept from Hydra, which would print the whole command line before it
             stopped.append(error)
 

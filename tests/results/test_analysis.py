@@ -16,7 +16,7 @@ from ptqbench.errors import ConfigError
 from ptqbench.results import analysis
 from ptqbench.runs import folder as store
 
-FOLDER = Path(__file__).parents[1] / "analysis"
+FOLDER = Path(__file__).parents[2] / "analysis"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 

@@ -15,13 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ptqbench.cell import labels
 from ptqbench.cell.folders import conf_folder, group_names
 from ptqbench.cell.spec import RunSpec, nearest
 from ptqbench.errors import ConfigError, NotHereError, PtqbenchError
-from ptqbench.sweeps.cells import Cell, cell_name, with_folders
+from ptqbench.sweeps.cells import Cell, with_folders
 from ptqbench.sweeps.compose_cache import Compositions
 from ptqbench.sweeps.files import Sweep, describe, expand, load_sweep, overrides
-from ptqbench.sweeps.resolve import Known, resolve, skip_reason, validated
+from ptqbench.sweeps.naming import Naming
+from ptqbench.sweeps.resolve import Known, pin, skip_reason, validated
 
 VALUE_FLAGS = (
     "--cfg",
@@ -70,7 +72,15 @@ def compose_cell(words: list[str]) -> RunSpec:
     Raises:
         ConfigError: As ``resolve``; also whatever Hydra objects to.
     """
-    return resolve(compose_data(words))
+    return named(compose_data(words))
+
+
+def named(data: dict[str, Any]) -> RunSpec:
+    """Resolve one composed cell and label it; raises as ``resolve``."""
+    composer = Composer()
+    spec = pin(Naming(composer)(validated(data)), Known())
+    composer.save()
+    return spec
 
 
 def compose_data(words: list[str], read: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -304,16 +314,16 @@ def requested(words: list[str]) -> list[RunSpec]:
 
 def resolved(requests: list[tuple[str, list[str]]], composer: Composer | None = None) -> list[Cell]:
     """Compose and resolve cells from (name for people, override words); what they share is looked up once."""
-    composer, known, found = composer or Composer(), Known(), []
+    files, known, found = Composer(), Known(), []
+    composer, naming = composer or files, Naming(files)
     for name, words in requests:
         try:
-            data = composer(words)
-            spec = resolve(data, known)
-            found.append(Cell(cell_name(spec), spec, skipped=skip_reason(spec, known)))
+            draft = naming(validated(composer(words)))
+            spec = pin(draft, known)
+            found.append(Cell(labels.name(spec), spec, skipped=skip_reason(spec, known)))
         except NotHereError as error:
-            draft = validated(data)
-            found.append(Cell(cell_name(draft), None, problem=error, draft=draft))
+            found.append(Cell(labels.name(draft), None, problem=error, draft=draft))
         except PtqbenchError as error:
             found.append(Cell(name, None, problem=error))
-    composer.save()
+    files.save()
     return with_folders(found)

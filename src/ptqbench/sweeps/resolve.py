@@ -90,7 +90,7 @@ def resolve(config: Mapping[str, Any], known: Known | None = None) -> RunSpec:
         UnsupportedError: An architecture or a data type that the code cannot serve.
         NotHereError: A hub model that is not on this machine, or a hub data set whose branch names no commit here.
     """
-    return _pin(_validated(config), known or Known())
+    return pin(_validated(config), known or Known())
 
 
 def skip_reason(spec: RunSpec, known: Known | None = None) -> str | None:
@@ -138,8 +138,12 @@ def _fill(given: dict[str, Any], witness: str, defaults: Mapping[str, Any]) -> d
     return {**base, **{key: value for key, value in given.items() if value is not None or key not in base}}
 
 
-def _pin(spec: RunSpec, known: Known) -> RunSpec:
-    """Fill in content digests and the data type, and drop what cannot matter to an unquantized cell."""
+def pin(spec: RunSpec, known: Known) -> RunSpec:
+    """Fill in content digests and the data type of a validated cell, and drop what cannot matter to an unquantized one.
+
+    Raises:
+        PtqbenchError: As ``resolve``.
+    """
     config = known.config(spec.model)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     dtype = spec.model.dtype if spec.model.dtype != "auto" else stored
