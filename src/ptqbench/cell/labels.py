@@ -17,6 +17,8 @@ from ptqbench.cell.spec import IDENTITY, ROLES, UNTOUCHED_BITS, BitwidthSpec, Ru
 
 PLACES = ("name", "path", "hub_id", "revision", "files")
 """Fields that are not identity but say which checkpoint, text or file was meant."""
+FILES = (".path", "_file")
+"""Ends of paths whose values are names of files."""
 SECTIONS = ("model", "method", "calibration", "evaluation")
 SLUG_LENGTH = 180
 """Longest slug: a file name has 255 bytes, of which a run id takes 13; letters outside ASCII take several each."""
@@ -122,7 +124,11 @@ def words(spec: RunSpec, paths: Iterable[str]) -> list[str]:
     values = {path: value for section in SECTIONS for path, value in flat(getattr(spec, section), section).items()}
     values |= {path.replace(".files.", ".options."): file for path, file in values.items() if ".files." in path}
     shared = Counter(option for role in ROLES for option in getattr(spec.method, role).options)
-    return [f"{_short(path, shared)}={_text(path, values[path])}" for path in paths if path in values]
+    return [
+        f"{_short(path, shared)}={_text(path, values[path])}"
+        for path in paths
+        if path in values and not (path.endswith(FILES) and values[path] is None)
+    ]
 
 
 def _parts(spec: RunSpec) -> list[str]:
@@ -155,6 +161,6 @@ def _text(path: str, value: Any) -> str:
     said = value if isinstance(value, str) else json.dumps(value, default=str)
     if path.endswith("digest"):
         return said.removeprefix("sha256:")[:12]
-    if path.endswith((".path", "_file")):
+    if path.endswith(FILES):
         said = said.rstrip("/").rpartition("/")[2]
     return " ".join(said.split())

@@ -37,6 +37,9 @@ def config_of(spec: RunSpec) -> dict[str, Any]:
     fields = identity_fields(spec)
     for section in ("model", "method", "bitwidth", "evaluation"):
         fields[section]["name"] = getattr(spec, section).name
+    for section in ("model", "calibration"):
+        if f"{section}.path" in spec.changed:
+            fields[section]["path"] = Path(getattr(spec, section).path).name  # part of the label; where it lies is not
     fields["changed"] = list(spec.changed)
     return {**fields, "format": FORMAT, "spec": canonical_json(fields)}
 

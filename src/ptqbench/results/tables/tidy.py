@@ -20,6 +20,7 @@ from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import identity_texts, joined
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS, RunSpec
 from ptqbench.errors import PtqbenchError
+from ptqbench.results.tables.metrics import measured
 from ptqbench.results.tables.names import KEYS, settle
 from ptqbench.results.tables.specs import SpecReader
 from ptqbench.runs.folder import DONE, RunFolder
@@ -221,8 +222,8 @@ def spared_seconds(result: dict[str, Any]) -> float | None:
 
 
 def _measurement(spec: RunSpec, name: str, metric: dict[str, Any]) -> dict[str, Any]:
-    value, stderr = float(metric["value"]), metric.get("stderr")
-    if not math.isfinite(value):
+    value, stderr = measured(metric), metric.get("stderr")
+    if math.isnan(value):
         raise ValueError(f"{name} is {value}")
     return {
         "metric": name,
