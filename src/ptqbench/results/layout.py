@@ -52,7 +52,7 @@ def fitted(sheet: Sheet, width: int, ascii_only: bool = False) -> RenderableType
         sheet, more = without_common(sheet, ("method", "bitwidth", "nominal", "true", "seeds"))
         common, parts = common + more, _parts(sheet, width)
     title = Text("\n".join([*([sheet.title] if sheet.title else []), *common]))
-    tables = [_table(sheet, part) for part in parts] or _as_lists(sheet)
+    tables = [_table(sheet, part) for part in parts] or _as_lists(sheet, width)
     if len(parts) > 1:
         tables = [item for table in tables for item in (table, Text(""))][:-1]
     return Group(*([title] if title.plain else []), *tables)
@@ -138,15 +138,19 @@ def _table(sheet: Sheet, part: _Part) -> Table:
     return out
 
 
-def _as_lists(sheet: Sheet) -> list[Text]:
-    """Every row as a list of its values, each on a line of its own."""
+def _as_lists(sheet: Sheet, width: int) -> list[Text]:
+    """Every row as a list of its values, each on one line, with its heading or below it."""
     lines = []
     for row in sheet.rows:
         for numeric, members in groupby(zip(sheet.columns, row, strict=True), key=lambda pair: pair[0].numeric):
-            if numeric:
-                lines += [Text(f"  {_heading(column, ' ')}: {_text(entry)}", no_wrap=True) for column, entry in members]
-            else:
+            if not numeric:
                 lines.append(Text(" ".join(_text(entry) for _, entry in members), style="bold"))
+                continue
+            for column, entry in members:
+                value, heading = _text(entry), f"  {_heading(column, ' ')}:"
+                beside = cell_len(f"{heading} {value}") <= width
+                lines += [] if beside else [Text(heading)]
+                lines.append(Text(f"{heading} {value}" if beside else f"    {value}", no_wrap=True, overflow="ignore"))
     return lines
 
 

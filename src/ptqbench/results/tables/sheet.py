@@ -25,7 +25,7 @@ BOLD = (
     "Bold: best of a model and bitwidth, and what is within the spread of the difference to it "
     "(over seeds where there are several, else the standard error of the evaluation)."
 )
-SPREAD = "±: sample standard deviation over seeds, of the cell and of random rotations."
+SPREAD = "±: sample standard deviation over seeds."
 
 
 @dataclasses.dataclass(frozen=True)
