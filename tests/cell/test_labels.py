@@ -141,3 +141,10 @@ def test_rotation_seeds_share_a_row():
     assert frame["method"].tolist() == ["resq", "resq"]
     assert frame["rotation_seed"].tolist() == [0, 3]
     assert frame["variant"].nunique() == 1
+
+
+def test_a_calibration_that_all_rows_share_is_in_no_name():
+    shared = frame_of(["method=gptq", "calibration.n_samples=8"], ["method=qep", "calibration.n_samples=8"])
+    assert shared["method"].tolist() == ["gptq", "qep"]
+    unequal = frame_of(["method=gptq", "calibration.n_samples=8"], ["method=qep"])
+    assert unequal["method"].tolist() == ["gptq calibration.n_samples=8", "qep"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from ptqbench.cell import labels
@@ -37,8 +38,15 @@ def settle(rows: Sequence[Row]) -> None:
         cell.bitwidth = bits[_bits(cell.spec)]
         cell.model = models.get(_model(cell.spec), labels.model(cell.spec))
         groups.setdefault((cell.model, cell.spec.method.name, cell.bitwidth), []).append(cell)
+    calibrations = [_identity(cell.spec, ("calibration",)) for cell in cells if cell.spec.calibration is not None]
+    common = (
+        {AVERAGED, *(path for path in calibrations[0] if path not in _differing(calibrations))}
+        if calibrations
+        else {AVERAGED}
+    )
+    common |= {f"calibration.{place}" for place in labels.PLACES} if "calibration.digest" in common else set()
     for together in groups.values():
-        _name_methods(together)
+        _name_methods(together, common)
     for row in known:
         cell = parts[id(row["spec"])]
         row.update(model=cell.model, method=cell.method, bitwidth=cell.bitwidth)
@@ -94,7 +102,7 @@ def _model_names(name: str, cells: Sequence[Part]) -> list[str]:
     return [" ".join([name, *labels.words(cell.spec, new)]) for cell in cells]
 
 
-def _name_methods(cells: Sequence[Part]) -> None:
+def _name_methods(cells: Sequence[Part], common: AbstractSet[str]) -> None:
     """Name methods that share a file, a model and bits: by what is not as in the file, and by what differs among them."""
     first: dict[str | None, Part] = {}
     for cell in cells:
@@ -103,23 +111,28 @@ def _name_methods(cells: Sequence[Part]) -> None:
     names: dict[str | None, str] = {}
     for variant, cell in first.items():
         if variant is not None:
-            names[variant] = _method_name(cell.spec, list(flats.values()), flats[variant])
+            names[variant] = _method_name(cell.spec, list(flats.values()), common, flats[variant])
     unique = labels.distinct(names.values(), map(str, names))
     names = dict(zip(names, unique, strict=True))
     for cell in cells:
-        own = names.get(cell.variant) or _method_name(cell.spec, list(flats.values()))
+        own = names.get(cell.variant) or _method_name(cell.spec, list(flats.values()), common)
         cell.method = own
 
 
-def _method_name(spec: RunSpec, flats: Sequence[Mapping[str, Any]], own: Mapping[str, Any] | None = None) -> str:
-    """A method's name with words; an option of a role is compared only among cells with the same members."""
+def _method_name(
+    spec: RunSpec, flats: Sequence[Mapping[str, Any]], common: AbstractSet[str], own: Mapping[str, Any] | None = None
+) -> str:
+    """A method's name with words, without those that are ``common`` to the whole table.
+
+    An option of a role is compared only among cells with the same members.
+    """
     own = own or _identity(spec, ("method", "calibration"))
     differing = _differing(flats)
     members = [f"method.{role}.name" for role in ROLES if f"method.{role}.name" in differing]
     alike = [fields for fields in flats if all(fields.get(path) == own.get(path) for path in members)]
     within = _differing(alike)
     found = [*members, *(p for p in differing if p not in members and (p in within or ".options." not in p))]
-    changed = [path for path in spec.changed if path.startswith(("method.", "calibration.")) and path != AVERAGED]
+    changed = [path for path in spec.changed if path.startswith(("method.", "calibration.")) and path not in common]
     paths = list(dict.fromkeys([*changed, *found]))
     return " ".join([spec.method.name, *labels.words(spec, sorted(paths, key=_place))])
 
