@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ptqbench.cell import labels
 from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import CellBusy, ConfigError
 from ptqbench.runs.folder import create, folder_of
-from ptqbench.sweeps.cells import cell_name
 from ptqbench.sweeps.resolve import skip_reason
 
 
@@ -66,7 +66,7 @@ def run_one(spec: RunSpec) -> int:
     """
     from ptqbench.results.terminal import result_table
 
-    console, errors, name = Console(), Console(stderr=True), cell_name(spec)
+    console, errors, name = Console(), Console(stderr=True), labels.name(spec)
     reason = skip_reason(spec)
     if reason is not None:
         raise ConfigError(f"this combination is skipped: {reason}")

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from ptqbench.cell.folders import conf_folder
 from ptqbench.errors import ConfigError
-from ptqbench.sweeps.compose import Composer, resolved
+from ptqbench.sweeps.compose import Composer, named, resolved
 from ptqbench.sweeps.files import MOST_CELLS
 from ptqbench.sweeps.hydra_compose import refusal
-from ptqbench.sweeps.resolve import resolve
 from ptqbench.sweeps.words import check_request, rewrite, split
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def run_hydra(arguments: list[str]) -> int:
     if asked.configs:
         from ptqbench.foreground import run_one
 
-        return run_one(resolve(asked.configs[0]))
+        return run_one(named(asked.configs[0]))
     return 0
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import FORMAT, identity_fields
 from ptqbench.cell.registry import create
 from ptqbench.cell.spec import UNTOUCHED_BITS, CalibrationSpec, RunSpec
@@ -351,9 +352,9 @@ class _Work:
         return {
             "format": FORMAT,
             "run_id": self.folder.run_id,
-            "model": spec.model.name,
-            "method": spec.method.name,
-            "bitwidth": spec.bitwidth.name,
+            "model": labels.model(spec),
+            "method": labels.method(spec),
+            "bitwidth": labels.bitwidth(spec),
             "seed": spec.seed,
             "metrics": metrics,
             "averages": averages(spec.evaluation.tasks, metrics),

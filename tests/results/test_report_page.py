@@ -411,3 +411,13 @@ def test_a_name_that_does_not_fit_between_marks_goes_around_them():
 def test_page_needs_no_torch():
     code = "import sys, ptqbench.results.report_page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_unfinished_cell_that_cannot_be_read_does_not_spoil_the_page(tmp_path):
+    """Every change of the schema leaves such cells behind."""
+    root = tmp_path / "runs"
+    shutil.copytree(golden_store.FOLDER, root)
+    folder = store.RunFolder(next(root.glob("*-q2n-*-s2-*")))
+    store.write_json(folder.spec_path, {**json.loads(folder.spec_path.read_text()), "unknown": 1})
+    page = report_page([(store.RunFolder(path), None) for path in sorted(root.iterdir())])
+    assert folder.run_id in page

@@ -110,9 +110,3 @@ def identity_id(texts: Mapping[str, str]) -> str:
     """Hash what ``identity_texts`` returned for a cell, to its run id."""
     payload = joined({"format": canonical_json(FORMAT), "spec": joined(texts)})
     return hashlib.sha256(payload.encode()).hexdigest()[:RUN_ID_LENGTH]
-
-
-def slug(spec: RunSpec) -> str:
-    """Name a cell for people: ``model-method-bitwidth-sSEED``. Not an identifier."""
-    parts = (spec.model.name, spec.method.name, spec.bitwidth.name, f"s{spec.seed}")
-    return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)

@@ -292,7 +292,10 @@ class TrackingSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class RunSpec:
-    """One cell: model x method x bitwidth x calibration x evaluation x seed."""
+    """One cell: model x method x bitwidth x calibration x evaluation x seed.
+
+    ``changed`` lists what in it is not as in the files that its parts are named after (see ``cell.labels``).
+    """
 
     model: ModelSpec = identity()
     method: MethodSpec = identity()
@@ -303,6 +306,7 @@ class RunSpec:
     resources: ResourcesSpec = execution(default_factory=ResourcesSpec)
     launcher: LauncherSpec = execution(default_factory=LauncherSpec)
     tracking: TrackingSpec = execution(default_factory=TrackingSpec)
+    changed: tuple[str, ...] = execution(default=())
     execution: ExecutionSpec = execution(default_factory=ExecutionSpec)  # last: from here on the name means the field
 
     @property

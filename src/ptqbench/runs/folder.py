@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ptqbench.cell.fingerprint import RUN_ID_LENGTH, run_id, slug
+from ptqbench.cell import labels
+from ptqbench.cell.fingerprint import RUN_ID_LENGTH, run_id
 from ptqbench.cell.spec import RunSpec, build, to_dict
 from ptqbench.errors import ConfigError, StorageError
 from ptqbench.runs.files import number, read_bytes, read_record
@@ -232,7 +233,7 @@ def folders_of(specs: Sequence[RunSpec]) -> list[RunFolder]:
         if root not in found:
             names = sorted(os.listdir(root), reverse=True) if root.is_dir() else []
             found[root] = {name[-RUN_ID_LENGTH:]: root / name for name in names}
-        folders.append(RunFolder(found[root].get(identifier, root / f"{slug(spec)}-{identifier}")))
+        folders.append(RunFolder(found[root].get(identifier, root / f"{labels.slug(spec)}-{identifier}")))
     return folders
 
 

@@ -91,6 +91,6 @@ def _source(run: Any) -> Iterable[Source]:
         return
     if run_id(spec) != run.id:
         reason = f"the run's config describes cell {run_id(spec)}, not {run.id}"
-        yield Absent(spec.model.name, spec.method.name, spec.bitwidth.name, spec.seed, "damaged", reason, spec)
+        yield Absent.of(spec, "damaged", reason)
         return
     yield Recorded(run.id, stored, STATES.get(run.state, INTERRUPTED), summary.get("failure")), spec

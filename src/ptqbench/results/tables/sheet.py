@@ -22,8 +22,8 @@ from ptqbench.results.tables.pivot import BITS, NOT_MEASURED, Pivot, best, pivot
 from ptqbench.results.tables.tidy import KEYS
 
 BOLD = (
-    "Bold: best of a model and bitwidth, and what is within one standard error of the difference to it "
-    "(over seeds where there are several, else of the evaluation)."
+    "Bold: best of a model and bitwidth, and what is within the spread of the difference to it "
+    "(over seeds where there are several, else the standard error of the evaluation)."
 )
 SPREAD = "±: sample standard deviation over seeds."
 
