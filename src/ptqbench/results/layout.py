@@ -52,7 +52,7 @@ def fitted(sheet: Sheet, width: int, ascii_only: bool = False) -> RenderableType
         sheet, more = without_common(sheet, ("method", "bitwidth", "nominal", "true", "seeds"))
         common, parts = common + more, _parts(sheet, width)
     title = Text("\n".join([*([sheet.title] if sheet.title else []), *common]))
-    tables = [_table(sheet, part) for part in parts] or _as_lists(sheet, width)
+    tables: list[Table | Text] = [*([_table(sheet, part) for part in parts] or _as_lists(sheet, width))]
     if len(parts) > 1:
         tables = [item for table in tables for item in (table, Text(""))][:-1]
     return Group(*([title] if title.plain else []), *tables)
@@ -82,7 +82,8 @@ def _parts(sheet: Sheet, width: int) -> list[_Part]:
             return [_Part(everything, tuple(natural), dense)]
     numeric = [column.numeric for column in sheet.columns]
     lead = everything[: numeric.index(True)] if True in numeric else everything
-    found, start = [], len(lead)
+    found: list[_Part] = []
+    start = len(lead)
     while start < len(everything) or not found:
         for end in range(len(everything), min(start, len(everything) - 1), -1):
             places = (*lead, *everything[start:end])

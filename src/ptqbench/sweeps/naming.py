@@ -62,7 +62,7 @@ class Naming:
 
     def _replaced(self, spec: RunSpec, named: RunSpec, words: list[str]) -> tuple[list[str], list[str]]:
         """Parts for which another file was chosen than the method and model name: their paths, and words that choose it too."""
-        paths = []
+        paths: list[str] = []
         for path, word in _choices(spec, named):
             group, _, name = word.partition("=")
             tried = [[*words, f"{group}={file}"] for file in self._files(group, name)]

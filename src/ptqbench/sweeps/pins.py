@@ -6,6 +6,7 @@ Between the two moments a cell may wait in a queue for days. Imports neither tor
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,5 +203,5 @@ def _contents(spec: RunSpec) -> Iterator[tuple[str, str | None, Callable[[], str
                 yield (
                     f"method.{role}.{option}={path}",
                     member.options[digest],
-                    lambda path=path: source.file_digest(path),
-                )  # type: ignore[misc]
+                    functools.partial(source.file_digest, path),
+                )

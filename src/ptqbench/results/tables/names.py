@@ -85,7 +85,7 @@ def _agreed(
     sharing: dict[str, list[Part]] = {}
     for cell in first.values():
         sharing.setdefault(name(cell), []).append(cell)
-    found = {}
+    found: dict[Any, str] = {}
     for one, several in sharing.items():
         names = [one] if len(several) == 1 else rename(one, several)
         found |= {value(cell): new for cell, new in zip(several, names, strict=True)}

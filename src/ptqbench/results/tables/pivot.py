@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ import pandas as pd
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.results.tables.metrics import AVERAGE, higher_is_better, kind, order
-from ptqbench.results.tables.tidy import KEYS
+from ptqbench.results.tables.names import KEYS
 
 BITS = ["nominal_w_bits", "effective_w_bits"]
 NEVER_RUN = ("excluded", "skipped")
@@ -230,7 +231,7 @@ def _reasons(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
     }
 
 
-def draw(seed: object, rotation_seed: object) -> str:
+def draw(seed: Any, rotation_seed: Any) -> str:
     """One draw of what is random in a cell: its seed, and behind a slash the seed of random rotations where it has any."""
     words = [f"{one:g}" if isinstance(one, float) else str(one) for one in (seed, rotation_seed) if pd.notna(one)]
     return "/".join(words) or "?"

@@ -18,8 +18,8 @@ from ptqbench.results.tables.metrics import (
     higher_is_better,
     kind,
 )
+from ptqbench.results.tables.names import KEYS
 from ptqbench.results.tables.pivot import BITS, NOT_MEASURED, Pivot, best, pivot, task_average
-from ptqbench.results.tables.tidy import KEYS
 
 BOLD = (
     "Bold: best of a model and bitwidth, and what is within the spread of the difference to it "
