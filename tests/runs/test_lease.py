@@ -71,7 +71,7 @@ def test_a_holder_elsewhere_lives_until_it_is_silent_for_long_enough(folder):
         pass
 
 
-@pytest.mark.parametrize("time", [time.time() + 3600, 1e300])
+@pytest.mark.parametrize("time", [time.time() + 3600, 1e300], ids=["an hour", "for ever"])
 def test_a_time_in_the_future_is_no_sign_of_life(folder, time):
     write_json(folder.lease_path, holder(machine="elsewhere:boot:1", time=time))
     write_json(folder.new_attempt() / "heartbeat.json", {"time": time})
