@@ -145,6 +145,8 @@ def test_a_missing_gpu_is_said_before_there_is_a_run_folder(tmp_path, monkeypatc
     with pytest.raises(RunFailed, match="expected a GPU on this machine"):
         run_folder(folder)
     assert folder.failure()["kind"] == "config"
+
+
 def lose_a_signal(then):
     """What safetensors does now and then: the exception of a signal is lost, and something else follows."""
     with contextlib.suppress(KeyboardInterrupt):

@@ -22,6 +22,8 @@ from filelock import FileLock
 from ptqbench.errors import StorageError
 
 TEMPORARY = ".*.tmp"
+END_OF_TIME_S = 253402300800.0
+"""The beginning of the year 10000, which no calendar of the system goes beyond."""
 ABSENT = (errno.ENOENT, errno.ENOTDIR)
 ERRNO_IN_WORDS = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)
 
@@ -103,6 +105,12 @@ def number(record: Mapping[str, Any], name: str) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def moment(record: Mapping[str, Any], name: str) -> float | None:
+    """Read a field that is a time, seconds since the epoch; None where it is anything else, or in no year from 1970 to 9999."""
+    value = number(record, name)
+    return value if value is not None and 0 <= value < END_OF_TIME_S else None
 
 
 def is_readable(path: Path) -> bool:
