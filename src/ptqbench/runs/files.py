@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,8 @@ from filelock import FileLock
 
 from ptqbench.errors import StorageError
 
-TEMPORARY = ".*.tmp"
+TEMPORARY = ".*tmp*"
+"""Pattern of files half written: those of ``replacing``, and those that safetensors writes beside them (``.tmpXXXXXX``)."""
 END_OF_TIME_S = 253402300800.0
 """The beginning of the year 10000, which no calendar of the system goes beyond."""
 ABSENT = (errno.ENOENT, errno.ENOTDIR)
@@ -149,9 +151,9 @@ def file_lock(path: Path, timeout: float = -1) -> FileLock:
 
 
 def remove_temporaries(paths: Iterable[Path], older_than_s: float = 0.0) -> None:
-    """Remove those files of killed writers that have reached an age; the caller knows that nobody writes younger ones."""
+    """Remove those files and folders of killed writers that have reached an age; the caller knows that nobody writes younger ones."""
     newest = time.time() - older_than_s
     for path in paths:
         with contextlib.suppress(OSError):
             if path.stat().st_mtime <= newest:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
