@@ -305,7 +305,9 @@ def test_composition_crosses_the_three_roles_with_three_seeds():
 
 def test_a_cell_that_makes_no_sense_does_not_keep_prefetch_from_the_others(tmp_path):
     path = tmp_path / "s.yaml"
-    path.write_text("name: s\ngrids: [{method: rtn, model: tiny, evaluation: tiny, bitwidth.w_bits: [99, 4]}]\n")
+    path.write_text(
+        "name: s\ngrids: [{method: rtn, model: tiny, evaluation: tiny, evaluation.tasks: [[]], bitwidth.w_bits: [99, 4]}]\n"
+    )
     items = prefetch(requested([str(path)]), tmp_path / "manifest.json")
     assert [(item.kind, item.loaded) for item in items] == [
         ("cell", False),

@@ -151,7 +151,7 @@ def file_lock(path: Path, timeout: float = -1) -> FileLock:
 
 
 def remove_temporaries(paths: Iterable[Path], older_than_s: float = 0.0) -> None:
-    """Remove those files and folders of killed writers that have reached an age; the caller knows that nobody writes younger ones."""
+    """Remove those files or folders of killed writers that have reached an age; the caller knows that younger ones are nobody's."""
     newest = time.time() - older_than_s
     for path in paths:
         with contextlib.suppress(OSError):
