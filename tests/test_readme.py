@@ -57,7 +57,7 @@ def test_command_composes(command):
 
     words = [word for word in shlex.split(command, comments=True) if not word.startswith("-")]
     cells = requested(words[1:] if words[0] in ("sweep", "prefetch") else words)
-    assert all(cell.method.name for cell in cells)
+    assert all(cell.draft.method.name for cell in cells)
 
 
 def test_example_method_of_the_readme_composes(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """One cell from its folder, with no Hydra; attempts and their records."""
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -10,13 +12,16 @@ import time
 
 import pytest
 
-from ptqbench.errors import CellBusy, ConfigError, RunFailed
+from ptqbench import run
+from ptqbench.errors import CellBusy, ConfigError, RunFailed, StorageError
+from ptqbench.launch.dispatch import launch
+from ptqbench.launch.summary import Summary
 from ptqbench.run import run_folder
 from ptqbench.runs import attempt as attempt_module
 from ptqbench.runs import folder as store
 from ptqbench.runs.attempt import Silent, attempt
 from ptqbench.runs.lease import lease
-from ptqbench.sweeps.compose import compose_cell
+from ptqbench.sweeps.compose import compose_cell, resolved
 
 SMALL = ["bitwidth=w3", "calibration.n_samples=2", "calibration.seq_len=32", "evaluation.tasks=[]"]
 
@@ -47,8 +52,6 @@ def test_run_folder_reruns_with_no_configuration(tmp_path):
 
 
 def test_codes_are_dropped_only_once_the_result_is_written(tmp_path, monkeypatch):
-    from ptqbench import run
-
     folder = make(tmp_path, "execution.keep_codes=false")
     blocks = lambda: sorted(path.name for path in folder.state_path.glob("block_*.safetensors"))
 
@@ -145,6 +148,8 @@ def test_a_missing_gpu_is_said_before_there_is_a_run_folder(tmp_path, monkeypatc
     with pytest.raises(RunFailed, match="expected a GPU on this machine"):
         run_folder(folder)
     assert folder.failure()["kind"] == "config"
+
+
 def lose_a_signal(then):
     """What safetensors does now and then: the exception of a signal is lost, and something else follows."""
     with contextlib.suppress(KeyboardInterrupt):
@@ -193,3 +198,49 @@ def test_a_log_that_cannot_be_written_costs_its_lines_only(tmp_path, capsys):
         handler.setStream(open("/dev/full", "w"))  # noqa: SIM115 - closed by the handler
         current.stage("quantize", 1)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [(errno.EIO, 1, "Input/output error"), (errno.EACCES, 2, "Permission denied"), (None, 1, "a defect")],
+)
+def test_what_stops_a_cell_before_its_attempt_is_one_line(tmp_path, monkeypatch, capsys, number, status, words):
+    def refused(folder):
+        if number is None:
+            raise IndexError("7")
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise StorageError.of(error, "the run folder cannot be written") from error
+
+    monkeypatch.setattr(run, "run_folder", refused)
+    assert run.main([str(tmp_path)]) == status
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith("ptqbench: ")
+    assert said.count("\n") == 1
+
+
+def test_values_are_printed_as_in_tables(tmp_path, monkeypatch, capsys):
+    metrics = {"tiny/perplexity": {"value": 1e300}, "far/perplexity": {"value": None, "mean_loss": 1e300}}
+    monkeypatch.setattr(run, "run_folder", lambda folder: {"metrics": metrics})
+    assert run.main([str(tmp_path)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 40
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), IndexError("7")])
+def test_inline_one_cell_that_cannot_begin_stops_no_other(tmp_path, monkeypatch, error):
+    done = []
+
+    def run_cell(spec, folder, shown):
+        done.append(spec.seed)
+        if spec.seed == 0:
+            raise error
+        return {}
+
+    monkeypatch.setattr(run, "run_cell", run_cell)
+    words = ["+method=rtn", "model=tiny", *SMALL, "launcher=inline", f"execution.runs_dir={tmp_path}"]
+    monkeypatch.setattr(Summary, "finished", lambda self, cell: None)
+    found = resolved([(f"seed {seed}", [*words, f"seed={seed}"]) for seed in (0, 1)])
+    assert launch(found) == 1
+    assert done == [0, 1]

@@ -9,6 +9,7 @@ from ptqbench.cell import labels
 from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import CellBusy, ConfigError
 from ptqbench.runs.folder import create, folder_of
+from ptqbench.runs.lease import drop_stale
 from ptqbench.sweeps.resolve import skip_reason
 
 
@@ -72,7 +73,9 @@ def run_one(spec: RunSpec) -> int:
         raise ConfigError(f"this combination is skipped: {reason}")
     folder, state = folder_of(spec), "already done"
     result = folder.result()
-    if result is None:
+    if result is not None:
+        drop_stale(folder)
+    else:
         from ptqbench.run import device_of, run_cell
 
         device_of(spec)

@@ -22,6 +22,7 @@ from ptqbench.runs.artefacts import FOLDER, Artefacts
 from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
 from ptqbench.runs.folder import RunFolder, read_json, replacing, write_json
 from ptqbench.runs.lease import Lease, lease
+from ptqbench.runs.outcome import outcome
 from ptqbench.sweeps.pins import check_unchanged
 from ptqbench.tracking.guard import followed
 
@@ -389,6 +390,8 @@ def main(arguments: list[str]) -> int:
         Exit status 0 when the cell is done (or somebody else works on it), 1 when it failed, 2 on misuse, 130 when it was
         interrupted.
     """
+    from ptqbench.results.tables.metrics import format_value, measured
+
     words = [word for word in arguments if word != "--with-parent"]
     if len(words) != 1:
         print("usage: python -m ptqbench.run [--with-parent] RUN_FOLDER_OR_SPEC_JSON", file=sys.stderr)
@@ -402,13 +405,16 @@ def main(arguments: list[str]) -> int:
     except CellBusy as error:
         print(f"ptqbench: {error}", file=sys.stderr)
         return 0
-    except PtqbenchError as error:
-        print(f"ptqbench: {error}", file=sys.stderr)
-        return 1 if os.path.exists(folder.failure_path) else 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if os.environ.get("PTQBENCH_TRACEBACK"):
+            raise
+        said, status = outcome(error)
+        print(f"ptqbench: {said}", file=sys.stderr)
+        return 1 if os.path.exists(folder.failure_path) else status
     for name, metric in result["metrics"].items():
-        print(f"{name} = {metric['value']:.4f}")
+        print(f"{name} = {format_value(name, measured(metric))}")
     return 0
 
 

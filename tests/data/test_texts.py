@@ -9,7 +9,7 @@ import pytest
 from ptqbench.cell.spec import CalibrationSpec, PerplexitySpec, TextSpec
 from ptqbench.data import texts
 from ptqbench.data.overlap import check_disjoint
-from ptqbench.data.texts import check_options, load_text, text_digest
+from ptqbench.data.texts import check_options, check_text, load_text, text_digest
 from ptqbench.errors import CalibrationError, ConfigError
 
 STORY = "A grey cat — très fière — sat down.\r\nThen she slept.\n"
@@ -167,3 +167,11 @@ def test_rows_and_prose_of_one_file_are_compared(tmp_path):
     check_disjoint(rows, PerplexitySpec(dataset="file", path=path, digest=digest, portion=(0.5, 1.0)), "t")
     with pytest.raises(ConfigError, match="overlaps"):
         check_disjoint(rows, PerplexitySpec(dataset="file", path=path, digest=digest, portion=(0.2, 1.0)), "t")
+
+
+@pytest.mark.parametrize("made", [CalibrationSpec, PerplexitySpec])
+def test_a_text_of_fewer_bytes_than_a_window_has_tokens_is_refused(tmp_path, made):
+    path = text_file(tmp_path, "Onceé")  # six bytes, a BOS token and a blank before them
+    with pytest.raises(CalibrationError, match=r"t\.txt has at most 8 tokens.*seq_len=9"):
+        check_text(made(dataset="file", path=path, seq_len=9))
+    check_text(made(dataset="file", path=path, seq_len=8))

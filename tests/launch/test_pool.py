@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ptqbench.launch.local import Pool, Task, Worker
+from ptqbench.runs.folder import RunFolder
 from small_sweep import wait_for
 
 KILLS = int(os.environ.get("PTQBENCH_TEST_KILLS", "20"))
@@ -214,3 +217,30 @@ def test_editing_a_file_after_the_folder_was_made_changes_nothing(small, tmp_pat
     after = json.loads((path / "result.json").read_text())
     assert RunFolder(path).read_spec().method.name == "gptq"
     assert {k: before[k] for k in ("run_id", "metrics", "bits")} == {k: after[k] for k in ("run_id", "metrics", "bits")}
+
+
+class Ended:
+    """A worker that has ended."""
+
+    def __init__(self, status):
+        self.status = lambda: status
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "kind"),
+    [
+        (1, "ptqbench: Input/output error", "disk"),
+        (2, "noise\nptqbench: no such folder", "config"),
+        (1, "libgomp: Out of memory", None),
+        (-9, "ptqbench: busy", None),
+    ],
+)
+def test_a_worker_that_said_why_it_could_not_begin_did_not_die(tmp_path, status, said, kind):
+    folder, log, failed = RunFolder(tmp_path / "cell-0123456789ab"), tmp_path / "log", []
+    folder.path.mkdir()
+    log.write_text(said + "\n")
+    summary = SimpleNamespace(failed=lambda *seen: failed.append(seen[1:3]), say=lambda *_: None)
+    pool = Pool([], [], summary)
+    pool._ended(Worker(Task(SimpleNamespace(name="cell"), folder), Ended(status), log))
+    assert failed == ([] if kind is None else [(kind, said.rpartition("ptqbench: ")[2])])
+    assert len(pool._waiting) == (kind is None)

@@ -124,3 +124,15 @@ def test_a_finished_result_that_lacks_a_part_is_shown(lacking):
         assert f"result.json lacks {lacking}" in result_line(result)
     if lacking != "metrics":
         assert "[/x]/perplexity inf" in result_line(result)
+
+
+@pytest.mark.parametrize("wrong", [7, "x", [1], None, {}, {"value": "x"}, {"value": 1e300, "stderr": "x"}])
+def test_a_result_with_fields_of_another_type_is_shown(wrong):
+    parts = {"packed_bytes": wrong, "effective_w_bits": wrong, "nominal_w_bits": 4}
+    damaged = {"metrics": {"a/acc": wrong, "b/acc": {"value": 0.5}}, "bits": parts, "timings": {"a": 1.5, "b": wrong}}
+    assert "b/acc 50.0" in result_line(damaged)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(result_table("cell", damaged))
+    said = console.file.getvalue()
+    assert "50.0" in said
+    assert "4.000" in said

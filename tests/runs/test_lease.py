@@ -10,7 +10,7 @@ import pytest
 
 from ptqbench.errors import CellBusy
 from ptqbench.runs.folder import INTERRUPTED, PENDING, RUNNING, RunFolder, write_json
-from ptqbench.runs.lease import lease
+from ptqbench.runs.lease import drop_stale, lease
 from ptqbench.runs.liveness import HEARTBEAT_EXPIRY_S, alive, me
 
 
@@ -146,3 +146,48 @@ def test_killed_holder_reads_interrupted(folder):
     process.kill()
     process.wait()
     assert folder.state() == INTERRUPTED
+
+
+HALF_WRITTEN = (
+    ".layers.parquet.7.tmp",
+    ".result.json.7.tmp",
+    ".failure.json.7.tmp",
+    ".bases.json.7.tmp",
+    ".lease.json.7.tmp",
+)
+
+
+def test_what_killed_holders_left_half_written_goes_and_what_commands_write_stays(folder):
+    for name in (*HALF_WRITTEN, ".spec.json.7.tmp", ".cancel.json.7.tmp"):
+        (folder.path / name).touch()
+    with lease(folder):
+        assert {path.name for path in folder.path.glob(".*.tmp")} == {".spec.json.7.tmp", ".cancel.json.7.tmp"}
+
+
+def test_what_killed_holders_left_among_the_finished_blocks_goes(folder):
+    folder.state_path.mkdir()
+    for name in (
+        ".block_0001.safetensors.7.tmp",
+        ".tmpkYo3ns",
+        "block_0000.safetensors",
+    ):  # the second is that of safetensors
+        (folder.state_path / name).touch()
+    with lease(folder):
+        assert [path.name for path in folder.state_path.iterdir()] == ["block_0000.safetensors"]
+
+
+def test_what_a_holder_left_beside_its_result_goes(folder):
+    for name in HALF_WRITTEN:
+        (folder.path / name).touch()
+    write_json(folder.lease_path, holder(started=me()["started"] - 3600.0))
+    drop_stale(folder)
+    assert not folder.lease_path.exists()
+    assert not list(folder.path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("time", [-1e300, -1.0, 1e300, 253402300800.0, True, "soon"])
+def test_a_heartbeat_at_no_time_of_the_calendar_is_none(folder, time):
+    write_json(folder.path / "attempts" / "001" / "heartbeat.json", {"time": time})
+    assert folder.beat_time() is None
+    write_json(folder.path / "attempts" / "001" / "heartbeat.json", {"time": 1.5})
+    assert folder.beat_time() == 1.5

@@ -8,8 +8,9 @@ import yaml
 
 from ptqbench.cell.folders import sweep_folder
 from ptqbench.errors import ConfigError
-from ptqbench.sweeps.compose import Composer, cells, compose_data
+from ptqbench.sweeps.compose import Composer, cells, compose_data, requested
 from ptqbench.sweeps.files import Sweep, expand, load_sweep, overrides
+from ptqbench.sweeps.prefetch import prefetch
 from ptqbench.sweeps.resolve import validated
 from ptqbench.sweeps.yaml_file import read_yaml
 
@@ -300,3 +301,18 @@ def test_composition_crosses_the_three_roles_with_three_seeds():
         "null_space",
         "scale_refit",
     }
+
+
+def test_a_cell_that_makes_no_sense_does_not_keep_prefetch_from_the_others(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "name: s\ngrids: [{method: rtn, model: tiny, evaluation: tiny, evaluation.tasks: [[]], bitwidth.w_bits: [99, 4]}]\n"
+    )
+    items = prefetch(requested([str(path)]), tmp_path / "manifest.json")
+    assert [(item.kind, item.loaded) for item in items] == [
+        ("cell", False),
+        ("model", True),
+        ("text", True),
+        ("text", True),
+    ]
+    assert "bitwidth.w_bits" in items[0].detail

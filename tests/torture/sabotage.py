@@ -11,6 +11,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -54,7 +55,7 @@ def _swallowing(real: Callable[..., Any]) -> Callable[..., Any]:
 def _kind_code(real: Callable[..., Any]) -> Callable[..., Any]:
     from ptqbench.runs.failures import KINDS
 
-    return lambda error: KINDS["code"]
+    return lambda *given: KINDS["code"]
 
 
 def _raising(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,8 +70,8 @@ def _two_lines(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _no_lease(folder: Any) -> Iterator[dict[str, Any]]:
-    yield {}
+def _no_lease(folder: Any) -> Iterator[Any]:
+    yield SimpleNamespace(check=lambda: None, is_mine=lambda: True, confirmed=contextlib.nullcontext)
 
 
 def _left_lease(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,11 +88,11 @@ def _interrupt_as_failure(real: Callable[..., Any]) -> Callable[..., Any]:
     """Record what a signal ended as a failure."""
 
     @contextlib.contextmanager
-    def recording(folder: Any, shown: Any) -> Iterator[Any]:
+    def recording(folder: Any, *more: Any) -> Iterator[Any]:
         from ptqbench.runs.attempt import record_failure
 
         try:
-            with real(folder, shown) as current:
+            with real(folder, *more) as current:
                 yield current
         except KeyboardInterrupt as error:
             record_failure(folder, error)
@@ -126,12 +127,12 @@ BREAKS: Sequence[Break] = (
         "ptqbench.evaluate.records.replacing",
         lambda real: _in_place,
     ),
-    Break("operations", SPOILED, "JSON is written in place", "ptqbench.runs.folder.replacing", lambda real: _in_place),
+    Break("operations", SPOILED, "JSON is written in place", "ptqbench.runs.files.replacing", lambda real: _in_place),
     Break("disk", "kind", "a full disk is a defect of the code", CLASSIFY, _kind_code),
     Break("disk", "kind bytes resume", "an error while a block is saved is swallowed", f"{BLOCKS}.save", _swallowing),
     Break("races", "ten: once", "there is no lease", "ptqbench.run.lease", lambda real: _no_lease),
     Break("requests", "traceback", "an error that nobody expects", "ptqbench.sweeps.files.load_sweep", _raising),
-    Break("requests", "lines", "an error of two lines", "ptqbench.errors.PtqbenchError.__str__", _two_lines),
+    Break("requests", "lines", "an error of two lines", "ptqbench.runs.outcome.one_line", _two_lines),
     Break(
         "requests", "nonsense accepted", "every exit status is 0", MAIN, lambda real: lambda words: real(words) and 0
     ),

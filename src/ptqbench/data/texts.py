@@ -87,14 +87,22 @@ def check_options(spec: TextSpec, where: str) -> None:
 
 
 def check_text(spec: TextSpec) -> None:
-    """Read a text of this machine to see that it can be read; one of the hub is left alone.
+    """Read a text of this machine to see that it can be read and may fill a window; one of the hub is left alone.
 
     Raises:
         ConfigError: As ``load_text``.
-        CalibrationError: As ``load_text``.
+        CalibrationError: As ``load_text``, or fewer bytes than a window has tokens.
     """
-    if spec.dataset not in HUB_TEXTS or spec.path is not None:
-        load_text(spec)
+    if spec.dataset in HUB_TEXTS and spec.path is None:
+        return
+    documents, window = load_text(spec).documents, getattr(spec, "seq_len", 0)
+    # A token stands for one byte or more. Beside them, a document has a BOS token and the blank that some tokenizers put before it.
+    most = sum(map(len, documents)) + 2 * len(documents)
+    if most < window and (most := sum(len(d.encode()) for d in documents) + 2 * len(documents)) < window:
+        raise CalibrationError(
+            f"{_name(spec)} has at most {most} tokens, expected at least one window of seq_len={window}: give a longer text, or a "
+            f"smaller seq_len"
+        )
 
 
 def documents_of(spec: TextSpec) -> list[Document]:

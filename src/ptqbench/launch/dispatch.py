@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from ptqbench.cell.spec import LauncherSpec
-from ptqbench.errors import CellBusy, ConfigError, PtqbenchError, RunFailed, StorageError
+from ptqbench.errors import CellBusy, ConfigError, RunFailed, StorageError
 from ptqbench.launch import local, slurm
 from ptqbench.launch.summary import Summary, print_plan
 from ptqbench.runs.failures import classify
@@ -17,6 +17,7 @@ from ptqbench.runs.files import read_record, write_json
 from ptqbench.runs.folder import DONE, FAILED, RUNNING, create
 from ptqbench.runs.lease import drop_stale
 from ptqbench.runs.liveness import local_process, me
+from ptqbench.runs.outcome import outcome
 from ptqbench.runs.queue import QUEUED, look, submission
 from ptqbench.sweeps.cells import Cell
 from ptqbench.sweeps.plan import Row, describe, plan
@@ -166,5 +167,5 @@ def _run_inline(todo: list[Row], summary: Summary) -> None:
             summary.note("running elsewhere", cell, str(busy))
         except RunFailed as failed:
             summary.failed_on_record(cell, str(failed))
-        except PtqbenchError as error:
-            summary.failed(cell, classify(error).name, str(error), "")
+        except Exception as error:  # of one cell, whatever it is
+            summary.failed(cell, classify(error).name, outcome(error)[0], "")

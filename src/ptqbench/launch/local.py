@@ -32,8 +32,8 @@ POLL_S = 0.1
 ELSEWHERE_S = 2.0
 GRACE_S = 15.0
 CPU_SHARE = 4
-REFUSED = 2
-"""Exit status of a worker whose cell could not even begin, and which could not record that in the run folder."""
+ENVIRONMENT = 1
+"""Exit status of a worker whose run folder could not be used, for the disk's sake; 2 where that is a person's to mend."""
 
 
 @dataclasses.dataclass
@@ -149,10 +149,9 @@ class Pool:
             self._summary.note(CANCELLED, task.cell, "stopped; what is finished stays")
         elif state == FAILED:
             self._failed(task)
-        elif state == UNREADABLE or status == REFUSED:
-            said = [line for line in log_lines(worker.log) if line.strip()]
-            message = task.folder.examined()[1] or (said[-1] if said else _describe(status))
-            self._summary.failed(task.cell, "config", message, str(worker.log))
+        elif state == UNREADABLE or (status > 0 and _said(worker.log)):
+            message = task.folder.examined()[1] or _said(worker.log) or _describe(status)
+            self._summary.failed(task.cell, "disk" if status == ENVIRONMENT else "config", message, str(worker.log))
         else:
             self._died(worker, status)
 
@@ -202,6 +201,13 @@ class Pool:
         for _, worker in self._running:
             if not worker.process.wait(max(0.1, deadline - time.time())):
                 worker.process.signal(signal.SIGKILL)
+
+
+def _said(log: Path) -> str | None:
+    """What a worker said that could not even begin, nor record that in the run folder."""
+    prefix = "ptqbench: "
+    lines = [line.removeprefix(prefix) for line in log_lines(log) if line.startswith(prefix)]
+    return lines[-1] if lines else None
 
 
 def _describe(status: int) -> str:

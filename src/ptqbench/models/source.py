@@ -242,28 +242,6 @@ def digest(spec: ModelSpec) -> str:
     return f"hub:{spec.hub_id}@{source.folder.name}" if hub else source.content_digest()
 
 
-def verify(spec: ModelSpec) -> None:
-    """Compare the checkpoint and the tokenizer on disk with the digest in a cell; to be called when the cell starts.
-
-    Files up to 64 MiB are always hashed, larger ones only if size, times or inode differ from when they were hashed last. The
-    digest of a hub model is a commit, which never changes; the commit must be in the hub cache or on the hub.
-
-    Args:
-        spec: The model of a composed cell, with its digest.
-
-    Raises:
-        ConfigError: The content is another one than when the cell was composed, or it is no longer there.
-        UnsupportedError: As ``digest``; a hub model whose weights were not on the machine that composed the cell.
-    """
-    source = locate(spec)
-    found = digest(spec)
-    if found != spec.digest:
-        raise ConfigError(
-            f"the checkpoint or tokenizer of model {spec.name!r} has changed since the cell was composed: expected {spec.digest}, "
-            f"got {found} in {source.folder}; restore the files, or compose the cell again"
-        )
-
-
 def _revision(spec: ModelSpec) -> str | None:
     """The commit of the digest if there is one, so that a branch that moves leaves a composed cell alone."""
     pinned = f"hub:{spec.hub_id}@"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptqbench.errors import ConfigError
 from ptqbench.results.tables.metrics import MISSING, measured
+from ptqbench.runs.files import number
 from ptqbench.runs.folder import DONE, PENDING, RunFolder
 from ptqbench.runs.places import write_output
 
@@ -49,17 +51,14 @@ def result_table(title: str, result: dict[str, Any]) -> Table:
     table.add_column("metric", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("± s.e.", justify="right", no_wrap=True)
-    for name, metric in _members(result, "metrics").items():
-        error = metric.get("stderr")
-        table.add_row(
-            Text(name), format_value(name, measured(metric)), "" if error is None else format_value(name, error)
-        )
+    for name, value, error in _metrics(result):
+        table.add_row(Text(name), format_value(name, value), "" if error is None else format_value(name, error))
     bits, times = _members(result, "bits"), _members(result, "timings")
     rows = {
-        "nominal weight bits": (bits.get("nominal_w_bits"), 1, ".3f", ""),
-        "true weight bits": (bits.get("effective_w_bits"), 1, ".3f", ""),
-        "packed weights": (bits.get("packed_bytes"), 2**20, ".2f", " MiB"),
-        "time": (sum(times.values()) if times else None, 1, ".1f", " s"),
+        "nominal weight bits": (number(bits, "nominal_w_bits"), 1, ".3f", ""),
+        "true weight bits": (number(bits, "effective_w_bits"), 1, ".3f", ""),
+        "packed weights": (number(bits, "packed_bytes"), 2**20, ".2f", " MiB"),
+        "time": (sum(number(times, name) or 0.0 for name in times) if times else None, 1, ".1f", " s"),
     }
     for name, (value, unit, style, ending) in rows.items():
         table.add_row(name, MISSING if value is None else f"{value / unit:{style}}{ending}", "")
@@ -72,12 +71,23 @@ def _members(result: dict[str, Any], name: str) -> dict[str, Any]:
     return part if isinstance(part, dict) else {}
 
 
+def _metrics(result: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+    """Name, value and standard error of every metric; the value is NaN where a damaged result has no number."""
+    for name, metric in _members(result, "metrics").items():
+        known = metric if isinstance(metric, dict) else {}
+        try:
+            value = measured(known)
+        except (KeyError, TypeError, ValueError):
+            value = math.nan
+        yield name, value, number(known, "stderr")
+
+
 def result_line(result: dict[str, Any]) -> str:
     """Say the result of one cell in one line."""
     from ptqbench.results.tables import format_value
 
-    parts = [f"{name} {format_value(name, measured(metric))}" for name, metric in _members(result, "metrics").items()]
-    bits = _members(result, "bits").get("effective_w_bits")
+    parts = [f"{name} {format_value(name, value)}" for name, value, _ in _metrics(result)]
+    bits = number(_members(result, "bits"), "effective_w_bits")
     lacking = [name for name in ("metrics", "bits") if not _members(result, name)]
     parts += [] if bits is None else [f"{bits:.2f} bits"]
     return ", ".join([*parts, *([f"result.json lacks {' and '.join(lacking)}"] if lacking else [])])

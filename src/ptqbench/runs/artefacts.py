@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from filelock import Timeout
 
 from ptqbench.cell.fingerprint import canonical_json
 from ptqbench.errors import StorageError
-from ptqbench.runs.files import TEMPORARY, errno_of, file_lock, is_readable, replacing
+from ptqbench.runs.files import TEMPORARY, errno_of, file_lock, is_readable, remove_temporaries, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,6 +165,7 @@ class Artefacts:
             with contextlib.suppress(OSError):  # in a folder where this process may not write nothing is shared
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(file_lock(path.with_suffix(".lock")))
+                remove_temporaries(path.parent.glob(f".{path.name}.*"))  # of whoever was killed while making it
             self.waited_s += time.perf_counter() - start
             yield
 
@@ -185,8 +187,8 @@ def collect_garbage(root: Path, budget_bytes: int, in_use_s: float = 0.0) -> tup
     for path in root.glob(TEMPORARY):
         with contextlib.suppress(OSError):  # another process collects too, or it belongs to somebody else
             if now - path.stat().st_mtime > STALE_S:
-                size = path.stat().st_size
-                path.unlink()
+                size = sum(part.stat().st_size for part in (path, *path.rglob("*")))
+                remove_temporaries([path])
                 freed, removed = freed + size, removed + 1
     files = []
     for path in root.glob("*.safetensors"):
@@ -250,5 +252,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
 def _write(path: Path, tensors: dict[str, Tensor], seconds: float) -> None:
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"sha256": _digest(tensors), "seconds": f"{seconds:.6f}"})
+    # safetensors writes a nameless file beside its target first: in a folder that says whose it is, it can be removed after a kill.
+    named = {"prefix": f".{path.name}.", "suffix": ".tmp", "dir": path.parent}
+    with replacing(path) as temporary, tempfile.TemporaryDirectory(**named) as own:
+        save_file(tensors, Path(own) / "new", metadata={"sha256": _digest(tensors), "seconds": f"{seconds:.6f}"})
+        (Path(own) / "new").replace(temporary)

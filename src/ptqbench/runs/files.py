@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,10 @@ from filelock import FileLock
 
 from ptqbench.errors import StorageError
 
-TEMPORARY = ".*.tmp"
+TEMPORARY = ".*tmp*"
+"""Pattern of files half written: those of ``replacing``, and those that safetensors writes beside them (``.tmpXXXXXX``)."""
+END_OF_TIME_S = 253402300800.0
+"""The beginning of the year 10000, which no calendar of the system goes beyond."""
 ABSENT = (errno.ENOENT, errno.ENOTDIR)
 ERRNO_IN_WORDS = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)
 
@@ -105,6 +109,12 @@ def number(record: Mapping[str, Any], name: str) -> float | None:
         return None
 
 
+def moment(record: Mapping[str, Any], name: str) -> float | None:
+    """Read a field that is a time, seconds since the epoch; None where it is anything else, or in no year from 1970 to 9999."""
+    value = number(record, name)
+    return value if value is not None and 0 <= value < END_OF_TIME_S else None
+
+
 def is_readable(path: Path) -> bool:
     """Whether a file is there, before a library opens it that calls every failure to open "no such file".
 
@@ -141,9 +151,9 @@ def file_lock(path: Path, timeout: float = -1) -> FileLock:
 
 
 def remove_temporaries(paths: Iterable[Path], older_than_s: float = 0.0) -> None:
-    """Remove those files of killed writers that have reached an age; the caller knows that nobody writes younger ones."""
+    """Remove those files or folders of killed writers that have reached an age; the caller knows that younger ones are nobody's."""
     newest = time.time() - older_than_s
     for path in paths:
         with contextlib.suppress(OSError):
             if path.stat().st_mtime <= newest:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -29,7 +29,7 @@ from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import RUN_ID_LENGTH, run_id
 from ptqbench.cell.spec import RunSpec, build, to_dict
 from ptqbench.errors import ConfigError, StorageError
-from ptqbench.runs.files import number, read_bytes, read_record
+from ptqbench.runs.files import moment, read_bytes, read_record
 from ptqbench.runs.files import read_json as read_json
 from ptqbench.runs.files import replacing as replacing
 from ptqbench.runs.files import write_json as write_json
@@ -187,7 +187,7 @@ class RunFolder:
 
     def beat_time(self) -> float | None:
         """When the newest attempt last gave a sign of life, seconds since the epoch."""
-        return number(self.heartbeat() or {}, "time")
+        return moment(self.heartbeat() or {}, "time")
 
     def holder(self, now: float | None = None) -> dict[str, Any] | None:
         """The lease of whoever works on the cell now, if that is somebody who lives."""

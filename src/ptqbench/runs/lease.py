@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import Timeout
 
 from ptqbench.errors import CellBusy, StorageError
-from ptqbench.runs.files import TEMPORARY, file_lock, number, read_record, remove_temporaries, write_json
+from ptqbench.runs.files import TEMPORARY, file_lock, moment, read_record, remove_temporaries, write_json
 from ptqbench.runs.liveness import me
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 LOCK_TIMEOUT_S = 60.0
 OLD_S = 3600.0
-"""Temporary files beside ``spec.json`` may be those of another command, unless they are so old."""
+"""Temporary files of what commands write beside the holder may be those of a living command, unless they are so old."""
+WRITTEN_BY_COMMANDS = ("spec", "submission", "cancel", "synced")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,22 +108,25 @@ def lease(folder: RunFolder) -> Iterator[Lease]:
 
 
 def drop_stale(folder: RunFolder) -> None:
-    """Remove the lease that a process left beside a result when it was killed right after writing it."""
-    if folder.lease_path.exists():
+    """Remove what a process left beside a result when it was killed after writing it: its lease, files half written."""
+    if os.path.exists(folder.lease_path):
         with contextlib.suppress(CellBusy, StorageError), _lock(folder):
             if folder.holder() is None:
+                _clean(folder)
                 folder.lease_path.unlink(missing_ok=True)
 
 
 def _clean(folder: RunFolder) -> None:
-    """Remove the temporary files of killed processes; called by the holder before it works."""
-    remove_temporaries(folder.path.glob(TEMPORARY), OLD_S)
+    """Remove the temporary files of killed processes; called under the lock, where nobody works on the cell."""
+    for path in folder.path.glob(TEMPORARY):
+        of_command = path.name.split(".")[1] in WRITTEN_BY_COMMANDS
+        remove_temporaries([path], OLD_S if of_command else 0.0)
     for place in (folder.state_path, folder.path / "attempts", folder.records_path):
         remove_temporaries(place.rglob(TEMPORARY))
 
 
 def _when(held: dict[str, Any]) -> str:
-    since = number(held, "time")
+    since = moment(held, "time")
     return "an unknown time" if since is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
 
 

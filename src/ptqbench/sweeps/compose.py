@@ -57,15 +57,29 @@ def _grouped(spec: RunSpec, group: str) -> RunSpec:
     return dataclasses.replace(spec, tracking=tracking)
 
 
-def requested(words: list[str]) -> list[RunSpec]:
-    """Validate, without looking at models or texts, the cells of a sweep (its name first) or of one line of overrides."""
+def requested(words: list[str]) -> list[Cell]:
+    """Validate, without looking at models or texts, the cells of a sweep (its name first) or of one line of overrides.
+
+    Returns:
+        Cells with a draft. A cell of a sweep that cannot be validated has a problem instead and stops no other.
+
+    Raises:
+        ConfigError: The sweep, a word that its cells share, or the one line of overrides is wrong.
+    """
     if "=" in words[0]:
-        return [validated(compose_data(words))]
+        return [Cell(" ".join(words), None, draft=validated(compose_data(words)))]
     sweep, composer = load_sweep(words[0]), Composer()
     check_grammar([*sweep.common, *words[1:]])
-    found = [validated(composer(overrides(sweep, point) + words[1:])) for point in expand(sweep)]
+    found = [_drafted(describe(point), overrides(sweep, point) + words[1:], composer) for point in expand(sweep)]
     composer.save()
     return found
+
+
+def _drafted(name: str, words: list[str], composer: Composer) -> Cell:
+    try:
+        return Cell(name, None, draft=validated(composer(words)))
+    except PtqbenchError as error:
+        return Cell(name, None, problem=error)
 
 
 def resolved(requests: list[tuple[str, list[str]]], composer: Composer | None = None) -> list[Cell]:

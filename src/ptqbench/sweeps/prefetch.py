@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ptqbench.cell.spec import EvaluationSpec, ModelSpec, PerplexitySpec, RunSpec, TextSpec
+from ptqbench.cell.spec import EvaluationSpec, ModelSpec, PerplexitySpec, TextSpec
 from ptqbench.errors import PtqbenchError, StorageError
 from ptqbench.runs.files import write_json
+from ptqbench.sweeps.cells import Cell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Item:
     """One thing that was loaded, or not.
 
     Attributes:
-        kind: ``model``, ``text`` or ``task``.
+        kind: ``model``, ``text``, ``task``; ``cell`` for one that makes no sense.
         name: Its name.
         detail: Where it lies and from which revision; or why it could not be loaded.
         loaded: Whether it was.
@@ -34,19 +35,23 @@ class Item:
     loaded: bool
 
 
-def prefetch(specs: Iterable[RunSpec], manifest: Path, say: Callable[[Item], None] = lambda item: None) -> list[Item]:
+def prefetch(cells: Iterable[Cell], manifest: Path, say: Callable[[Item], None] = lambda item: None) -> list[Item]:
     """Load what cells need.
 
     Args:
-        specs: Validated cells; digests need not be filled in.
+        cells: With a draft, whose digests need not be filled in, or with a problem.
         manifest: JSON file that is written.
         say: Called with every item as it is settled.
 
     Returns:
-        Every item once, in the order of first need.
+        Every item once, in the order of first need. A cell with a problem is an item that could not be loaded.
     """
     wanted: dict[tuple[str, Any], Callable[[], str]] = {}
-    for spec in specs:
+    for cell in cells:
+        if cell.draft is None:
+            wanted["cell", (cell.name,)] = lambda problem=cell.problem: _refused(problem)  # type: ignore[misc]
+            continue
+        spec = cell.draft
         wanted.setdefault(("model", _key(spec.model)), lambda model=spec.model: _model(model))  # type: ignore[misc]
         texts = [
             *spec.evaluation.texts.values(),
@@ -71,6 +76,10 @@ def prefetch(specs: Iterable[RunSpec], manifest: Path, say: Callable[[Item], Non
     except OSError as error:
         raise StorageError.of(error, f"{manifest} cannot be written") from error
     return items
+
+
+def _refused(problem: PtqbenchError) -> str:
+    raise problem
 
 
 def _key(value: ModelSpec | TextSpec) -> tuple[Any, ...]:
