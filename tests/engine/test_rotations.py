@@ -481,7 +481,7 @@ def test_bases_and_factors_of_a_file_replace_those_that_would_be_computed(checkp
 
 def test_the_odd_factor_of_a_file_is_that_of_the_online_transform(checkpoint, tmp_path):
     from ptqbench.models.source import file_digest
-    from ptqbench.numerics.hadamard import hadamard_transform
+    from ptqbench.numerics.hadamard import hadamard_matrix, hadamard_transform
     from ptqbench.numerics.orthogonal import haar
 
     architecture = open_model(checkpoint()).architecture  # intermediate_size 76
@@ -494,6 +494,14 @@ def test_the_odd_factor_of_a_file_is_that_of_the_online_transform(checkpoint, tm
     down = transform.basis(cell(), architecture, found).down
     assert torch.allclose(down(x), x @ factor.T, atol=1e-12)
     assert not torch.allclose(down(x), hadamard_transform(x))
+    # The codes keep tables of +-1, or sqrt(K) times an orthogonal matrix good to 1e-3; the cell is the computed one.
+    for table, expected in ((hadamard_matrix(76), hadamard_transform(x)), (76**0.5 * factor.float(), x @ factor.T)):
+        torch.save({"odd_factor": table}, tmp_path / "odd.bin")
+        options["rotation_digest"] = file_digest(tmp_path / "odd.bin")
+        found = read_rotations(
+            create("transform", RoleSpec("subspace", options)), architecture, store(tmp_path, str(table.dtype))
+        )
+        assert torch.allclose(transform.basis(cell(), architecture, found).down(x), expected, atol=1e-6)
     torch.save({"nothing": factor}, tmp_path / "odd.bin")
     options["rotation_digest"] = file_digest(tmp_path / "odd.bin")
     with pytest.raises(ConfigError, match=r"expected U .* in its files, got"):

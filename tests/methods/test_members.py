@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -249,6 +250,59 @@ def test_the_working_reference_is_the_copy_of_the_column_loop(block):
     signal = signal_space(moment, threshold=0.01)
     expected = refine_null_space(copy, result.dequantized, signal, ridge=0.1).row_scale
     assert torch.allclose(repaired.row_scale, expected, atol=1e-4)
+
+
+def code_of_q2n(weight, inputs, block, bits, threshold, ridge):
+    """The authors' code in plain numpy: GPTQ with lazy updates, rows scaled towards W (I - P) + Q P of its working copy."""
+    copy, rounded, width = weight.copy(), np.zeros_like(weight), weight.shape[1]
+    moment = np.einsum("sti,stj->ij", inputs, inputs) / inputs[..., 0].size
+    inverse = np.linalg.inv(moment + 0.01 * np.diag(moment).mean() * np.eye(width))
+    upper = np.linalg.cholesky(inverse).T
+    top, low = np.maximum(weight.max(1), 0), np.minimum(weight.min(1), 0)
+    scale, levels = (top - low) / (2**bits - 1), 2**bits - 1
+    zero = np.round(-low / scale)
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        inside, errors = copy[:, start:stop].copy(), np.zeros((len(weight), stop - start))
+        for j in range(start, stop):
+            column = inside[:, j - start]
+            rounded[:, j] = scale * (np.clip(np.round(column / scale) + zero, 0, levels) - zero)
+            errors[:, j - start] = (column - rounded[:, j]) / upper[j, j]
+            inside[:, j - start :] -= np.outer(errors[:, j - start], upper[j, j:stop])
+        copy[:, stop:] -= errors @ upper[start:stop, stop:]  # what lies beyond moves; the block's own copy stays
+    mean = inputs.mean(0)
+    values, vectors = np.linalg.eigh(mean.T @ mean)
+    values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
+    rank = next(r for r in range(2, width) if values[r + 1 :].sum() <= threshold * values[1:r].sum())
+    projector = vectors[:, rank:] @ vectors[:, rank:].T
+    goal = copy @ (np.eye(width) - projector) + rounded @ projector
+    alpha = ((goal * rounded).sum(1) + ridge) / ((rounded**2).sum(1) + ridge)
+    return rounded, copy, rank, alpha
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_working_reference_on_a_pretrained_block_is_that_of_the_code_in_plain_lines(real_data, block):
+    from safetensors.torch import load_file
+
+    held = load_file(next((real_data / "models" / "stories260K").glob("*.safetensors")))
+    tokens = torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(0))
+    embedded = held["model.embed_tokens.weight"].double()[tokens]
+    normed = embedded * embedded.square().mean(-1, keepdim=True).add(1e-5).rsqrt()
+    inputs = normed * held["model.layers.0.input_layernorm.weight"].double()
+    weight = held["model.layers.0.self_attn.q_proj.weight"].double()
+    rounded, copy, rank, alpha = code_of_q2n(weight.numpy(), inputs.numpy(), block, 3, 0.1, 0.2)
+    flat, mean = inputs.flatten(0, 1), inputs.mean(0)
+    statistics = Statistics(flat.T @ flat / len(flat), len(flat), position_moment=mean.T @ mean)
+    aim = Weight().aim(weight, statistics)
+    grid = uniform_grid(64, GridSpec(3))
+    result = Gptq(column_block=block).solve(aim, statistics, grid, keep_working=True)
+    assert torch.allclose(result.dequantized, torch.from_numpy(rounded), atol=1e-10)
+    assert torch.allclose(result.working, torch.from_numpy(copy), atol=1e-10)
+    repaired = NullSpace(moment="posavg", reference="working").repair(weight, aim, result, statistics)
+    assert repaired.null_space_rank == rank
+    assert torch.allclose(repaired.row_scale, torch.from_numpy(alpha), atol=1e-10)
+    original = NullSpace(moment="posavg").repair(weight, aim, result, statistics).row_scale
+    assert torch.allclose(original, repaired.row_scale, atol=1e-6) == (block == 64)
 
 
 def test_the_order_of_the_projector_is_that_of_the_weights_or_the_original_one():

@@ -7,6 +7,7 @@ float64, so that it cancels exactly; the codes use it as it was stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -90,13 +91,17 @@ def _checked(held: Mapping[str, Any], wanted: FileMatrix, where: str) -> Tensor:
         raise ConfigError(
             f"rotation_file {where}: expected a matrix {name!r}, got {sorted(held)[:5]} ({len(held)} names)"
         )
-    if tuple(matrix.shape) != wanted.shape or not matrix.is_floating_point():
+    if tuple(matrix.shape) != wanted.shape or not (
+        matrix.is_floating_point() or (wanted.table and not matrix.is_complex())
+    ):
         raise ConfigError(
             f"rotation_file {where}: expected {name!r} of shape {wanted.shape}, got {tuple(matrix.shape)} of "
             f"{matrix.dtype}; it belongs to another model"
         )
     if not bool(torch.isfinite(matrix).all()):
         raise ConfigError(f"rotation_file {where}: {name!r} holds NaN or infinity")
+    if wanted.table and float(matrix.double().square().mean()) > (1 + 1 / len(matrix)) / 2:
+        matrix = matrix.double() / math.sqrt(len(matrix))  # entries of mean square 1, not 1 / K
     single = [_orthogonal(one, name, where) for one in matrix.reshape(-1, *matrix.shape[-2:])]
     return torch.stack(single).reshape(matrix.shape)
 

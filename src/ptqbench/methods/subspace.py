@@ -64,7 +64,8 @@ class Subspace(Transform):
         learning_momentum: Share of the velocity kept.
         rotation_file: R1 and R2 as the codes save them (``R-*.bin``: ``R1_0`` to ``R1_2``, ``R2_0`` to ``R2_2`` or one R2 for
             every block), or safetensors with their names; ``odd_factor`` (K, K) may stand beside them, the odd factor of
-            down_proj's transform as an orthogonal matrix. The cell is identified by the content, not by the path.
+            down_proj's transform, orthogonal or, as in the codes' tables, sqrt(K) times that. The cell is identified by the
+            content, not by the path.
         rotation_digest: Content of that file; filled in when a request is resolved.
         basis_file: U as the codes save it (``U-*.bin``). A ``rotation_file`` may hold these names as well. What no file
             holds is computed and drawn as without files.
@@ -196,7 +197,7 @@ class Subspace(Transform):
         found = self._bases_in(architecture, held) | self._rotations_in(architecture, held)
         if ODD_FACTOR in held:
             order = _odd_order(architecture.intermediate_size, self.odd_hadamard)
-            found[f"given.{ODD_FACTOR}"] = FileMatrix(ODD_FACTOR, (order, order))
+            found[f"given.{ODD_FACTOR}"] = FileMatrix(ODD_FACTOR, (order, order), table=True)
         if not found:
             raise ConfigError(
                 f"method.transform: expected U (layer.0.self_attn.value, ...), R1_1, R2_1 or {ODD_FACTOR} in its files, "

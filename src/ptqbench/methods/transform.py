@@ -49,10 +49,12 @@ class FileMatrix:
     Attributes:
         name: Its name there.
         shape: The shape that it must have.
+        table: Whether sqrt(K) times an orthogonal matrix of order K is taken too (+-1 tables of Hadamard matrices).
     """
 
     name: str
     shape: tuple[int, ...]
+    table: bool = False
 
 
 class Transform(Member, ABC):
