@@ -50,7 +50,6 @@ class StoredBases(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path, identity: str, device: torch.device) -> None:
-        """Look at a folder, which need not exist yet."""
         self.folder, self.identity, self.device = folder, identity, device
 
     def _path(self, part: str) -> Path:
@@ -82,7 +81,7 @@ class StoredBases(Mapping[str, Tensor]):
             save_file(tensors, temporary, metadata={"identity": self.identity})
 
     def save_named(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors by their full names, each part whole."""
+        """Group tensors by the part in their full names and write every part."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, _, key = name.rpartition(".")
@@ -139,11 +138,14 @@ class Shelf:
     key: Mapping[str, Any]
 
     def moments_key(self, transform: Subspace, part: str) -> dict[str, Any]:
-        """What the moments of a block depend on."""
+        """Return the key of the moments of a block: everything that they depend on."""
         return {**self.key, "center_embedding": transform.center_embedding, "part": part}
 
     def bases_key(self, transform: Subspace, spec: RunSpec, part: str) -> dict[str, Any]:
-        """What the bases of a block, or the one that all blocks share, depend on; bases from before facts were kept differ."""
+        """Return the key of the bases of a block, or of the shared basis: everything that they depend on.
+
+        ``facts`` tells them from bases of an earlier format, which held no facts.
+        """
         options = {k: v for k, v in dataclasses.asdict(transform).items() if k not in transform.without_effect_on_bases}
         low_bits = transform.low_bits(spec) if transform.objective == "joint" else None
         return {**self.key, "transform": options, "low_bits": low_bits, "part": part, "facts": True}
@@ -162,8 +164,8 @@ def compute_bases(
 ) -> StoredBases:
     """Compute the eigenbases of a model, or find them stored.
 
-    A pass that was cut short continues behind the last stored block; without a shelf one whose blocks share a basis starts
-    anew. The same windows give the same bases.
+    An interrupted pass continues after the last stored block. Where all blocks share a basis and there is no shelf, it starts
+    from the beginning. The same windows give the same bases.
 
     Args:
         transform: Objective, granularity, options.
@@ -195,19 +197,19 @@ def compute_bases(
 
 
 def missing_parts(transform: Any, n_blocks: int, stored: StoredBases) -> list[str]:
-    """Name the parts of the eigenbases of a transform that are not stored: blocks by index, the basis that all share."""
+    """Name the parts of a transform's eigenbases that are not stored: indices of blocks, and ``shared``."""
     parts = [str(index) for index in range(n_blocks)] + [SHARED] * (transform.granularity == "full_shared")
     return [part for part in parts if not stored.has(part)]
 
 
 def recorded_facts(stored: StoredBases) -> dict[str, Any]:
-    """Read what is worth keeping of the bases of a cell.
+    """Read the facts that are kept about the bases of a cell.
 
     Args:
         stored: The bases.
 
     Returns:
-        Plain data: index of a block, or ``shared`` -> what ``eigenbases.facts`` says; empty where there is nothing to say.
+        Plain data: index of a block, or ``shared`` -> what ``eigenbases.facts`` says; empty if no basis has facts.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name in stored:
@@ -263,14 +265,16 @@ class _Computation:
                 self.stored.save(part, found)
 
     def compute(self, windows: Tensor, on_block: Callable[[int], None]) -> None:
-        """Compute and store what is missing, block by block."""
+        """Compute and store the missing parts, block by block."""
         stream, total, missing = _Stream(self.model, self.transform, windows), None, self.missing()
         start = self._clock()
         for index in range(self.model.n_blocks):
             if str(index) in missing or self.one_for_all:
+                # S = (1/T) sum_t x_t x_t^T of what the block computes, and its eigenvectors.
                 moments = self._moments(index, stream)
                 if str(index) in missing:
                     start = self._save(str(index), self._bases(index, moments), start)
+                # The shared basis diagonalises the mean over all 2 L inputs of the stream.
                 if self.one_for_all:
                     both = moments.attention + moments.mlp
                     total = both if total is None else total + both
@@ -297,7 +301,7 @@ class _Computation:
         return 0.0 if self.shelf is None else self.shelf.artefacts.clock()
 
     def _save(self, part: str, bases: Mapping[str, Tensor], start: float) -> float:
-        """Store a part, with what it cost since ``start``; returns when the next one begins."""
+        """Store a part with its cost since ``start``. Returns the start of the next part."""
         self.stored.save(part, bases)
         end = self._clock()
         if self.shelf is not None:
@@ -308,9 +312,9 @@ class _Computation:
 
 @contextmanager
 def _fast_products(device: torch.device) -> Iterator[None]:
-    """Let a GPU take float32 products on its TF32 units, finer than the bfloat16 that the codes run this pass in.
+    """Let a GPU compute float32 products on its TF32 units; the published codes run this pass in bfloat16, which is coarser.
 
-    Sums of moments are float64 and not touched.
+    Sums of moments are float64 and are not affected.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
@@ -322,7 +326,7 @@ def _fast_products(device: torch.device) -> Iterator[None]:
 
 
 class _Stream:
-    """The residual stream of the norm-folded float32 model, opened and moved on only for a moment that nobody stored."""
+    """The residual stream of the norm-folded float32 model, opened and advanced only for a moment that is not stored."""
 
     def __init__(self, model: BlockwiseModel, transform: Subspace, windows: Tensor) -> None:
         self._given, self._center, self._windows, self._at = model, transform.center_embedding, windows, 0
@@ -337,15 +341,17 @@ class _Stream:
         return self._model.positions(self._windows.shape[1])
 
     def moments(self, index: int) -> BlockMoments:
-        """Second moments of a block; indices must not fall."""
+        """Return the second moments of a block. Indices must increase from call to call."""
         device = self._model.device
         if not self._hidden:
             hidden = self._model.embed(self._windows)
             self._hidden = list(hidden.to(self._model.resting_place(hidden)).split(1))
+        # Advance to the block, past those whose moments were found.
         while self._at < index:
             with self._model.block(self._at) as block, _fast_products(device):
                 self._hidden = [forward(block, x.to(device), self._positions).to(x.device) for x in self._hidden]
             self._at += 1
+        # One pass sums the moments and gives the stream behind the block.
         with self._model.block(index) as block, _fast_products(device):
             moments, self._hidden = read_moments(block, self._hidden, self._positions, device)
         self._at += 1

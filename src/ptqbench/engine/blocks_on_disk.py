@@ -75,7 +75,7 @@ class BlockState:
         return metadata
 
     def save(self, index: int, parts: dict[str, Tensor], reports: list[dict[str, Any]]) -> None:
-        """Write a block: what ``stored_parts`` takes of its rounded linears, and their reports."""
+        """Write a block: the ``stored_parts`` of its rounded linears, and their layer records."""
         tensors = {name: part.cpu().clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
         with replacing(self._path(index)) as temporary:
             save_file(tensors, temporary, metadata={"run_id": self.run_id, "reports": json.dumps(reports)})
@@ -91,7 +91,7 @@ class BlockState:
                 linear.weight = nn.Parameter(stored_weight(*parts).to(old.device, old.dtype), requires_grad=False)
 
     def reports(self, n_blocks: int) -> list[dict[str, Any]]:
-        """Read the reports of all finished blocks, in order."""
+        """Read the layer records of all finished blocks, in order."""
         rows: list[dict[str, Any]] = []
         for index in range(n_blocks):
             metadata = self._metadata(index)

@@ -42,7 +42,7 @@ class Wanted:
     norm_eps: float = 0.0
 
     def at(self, stage: Stage) -> Wanted:
-        """Drop what only exists where a stage adds to the residual stream."""
+        """Drop the statistics that exist only at stages whose output is added to the residual stream."""
         if stage.adds:
             return self
         adding = {Statistic.RESIDUAL_MOMENT, Statistic.TOKEN_WEIGHTS}
@@ -95,7 +95,7 @@ class Lockstep:
             self.reference = staged(reference_block, reference_hidden, positions, park)
 
     def park(self) -> None:
-        """Let the window wait where it was said; to be called once it has been looked at."""
+        """Move the window to its waiting place; call this after its stage input has been read."""
         if self._parks:
             next(self.quantized)
             if self.reference is not None:
@@ -106,7 +106,7 @@ class Collector:
     """Running sums of one stage."""
 
     def __init__(self, stage: Stage, wanted: Wanted, block: nn.Module, reference_block: nn.Module | None) -> None:
-        """Start empty.
+        """Start with empty sums.
 
         Args:
             stage: The stage.
@@ -128,9 +128,11 @@ class Collector:
         self._position: PositionMean | None = None
 
     def add(self, quantized: StageInput, reference: StageInput | None) -> None:
-        """Add one batch of whole windows, token by token the same in both streams; neither is modified."""
+        """Add one batch of whole windows. Both streams hold the same tokens in the same order; neither is modified."""
+        # X_q as the weight sees it: H += X_q^T X_q.
         inputs_q = prepared(self._linear, quantized.inputs)
         self._second.add(inputs_q)
+        # Mean over windows of X_q at every position.
         if Statistic.POSITION_MEAN in self.wanted.statistics:
             if self._position is None:
                 _, seq_len, width = inputs_q.shape
@@ -138,6 +140,7 @@ class Collector:
             self._position.add(inputs_q)
         if reference is None or not self.wanted.statistics & REFERENCE:
             return
+        # X of the full-precision stream: C += X_q^T (X - X_q), alone or with token weights and residuals.
         inputs = prepared(self._reference_linear, reference.inputs)
         if self.wanted.statistics & REFERENCE == {Statistic.CROSS_MOMENT}:
             self._cross.add_cross(inputs_q, inputs)
@@ -150,8 +153,9 @@ class Collector:
         assert residual is not None, "both streams are at the same stage"
         wanted = self.wanted.statistics
         weights: TokenWeights | None = None
+        # d = 1 / rms(R + X W^T + b) per token: the scale of the RMSNorm behind the addition.
         if Statistic.TOKEN_WEIGHTS in wanted:
-            if self._linear.bias is not None:  # it cancels only between streams that weigh tokens alike
+            if self._linear.bias is not None:  # the bias cancels only where both streams have equal token weights
                 residual_q, residual = residual_q + self._linear.bias, residual + self._reference_linear.bias
             hidden_q = residual_q + nn.functional.linear(inputs_q, self._linear.weight)
             hidden = residual + nn.functional.linear(inputs, self._reference_linear.weight)
@@ -164,6 +168,7 @@ class Collector:
                 cross=Statistic.CROSS_MOMENT in wanted,
                 device=inputs_q.device,
             )
+        # H, C and G of numerics.targets, with the rows of both streams scaled by d.
         given = {"residual": residual, "residual_q": residual_q} if with_residual else {}
         self._compared.add(inputs, inputs_q, weights=weights, **given)
 

@@ -1,8 +1,8 @@
-"""What a cell computes: floating-point operations and tokens, by the kind of work that its timings name. Imports no torch.
+"""The work of a cell: floating-point operations and tokens, by the kinds of work that its timings name. Imports no torch.
 
-Operations are those of the products that cannot be avoided, a multiplication and an addition counted as two: a symmetric product
-counts once per pair of channels, attention counts what a token may see. Elementwise work counts nothing. The same figures stand
-in the record of a cell, where they divide its seconds, and behind the estimates of ``resources``.
+Only the products that cannot be avoided are counted; a multiplication and an addition are two operations. A symmetric product
+counts once per pair of channels. Attention counts the tokens that each token may see. Elementwise work is not counted. The record
+of a cell relates its seconds to these figures, and the estimates of ``resources`` rest on them.
 
 Legend: N tokens, T of them a window; L blocks of P weights each; d hidden size; w width of a distinct linear input (that of q, k,
 v; of o; of gate and up; of down), rows(w) the outputs of the linears it feeds; V vocabulary.

@@ -37,14 +37,14 @@ Rotations = dict[str, Tensor]
 
 @contextmanager
 def opened(model: BlockwiseModel, seq_len: int, quantize_weights: bool) -> Iterator[Network]:
-    """Hold what all steps share: positions, the norm-folded embedding and head, and one block to run weights through."""
+    """Hold what all steps share: positions, the norm-folded embedding and head, and one block that runs any block's weights."""
     folded = model.reopened(FoldedBasis())
     with folded.block(0) as block, folded.head() as head:
         yield Network(model, folded, block, head, folded.positions(seq_len), quantize_weights)
 
 
 def _repeatable_attention(device: torch.device) -> AbstractContextManager[Any]:
-    """On a GPU, attention whose backward pass sums in a fixed order: that of the fused kernels does not."""
+    """Choose attention whose backward pass sums in a fixed order; the fused GPU kernels have none."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
@@ -84,6 +84,7 @@ class Network:
     def _add(self, build: Callable[[Rotations], Basis], rotations: Rotations, window: Tensor, sums: Rotations) -> float:
         leaves = {name: value.detach().requires_grad_() for name, value in rotations.items()}
         entering = [self.folded.embed(window).to(self.model.device)]
+        # Forward: keep only the stream that enters each part; part -1 is the embedding.
         with torch.no_grad():
             for index in range(-1, self.model.n_blocks):
                 entering.append(self._part(build(leaves), index, entering[-1]))
@@ -91,6 +92,7 @@ class Network:
         loss = self._loss(build(leaves), stream, window.to(self.model.device))
         if not bool(torch.isfinite(loss)):
             raise NumericalError(f"the loss is {float(loss)}; the model overflows (dtype {self.model.dtype})")
+        # Backward: run each part again with its graph, and pass dL / d(input) on to the part before it.
         flowing = self._backward(loss, None, stream, leaves, sums)
         for index in reversed(range(-1, self.model.n_blocks)):
             stream = entering.pop().requires_grad_(index >= 0)
@@ -103,7 +105,7 @@ class Network:
     def _backward(
         leaving: Tensor, flowing: Tensor | None, stream: Tensor, leaves: Rotations, sums: Rotations
     ) -> Tensor | None:
-        """Add what a part contributes to the gradients of the rotations; returns the gradient of its input."""
+        """Add the contribution of a part to the gradients of the rotations. Returns the gradient of its input."""
         wanted = [*leaves.values(), *([stream] if stream.requires_grad else [])]
         found = torch.autograd.grad(leaving, wanted, flowing, allow_unused=True)
         for name, gradient in zip(leaves, found, strict=False):
@@ -112,16 +114,19 @@ class Network:
         return found[-1] if stream.requires_grad else None
 
     def _part(self, basis: Basis, index: int, stream: Tensor) -> Tensor:
-        """Run block ``index``; -1 takes embedding rows into the basis."""
+        """Run block ``index``; index -1 multiplies embedding rows by the basis."""
         if index < 0:
+            # The basis of the stream, applied after the look-up: e -> e R.
             turn = basis.embedding({"weight": self._identity()})["weight"]
             return (stream.double() @ turn).to(self.model.dtype)
+        # Fuse the rotations into the weights in float64, W <- T'^T W T, then round to the model's data type.
         weights = {
             name: tensor.to(self.model.dtype)
             for name, tensor in basis.block(self.model.tensors(index), index).items()
         }  # fmt: skip
         if self.quantize_weights:
             weights |= self._rounded(basis, weights)
+        # Run the installed block with these weights and its quantizers on.
         install(self.block, basis.plan(index) or BlockPlan())
         placed = {"attention_mask": self.positions.mask, "position_embeddings": self.positions.rope}
         with _repeatable_attention(stream.device):
@@ -130,7 +135,7 @@ class Network:
         return found
 
     def _rounded(self, basis: Any, weights: Rotations) -> Rotations:
-        """Round the linears of a block to nearest, straight through."""
+        """Round the linears of a block to nearest; the gradient passes straight through."""
         grids = {
             f"{name}.weight": basis.precision.weight_grid(name) for name in self.model.architecture.linear_shapes()
         }
@@ -140,8 +145,9 @@ class Network:
         }
 
     def _loss(self, basis: Basis, stream: Tensor, window: Tensor) -> Tensor:
-        """Mean loss per predicted token, float32 or float64: the folded head reads the stream rotated back."""
+        """Return the mean loss per predicted token, float32 or float64."""
         with torch.enable_grad():
+            # The head stays in the basis of the checkpoint: it reads h R^T.
             gain = torch.ones(stream.shape[-1], dtype=torch.float64, device=stream.device)
             turn = basis.head({"norm.weight": gain, "lm_head.weight": self._identity()})["lm_head.weight"]
             logits = self.head((stream[:, :-1].double() @ turn.mT).to(self.model.dtype))

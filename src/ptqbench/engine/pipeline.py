@@ -65,7 +65,7 @@ def quantize(
     timings: Timings,
     on_block: Callable[[int], None] = lambda index: None,
 ) -> None:
-    """Round every linear of every block; results and reports go to ``state``.
+    """Round every linear of every block; results and layer records go to ``state``.
 
     Args:
         model: The checkpoint.
@@ -78,6 +78,7 @@ def quantize(
     Raises:
         NumericalError: A weight or statistic is not finite, or a factorisation failed; names the block and the linears.
     """
+    # Both streams start from the same embedded tokens; they part at the first rounded block.
     with timings.measure("embed_s"):
         hidden = model.embed(windows)
         home = model.resting_place(hidden, 1 + method.needs_reference)
@@ -87,20 +88,23 @@ def quantize(
     streams = Streams(batches, list(batches) if method.needs_reference else None)
     with _Writer(state, timings, on_block) as writer:
         for index in range(model.n_blocks):
+            # A finished block is not rounded again: the streams only pass through it.
             if state.has(index):
                 streams = loop.replay(index, streams, state)
                 on_block(index)
                 continue
+            # Load the block, round it stage by stage, and let it go before the next one is loaded.
             with ExitStack() as held:
                 with timings.measure("load_s"):
                     block = held.enter_context(model.block(index))
                 held.enter_context(_calibrating(block, method))
                 streams, results, rows = loop.round_block(index, block, streams)
+            # Write it while the next block is computed.
             writer.save(index, results, rows)
 
 
 class _Writer:
-    """Saves a block while the next one is computed; at most one is under way, and a block counts once it is on disk."""
+    """Saves a block while the next one is computed. At most one save is under way; a block counts once it is on disk."""
 
     def __init__(self, state: BlockState, timings: Timings, on_block: Callable[[int], None]) -> None:
         self._state, self._timings, self._on_block = state, timings, on_block
@@ -108,7 +112,7 @@ class _Writer:
         self._pending: tuple[int, Future[None]] | None = None
 
     def save(self, index: int, results: Results, rows: Rows) -> None:
-        """Wait for the block before, then begin to save this one; raises what saving the one before raised."""
+        """Wait for the previous save, then start this one. An error of the previous save is raised here."""
         self._finish()
         self._pending = index, self._thread.submit(self._state.save, index, stored_parts(results), rows)
 
@@ -123,14 +127,14 @@ class _Writer:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        with self._thread:  # a block that is being written is written, whatever ended the work
+        with self._thread:  # a save under way is completed even after an error
             if failed is None:
                 self._finish()
 
 
 @contextmanager
 def _calibrating(block: nn.Module, method: Method) -> Iterator[None]:
-    """Set the quantizers of a block as calibration wants them; they are on elsewhere."""
+    """Switch the quantizers of a block to their state during calibration; switch them on again afterwards."""
     set_quantizers(block, method.during_calibration)
     try:
         yield
@@ -153,7 +157,7 @@ class _Loop:
     park: torch.device | None
 
     def replay(self, index: int, streams: Streams, state: BlockState) -> Streams:
-        """Take the streams through a finished block: as stored, and as it was."""
+        """Run both streams through a finished block: the quantized one with the stored weights, the other without."""
         reference = streams.reference
         if reference is not None:
             with self.model.block(index) as block:
@@ -162,18 +166,23 @@ class _Loop:
             return Streams(self._propagate(block, streams.quantized), reference)
 
     def round_block(self, index: int, block: nn.Module, streams: Streams) -> tuple[Streams, Results, Rows]:
-        """Round one block; returns the streams behind it, the rounded linears and one report row per linear."""
+        """Round one block. Returns the streams that leave it, the rounded linears and one layer record per linear."""
+        # The reference runs through a copy of the block that shares its weights and has no quantizers.
         reference = None if streams.reference is None else untouched_copy(block)
         windows = [self._enter(block, reference, i, streams) for i in range(len(streams.quantized))]
         results: Results = {}
         rows: Rows = []
         if self.method.true_sequential:
+            # Statistics of a stage come from inputs that the stages before it, already rounded, have computed.
             for stage in STAGES:
                 (statistics,) = self._collect(index, windows, (stage,), block, reference)
                 self._round(index, block, stage, statistics, results, rows)
+            # Every linear has run once; only the last addition to the residual stream is left.
             with self.timings.measure("forward_s"):
                 quantized = [finish(window.quantized).to(self.home) for window in windows]
             return Streams(quantized, self._leave(windows)), results, rows
+        # Otherwise one pass through the unrounded block gives the statistics of all four stages, and a second pass
+        # through the rounded block gives the stream of the next one.
         together = self._collect(index, windows, STAGES, block, reference)
         behind = self._leave(windows)
         for stage, statistics in zip(STAGES, together, strict=True):
@@ -199,13 +208,16 @@ class _Loop:
         collectors = [Collector(*pair, block, reference) for pair in zip(stages, wanted, strict=True)]
         for window in windows:
             for collector in collectors:
+                # Advance both streams of the window to the input of the same stage.
                 with self.timings.measure("forward_s"):
                     quantized = next(window.quantized)
                 with self.timings.measure("reference_s"):
                     beside = None if window.reference is None else next(window.reference)
                 assert quantized is not None, "a run announces its input before it parks"
+                # Add its tokens to the sums: H += X_q^T X_q, and whatever else the members need.
                 with self.timings.measure("moment_s"):
                     collector.add(quantized, beside)
+                # Drop the last references, so that the window's tensors can leave the device.
                 del quantized, beside
                 window.park()
         return [self._statistics(index, collector) for collector in collectors]
@@ -218,7 +230,7 @@ class _Loop:
             raise NumericalError(f"block {index}, input of {linears}: {error}{self._way_out()}") from error
 
     def _way_out(self) -> str:
-        """What to do about numbers that are not finite, where the data type may be the reason."""
+        """Advice for numbers that are not finite, where the data type may be the reason."""
         if self.model.dtype != torch.float16:
             return ""
         return "; the model runs in float16, whose largest number is 65504: give model.dtype=bfloat16 or model.dtype=float32"

@@ -1,7 +1,7 @@
-"""What a transform needs before a model can be opened in its basis: eigenbases, learned rotations, or those of a file.
+"""The matrices of a transform, needed before a model is opened in its basis: eigenbases, learned rotations, or those of a file.
 
-All end in the same store (``bases.StoredBases``) and are found there when a cell is run again. Learned rotations follow the loss
-of the whole quantized network (``network_loss``) by Cayley steps in float64 (``numerics.cayley``).
+All are kept in the same store (``bases.StoredBases``) and are found there when a cell is run again. Learned rotations minimise
+the loss of the whole quantized network (``network_loss``) by Cayley steps in float64 (``numerics.cayley``).
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Calibration(Protocol):
         """Draw (n_samples, seq_len) int64."""
 
     def shelf(self, n_samples: int) -> Shelf | None:
-        """Where moments and bases over so many windows are shared; None for nowhere."""
+        """Where moments and bases over ``n_samples`` windows are shared; None if they are not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """Computes, learns or reads what a transform needs before a model can be opened in its basis, or finds it stored.
+    """Computes, learns or reads the matrices of a transform before a model is opened in its basis, or finds them stored.
 
     Attributes:
         model: The checkpoint.
@@ -103,14 +103,14 @@ def learn_rotations(
 ) -> StoredBases:
     """Learn the rotations of a transform, or find them stored.
 
-    A pass that was cut short continues at the last stored step (every `SAVE_EVERY` steps) and gives the same bytes.
+    An interrupted pass continues at the last stored step (every `SAVE_EVERY` steps) and gives the same bytes.
 
     Args:
-        transform: Says with ``learning`` how, with ``start`` from where, with ``basis`` what they do.
+        transform: ``learning`` holds the settings, ``start`` the first rotations, ``basis`` their effect on the model.
         model: The checkpoint, in the basis it has.
         windows: Calibration tokens, (steps * batch_size, seq_len) int64, not modified; each is used once, in order.
         spec: The cell; its quantizers are on in the loss.
-        stored: Where the rotations go; holds whatever else the transform needs (eigenbases), which learning leaves alone.
+        stored: Where the rotations go. Eigenbases that the transform needs are there already and are not changed.
         on_step: Called with the index of every finished step.
 
     Returns:
@@ -123,6 +123,7 @@ def learn_rotations(
     learning = transform.learning
     if len(windows) < learning.n_samples:
         raise ConfigError(f"learning rotations: expected {learning.n_samples} windows, got {len(windows)}")
+    # R_0: the rotations to start from, each orthogonal.
     rotations = {name: value.to(model.device) for name, value in transform.start(model.architecture).items()}
     parts = {part or SHARED for part, _, _ in (name.rpartition(".") for name in rotations)}
     if not all(stored.has(part) for part in parts):
@@ -130,8 +131,10 @@ def learn_rotations(
         build = lambda given: transform.basis(spec, model.architecture, ChainMap(given, stored))  # type: ignore[arg-type]  # noqa: E731
         with opened(model, windows.shape[1], learning.quantize_weights) as network:
             for step in range(first, learning.steps):
+                # Step t uses its own windows and the learning rate of a cosine schedule.
                 batch = windows[step * learning.batch_size : (step + 1) * learning.batch_size]
                 rate = cosine_rate(step, learning.steps, learning.learning_rate)
+                # G = dL / dR, then R <- Cayley(a W) R with W from G and R: R stays orthogonal.
                 try:
                     _, gradients = network.gradients(build, rotations, batch)
                     for name, gradient in gradients.items():
@@ -142,7 +145,7 @@ def learn_rotations(
                             learning_rate=rate,
                             momentum=learning.momentum,
                         )
-                        # In the layout that they are stored in: a product may depend on it in its last bit.
+                        # Contiguous, as they are read back: the last bit of a product may depend on the layout.
                         rotations[name], velocities[name] = point.contiguous(), velocity.contiguous()
                 except NumericalError as error:
                     raise NumericalError(f"learning rotations, step {step}: {error}") from error
@@ -150,7 +153,7 @@ def learn_rotations(
                     _save_progress(stored, step + 1, rotations, velocities)
                 on_step(step)
         stored.save_named(rotations)
-    stored.drop(PROGRESS)  # also that of a process killed right here
+    stored.drop(PROGRESS)  # also where an earlier process was killed before this line
     return stored
 
 

@@ -1,6 +1,7 @@
 """Round the linears of one stage with the members of a method, put the result into the block, and describe it.
 
-Linears that are treated alike are stacked along their rows: they share the input, hence all statistics and the factorisation.
+Linears that are treated alike are stacked along their rows: they share their input, so they share all statistics and the
+factorisation.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Method:
         )
 
     def needs(self, stage: Stage) -> frozenset[Statistic]:
-        """Return what has to be collected at a stage: the union over the members that act there, and what reports need."""
+        """Return what to collect at a stage: the union over the members that act there, and what layer records need."""
         scoped = (member for member in (self.target, self.refine) if not set(stage.linears) <= set(member.exclude))
         return frozenset({Statistic.SECOND_MOMENT}).union(self.solver.needs, *(member.needs for member in scoped))
 
@@ -67,7 +68,7 @@ class Method:
         return any(self.needs(stage) & REFERENCE for stage in STAGES)
 
     def groups(self, stage: Stage) -> list[tuple[str, ...]]:
-        """Split the linears of a stage into those that are treated alike."""
+        """Split the linears of a stage into groups that are treated alike."""
         groups: dict[tuple[bool, bool, str], list[str]] = {}
         for name in stage.linears:
             own = name if self.solver.one_by_one else ""
@@ -83,8 +84,8 @@ class Rounded:
         name: Its name in the block.
         weight: (out, in) float32 original weight.
         aim: What the solver was asked for.
-        repaired: What came of it, after refinement.
-        degenerate: What is missing about its inputs, and what was done; None for a sound one.
+        repaired: The solver's result after refinement.
+        degenerate: Which inputs are always zero and how their columns were rounded; None if no input is.
         quantize_s: Seconds spent on it.
     """
 
@@ -102,7 +103,7 @@ def round_stage(block: nn.Module, stage: Stage, method: Method, statistics: Stat
     Args:
         block: The block; its linears get new weights, the old ones are not modified.
         stage: The stage.
-        method: What to do.
+        method: Target, solver, refinement and grid.
         statistics: Statistics of the stage, not modified.
 
     Returns:
@@ -127,6 +128,7 @@ def round_stage(block: nn.Module, stage: Stage, method: Method, statistics: Stat
 def _round_group(
     block: nn.Module, names: tuple[str, ...], stage: Stage, method: Method, statistics: Statistics
 ) -> list[Rounded]:
+    # Stack the rows: all of them meet the same inputs.
     start = time.perf_counter()
     weights: list[Tensor] = [block.get_submodule(name).weight.detach().float() for name in names]  # type: ignore[operator]
     stacked = torch.cat(weights)
@@ -136,20 +138,24 @@ def _round_group(
         raise UnsupportedError(
             f"stage {stage.name}: expected a grid that rounds all columns or none, got a mixture with 16 bits"
         )
+    # A channel that is zero for every token has H_jj = 0.
     dead = statistics.second_moment.diagonal() == 0
     if all(untouched):
+        # 16 bits: the weight stays as it is.
         aim = Weight().aim(stacked, statistics)
         repaired = Repaired(method.solver.solve(aim, statistics, grid))
     elif bool(dead.all()):  # no input: every rounding has the same error, and no moment can be factored
         aim = Weight().aim(stacked, statistics)
         repaired = Repaired(RoundToNearest().solve(aim, statistics, grid))
     else:
+        # Aim at V, round it to Q on the grid, then repair Q; an excluded linear keeps W as its target, or Q as it is.
         target = Weight() if names[0] in method.target.exclude else method.target
         refine = NoRefinement() if names[0] in method.refine.exclude else method.refine
         aim = target.aim(stacked, statistics)
         result = method.solver.solve(aim, statistics, grid, refine.reads_working)
         repaired = refine.repair(stacked, aim, result, statistics)
         repaired = dataclasses.replace(repaired, result=dataclasses.replace(repaired.result, working=None))
+    # Cut the stacked result into its linears; time is shared out by rows.
     rows = [len(weight) for weight in weights]
     per_row = (time.perf_counter() - start) / len(stacked)
     parts = zip(names, weights, _split_aim(aim, rows), _split_repaired(repaired, rows), strict=True)
@@ -158,7 +164,7 @@ def _round_group(
 
 
 def _degenerate(dead: Tensor, result: LinearResult) -> str | None:
-    """Say which inputs (in,) bool of a rounded linear are always zero, and what became of their columns."""
+    """Describe the inputs that are always zero, ``dead`` (in,) bool, and how their columns were rounded."""
     n_dead = int(dead.sum())
     if n_dead == 0:
         return None
@@ -179,7 +185,7 @@ def _split_repaired(repaired: Repaired, rows: list[int]) -> list[Repaired]:
 
 
 def _put(linear: Any, result: LinearResult) -> None:
-    """Give a linear the weight that will be rebuilt from the stored codes; at 16 bits it keeps its own."""
+    """Give a linear the weight that its stored codes rebuild; at 16 bits it keeps its own."""
     if result.codes is not None:
         stored = stored_weight(result.codes, result.scale, result.zero_point, result.group_index)
         linear.weight = nn.Parameter(stored.to(linear.weight.dtype), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Where the time of a cell goes: seconds per kind of work. On a GPU nothing waits for the clock."""
+"""Where the time of a cell goes: seconds per kind of work. On a GPU, measuring does not make the host wait."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ MOST_PENDING = 4096
 class Timings:
     """Seconds per kind of work, summed.
 
-    Where CUDA is in use a measurement is a pair of events on its stream, read later, so that the host can run ahead; the
-    seconds between two events are those the host took where the GPU had nothing to do.
+    Where CUDA is in use, a measurement is a pair of events on its stream that is read later, so that the host can run ahead.
+    Where the GPU was idle, the seconds between two events are those that the host took.
     """
 
     def __init__(self) -> None:
-        """Start without seconds."""
         self._seconds: dict[str, float] = defaultdict(float)
         self._pending: list[tuple[str, Any, Any]] = []
 
