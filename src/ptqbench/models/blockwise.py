@@ -104,6 +104,18 @@ class BlockwiseModel:
         rope = self._skeleton.get_submodule("model.rotary_emb").to(self.device)(probe, ids)
         return Positions(rope=rope, mask=mask)
 
+    def tree_positions(self, depth: Tensor, seen: Tensor) -> Positions:
+        """Build the RoPE tables and the mask for rows that hold trees of tokens.
+
+        Args:
+            depth: (batch, tokens) int64, the position of each token in its sequence.
+            seen: (batch, 1, tokens, tokens) bool, which tokens each token attends to.
+        """
+        depth, seen = depth.to(self.device), seen.to(self.device)
+        probe = torch.empty(*depth.shape, 0, dtype=self.dtype, device=self.device)
+        rope = self._skeleton.get_submodule("model.rotary_emb").to(self.device)(probe, depth)
+        return Positions(rope=rope, mask=seen)
+
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a block as the (edited) checkpoint holds them, on the device, in no other basis."""
         tensors = self._read_block(index)
