@@ -139,7 +139,8 @@ def same_codes(bits: int, group_size: int) -> tuple[Callable[[Tensor, Tensor, Te
 
 def run(given: argparse.Namespace, folder: Path, device: str) -> dict[str, Any]:
     """Measure everything."""
-    from ptqbench.data.windows import calibration_windows, load_tokenizer
+    from ptqbench.data.tokenizer import load_tokenizer
+    from ptqbench.data.windows import calibration_windows
 
     watch, model = Stopwatch(device), random_model.shape(given.shape, given.blocks)
     dtype = "float32" if device == "cpu" else "bfloat16"

@@ -207,25 +207,25 @@ def test_every_bitwidth_composes(bitwidth):
 
 def test_every_calibration_and_evaluation_validates():
     from ptqbench.sweeps.compose import compose_data
-    from ptqbench.sweeps.resolve import _validated
+    from ptqbench.sweeps.resolve import validated
 
     for group in ("calibration", "evaluation"):
         for name in group_names(group):
-            cell = _validated(compose_data(["+method=gptq", f"{group}={name}"]))
+            cell = validated(compose_data(["+method=gptq", f"{group}={name}"]))
             assert cell.calibration is not None
     assert compose_data(["+method=gptq", "model=llama-3-8b"])["model"]["hub_id"] == "meta-llama/Meta-Llama-3-8B"
 
 
 def test_defaults_follow_the_model_first_and_the_method_second():
     from ptqbench.sweeps.compose import compose_data
-    from ptqbench.sweeps.resolve import _validated
+    from ptqbench.sweeps.resolve import validated
 
-    tiny = _validated(compose_data(["+method=gptq"]))
+    tiny = validated(compose_data(["+method=gptq"]))
     assert (tiny.calibration.dataset, list(tiny.evaluation.texts)) == ("tiny", ["tiny"])
-    large = _validated(compose_data(["+method=gptq", "model=qwen2.5-7b", "calibration.n_samples=64"]))
+    large = validated(compose_data(["+method=gptq", "model=qwen2.5-7b", "calibration.n_samples=64"]))
     assert (large.calibration.dataset, large.calibration.n_samples, large.calibration.seq_len) == ("c4", 64, 2048)
     assert list(large.evaluation.texts) == ["wikitext2"]
-    chosen = _validated(compose_data(["+method=gptq", "model=qwen2.5-7b", "calibration=wikitext2"]))
+    chosen = validated(compose_data(["+method=gptq", "model=qwen2.5-7b", "calibration=wikitext2"]))
     assert (chosen.calibration.dataset, chosen.calibration.sampling) == ("wikitext2", "joined_random")
 
 

@@ -1,22 +1,24 @@
 """The command line. First word a command: its own parser; anything else goes to Hydra.
 
-Exit status: 0 done, 1 a cell failed, 2 the request was wrong (one line on standard error, nothing was run).
+Exit status: 0 done, 1 a cell or the environment failed, 2 the request was wrong (one line on standard error, nothing was run).
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
+import dataclasses
 import gc
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ptqbench import __version__
-from ptqbench.cell.spec import nearest
-from ptqbench.errors import ConfigError, PtqbenchError, RunFailed
+from ptqbench.errors import ConfigError
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -35,82 +37,128 @@ One cell: quantize a model, measure it, record the result.
   python -m ptqbench +method=gptq --cfg job                                  show the composed configuration
 
 commands:
-  plan SWEEP       every cell with its state, resources and estimated time; runs nothing
-  sweep SWEEP      run (or submit) the cells of a sweep file that are not done yet
-  retry SWEEP      run the failed cells again
-  cancel SWEEP     stop what runs or waits
-  status [SWEEP]   state of every cell, from the run folders
-  table [SWEEP]    comparison table of finished cells
-  report [SWEEP]   one HTML page with table, plots, cost and provenance
-  sync [SWEEP]     upload finished cells to Weights & Biases
-  prefetch SWEEP   load models and data on a node with network
-  gc               remove shared artefacts that were not used for longest
-  doctor           what is installed and where things are looked for
+{commands}
 
+A value with any of , = : ( ) [ ] {{ }} # ' " or a space is quoted, and its quotes are kept from the shell: "model.path='/data/a=b'"
 shell completion: eval "$(ptqbench -sc install=bash)"
 """
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "plan": _plan,
-        "sweep": _sweep,
-        "retry": _retry,
-        "cancel": _cancel,
-        "status": _status,
-        "table": _table,
-        "report": _report,
-        "sync": _sync,
-        "prefetch": _prefetch,
-        "gc": _gc,
-        "doctor": _doctor,
-    }
     os.environ.setdefault("TQDM_DISABLE", "1")  # one progress bar, ours, instead of one per library
+    _print_anything()
     try:
-        if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(HELP, end="")
-            return 0 if arguments else 2
-        if arguments[0] == "--version":
-            print(f"ptqbench {__version__}")
-            return 0
-        if arguments[0] in commands:
-            return commands[arguments[0]](arguments[1:])
-        if not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]:
-            raise ConfigError(f"unknown command {arguments[0]!r}; {nearest(arguments[0], commands)}")
-        from ptqbench.hydra_app import run_hydra
-
-        return run_hydra(arguments)
-    except RunFailed as error:
-        print(f"ptqbench: {error}", file=sys.stderr)
-        return 1
-    except PtqbenchError as error:
-        print(f"ptqbench: {error}", file=sys.stderr)
-        return 2
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        _discard_output()
+        return 0
     except KeyboardInterrupt:
         print("ptqbench: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if os.environ.get("PTQBENCH_TRACEBACK"):
+            raise
+        from ptqbench.runs.outcome import outcome
+
+        said, status = outcome(error)
+        print(f"ptqbench: {said}", file=sys.stderr)
+        _discard_output()
+    return status
+
+
+def _dispatch(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else ""
+    if first in ("", "-h", "--help", "help"):
+        width = max(len(f"{name} {command.sweep}") for name, command in COMMANDS.items())
+        lines = [f"  {f'{name} {c.sweep}'.ljust(width)}  {c.about}" for name, c in COMMANDS.items()]
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return 0 if arguments else 2
+    if first == "--version":
+        print(f"ptqbench {__version__}")
         return 0
+    if first in COMMANDS:
+        return _run(first, arguments[1:])
+    if not first.startswith(("-", "+", "~")) and "=" not in first:
+        from ptqbench.cell.spec import nearest
+
+        raise ConfigError(f"unknown command {first!r}; {nearest(first, COMMANDS)}")
+    from ptqbench.hydra_app import run_hydra
+
+    return run_hydra(arguments)
 
 
-def _parser(command: str, description: str, sweep: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m ptqbench {command}", description=description)
-    parser.add_argument(
-        "sweep", nargs=None if sweep == "required" else "?", help="name of a shipped sweep, or a YAML file"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", help="extra overrides for every cell, e.g. seed=1 execution.runs_dir=FOLDER"
-    )
-    parser.add_argument("--runs-dir", default=None, help="folder of run folders (default: runs)")
-    return parser
+def _print_anything() -> None:
+    """Let every character be printed: one that the terminal's encoding lacks is written in ASCII instead of raising."""
+    plain = {"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "≤": "<=", "≥": ">=", "→": "->", "µ": "u"}
+
+    def written(error: UnicodeError) -> tuple[str | bytes, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        return "".join(plain.get(c) or ascii(c)[1:-1] for c in error.object[error.start : error.end]), error.end
+
+    codecs.register_error("ptqbench", written)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="ptqbench")
 
 
-def _plan(arguments: list[str]) -> int:
-    parser = _parser("plan", "Every cell of a sweep with its state and what it needs; submits nothing.", "required")
-    parser.add_argument("--groups", action="store_true", help="only the sums per resource group")
-    options = parser.parse_intermixed_args(arguments)
+def _discard_output() -> None:
+    """Drop what standard output could not take, else Python tries again at exit and says so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.rpartition(' ')[2]}: {message}; see {self.prog} --help")
+
+
+def _output_file(name: str) -> str:
+    """Check the name of a file to be written, before any work is done for it."""
+    path = Path(name)
+    try:
+        if not name or path.is_dir() or name.endswith("/"):
+            raise argparse.ArgumentTypeError(f"expected the name of a file, got {name!r}" + " (a folder)" * bool(name))
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name[:60]!r}: {error.strerror}") from None
+    if not above.is_dir():
+        raise argparse.ArgumentTypeError(f"{name!r} lies below {str(above)!r}, which is a file")
+    return name
+
+
+def _runs_dir(name: str) -> str:
+    """Check the name of a folder of run folders."""
+    if not name:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    try:
+        if Path(name).exists() and not Path(name).is_dir():
+            raise argparse.ArgumentTypeError(f"expected a folder, got the file {name!r}")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name[:60]!r}: {error.strerror}") from None
+    return name
+
+
+def _existing_runs_dir(name: str) -> str:
+    if not Path(_runs_dir(name)).is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder {name!r} (looked in {Path.cwd()})")
+    return name
+
+
+def _gib(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected GiB, a number of at least 0, got {text!r}")
+
+
+def _plan(options: argparse.Namespace) -> int:
     from ptqbench.launch.report import print_plan
     from ptqbench.sweeps.plan import plan
 
@@ -118,67 +166,38 @@ def _plan(arguments: list[str]) -> int:
     return 0
 
 
-def _sweep(arguments: list[str]) -> int:
-    parser = _parser("sweep", "Run (or submit) the cells of a sweep that are not done yet.", "required")
-    parser.add_argument("--wait", action="store_true", help="with SLURM: stay until every cell is done")
-    options = parser.parse_intermixed_args(arguments)
+def _sweep(options: argparse.Namespace) -> int:
     from ptqbench.launch.dispatch import launch
 
     return launch(_cells(options), wait=options.wait)
 
 
-def _retry(arguments: list[str]) -> int:
-    parser = _parser(
-        "retry", "Run the failed cells of a sweep again; twice the memory where that was short.", "required"
-    )
-    parser.add_argument("--wait", action="store_true", help="with SLURM: stay until every cell is done")
-    options = parser.parse_intermixed_args(arguments)
+def _retry(options: argparse.Namespace) -> int:
     from ptqbench.launch.dispatch import launch
 
     return launch(_cells(options), wait=options.wait, only_failed=True)
 
 
-def _cancel(arguments: list[str]) -> int:
-    options = _parser("cancel", "Stop the running and waiting cells of a sweep.", "required").parse_intermixed_args(
-        arguments
-    )
+def _cancel(options: argparse.Namespace) -> int:
     from ptqbench.launch.dispatch import cancel
 
     print(cancel(_cells(options)))
     return 0
 
 
-def _status(arguments: list[str]) -> int:
-    parser = _parser("status", "State of the cells, derived from the run folders and the queue.", "optional")
-    parser.add_argument("--all", action="store_true", help="list finished and pending cells too")
-    options = parser.parse_intermixed_args(arguments)
+def _status(options: argparse.Namespace) -> int:
     from ptqbench.results.terminal import print_status
 
     if options.sweep is None:
-        from ptqbench.runs.folder import all_runs
-
-        print_status(list(all_runs(Path(options.runs_dir or "runs"))), options.all)
+        folders = [folder for folder, _ in _every_run(options)]
     else:
-        print_status(
-            [cell.folder for cell in _cells(options) if cell.folder is not None and cell.skipped is None], options.all
-        )
+        cells = _cells(options)
+        folders = [cell.folder for cell in cells if cell.folder is not None and cell.skipped is None]
+    print_status(folders, options.all)
     return 0
 
 
-def _table(arguments: list[str]) -> int:
-    parser = _parser("table", "Comparison table of finished cells.", "optional")
-    parser.add_argument(
-        "--format",
-        choices=("terminal", "md", "latex", "html", "csv"),
-        help="default: terminal, or by the suffix of --output",
-    )
-    parser.add_argument("--output", metavar="FILE", help="write the table to a .md, .tex, .html or .csv file")
-    parser.add_argument(
-        "--check", action="store_true", help="the papers' figures beside ours, and whether they compare"
-    )
-    parser.add_argument("--picture", metavar="FILE", help="also draw the table's figures to a PNG or PDF file")
-    parser.add_argument("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders")
-    options = parser.parse_intermixed_args(arguments)
+def _table(options: argparse.Namespace) -> int:
     with _uncollected():
         from ptqbench.results.terminal import print_table, table_options
 
@@ -200,10 +219,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _report(arguments: list[str]) -> int:
-    parser = _parser("report", "One self-contained HTML page: table, plots, cost and provenance.", "optional")
-    parser.add_argument("--output", metavar="FILE", default="report.html", help="the page (default: report.html)")
-    options = parser.parse_intermixed_args(arguments)
+def _report(options: argparse.Namespace) -> int:
     from ptqbench.results.report_page import report_page
     from ptqbench.runs.folder import write_text
 
@@ -214,13 +230,52 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
-def _wandb_sources(options: argparse.Namespace) -> tuple[list[Source], str, tuple[str, ...]]:
-    """Cells of a W&B project, with its name as the title."""
-    if options.sweep is not None or options.runs_dir is not None:
-        raise ConfigError("table --from-wandb: expected no sweep and no --runs-dir beside it; it reads a whole project")
-    from ptqbench.tracking.recorded import sources
+def _sync(options: argparse.Namespace) -> int:
+    from ptqbench.tracking.sync import sync
 
-    return sources(options.from_wandb), options.from_wandb, ("metric",)
+    if options.sweep is None:
+        found = _every_run(options)
+    else:
+        found = [(cell.folder, cell.spec) for cell in _cells(options) if cell.folder is not None]
+    return sync(found, "offline" if options.offline else "online", options.project, options.entity)
+
+
+def _prefetch(options: argparse.Namespace) -> int:
+    from ptqbench.sweeps.compose import requested
+    from ptqbench.sweeps.prefetch import prefetch
+
+    manifest = Path(options.runs_dir or "runs") / "prefetch.json"
+    items = prefetch(
+        requested(options.request),
+        manifest,
+        lambda i: print(f"{'ok' if i.loaded else 'FAILED'} {i.kind} {i.name}: {i.detail}"),
+    )
+    print(f"{sum(item.loaded for item in items)} of {len(items)} loaded; manifest: {manifest}")
+    return 0 if all(item.loaded for item in items) else 1
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from ptqbench.runs.artefacts import FOLDER, collect_garbage
+
+    budget = int(options.budget_gib * 2**30)
+    removed, freed, _ = collect_garbage(Path(options.runs_dir or "runs") / FOLDER, budget)
+    print(f"removed {removed} files, {freed / 2**30:.2f} GiB")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from ptqbench.doctor import print_doctor
+
+    print_doctor(options.runs_dir or "runs")
+    return 0
+
+
+def _cells(options: argparse.Namespace) -> list[Cell]:
+    """Cells of a sweep in the sweep's order."""
+    from ptqbench.sweeps.compose import cells
+    from ptqbench.sweeps.files import load_sweep
+
+    return cells(load_sweep(options.sweep), _overrides(options))
 
 
 def _every_run(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | None]]:
@@ -241,74 +296,104 @@ def _table_sources(options: argparse.Namespace) -> tuple[list[Source], str, tupl
     return sweep_cells(sweep, _overrides(options)), sweep.title, tuple(sweep.columns)
 
 
-def _sync(arguments: list[str]) -> int:
-    parser = _parser("sync", "Upload finished cells that Weights & Biases does not have yet.", "optional")
-    parser.add_argument("--offline", action="store_true", help="write W&B's own files instead, for `wandb sync`")
-    parser.add_argument("--project", help="W&B project (default: that of each cell, ptqbench)")
-    parser.add_argument("--entity", help="W&B user or team (default: that of each cell, else the account's)")
-    options = parser.parse_intermixed_args(arguments)
-    from ptqbench.tracking.sync import sync
+def _wandb_sources(options: argparse.Namespace) -> tuple[list[Source], str, tuple[str, ...]]:
+    """Cells of a W&B project, with its name as the title."""
+    if options.sweep is not None or options.runs_dir is not None:
+        raise ConfigError("table --from-wandb: expected no sweep and no --runs-dir beside it; it reads a whole project")
+    from ptqbench.tracking.recorded import sources
 
-    if options.sweep is None:
-        found = _every_run(options)
-    else:
-        found = [(cell.folder, cell.spec) for cell in _cells(options) if cell.folder is not None]
-    return sync(found, "offline" if options.offline else "online", options.project, options.entity)
-
-
-def _doctor(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ptqbench doctor")
-    parser.add_argument("--runs-dir", default="runs", help="folder of run folders (default: runs)")
-    options = parser.parse_args(arguments)
-    from ptqbench.doctor import print_doctor
-
-    print_doctor(options.runs_dir)
-    return 0
-
-
-def _prefetch(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ptqbench prefetch",
-        description="Load the models, texts and tasks of a sweep (or of one cell: +method=... model=...) from the network.",
-    )
-    parser.add_argument("request", nargs="+", help="a sweep and overrides, or the overrides of one cell")
-    parser.add_argument("--runs-dir", default="runs", help="where prefetch.json is written (default: runs)")
-    options = parser.parse_intermixed_args(arguments)
-    from ptqbench.sweeps.compose import requested
-    from ptqbench.sweeps.prefetch import prefetch
-
-    manifest = Path(options.runs_dir) / "prefetch.json"
-    items = prefetch(
-        requested(options.request),
-        manifest,
-        lambda i: print(f"{'ok' if i.loaded else 'FAILED'} {i.kind} {i.name}: {i.detail}"),
-    )
-    print(f"{sum(item.loaded for item in items)} of {len(items)} loaded; manifest: {manifest}")
-    return 0 if all(item.loaded for item in items) else 1
-
-
-def _gc(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ptqbench gc", description="Remove the least recently used shared artefacts; results stay."
-    )
-    parser.add_argument("--budget-gib", type=float, required=True, help="what may stay, GiB")
-    parser.add_argument("--runs-dir", default="runs", help="folder of run folders (default: runs)")
-    options = parser.parse_args(arguments)
-    from ptqbench.runs.artefacts import FOLDER, collect_garbage
-
-    removed, freed, _ = collect_garbage(Path(options.runs_dir) / FOLDER, int(options.budget_gib * 2**30))
-    print(f"removed {removed} files, {freed / 2**30:.2f} GiB")
-    return 0
+    return sources(options.from_wandb), options.from_wandb, ("metric",)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
+    from ptqbench.sweeps.words import assign
+
     given: list[str] = options.overrides
-    return given + ([f"execution.runs_dir={options.runs_dir}"] if options.runs_dir else [])
+    return given + (assign("execution.runs_dir", options.runs_dir) if options.runs_dir else [])
 
 
-def _cells(options: argparse.Namespace) -> list[Cell]:
-    """Cells of a sweep in the sweep's order."""
-    from ptqbench.sweeps.compose import cells
-    from ptqbench.sweeps.files import load_sweep
+def _option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, settings
 
-    return cells(load_sweep(options.sweep), _overrides(options))
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of the command line.
+
+    Attributes:
+        run: Does what the parsed options say; returns the exit status.
+        about: One line of help.
+        sweep: ``SWEEP`` where a sweep is required, ``[SWEEP]`` where all run folders are meant without one, else empty.
+        options: Arguments of ``add_argument`` for every option of its own.
+        runs_dir: Checks the value of ``--runs-dir``.
+    """
+
+    run: Callable[[argparse.Namespace], int]
+    about: str
+    sweep: str = ""
+    options: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+    runs_dir: Callable[[str], str] = _runs_dir
+
+
+_WAIT = _option("--wait", action="store_true", help="with SLURM: stay until every cell is done")
+_STYLES = ("terminal", "md", "latex", "html", "csv")
+
+COMMANDS = {
+    "plan": Command(
+        _plan, "every cell with its state, resources and estimated time; runs nothing", "SWEEP",
+        (_option("--groups", action="store_true", help="only the sums per resource group"),),
+    ),
+    "sweep": Command(_sweep, "run (or submit) the cells of a sweep file that are not done yet", "SWEEP", (_WAIT,)),
+    "retry": Command(_retry, "run the failed cells again; with twice the memory where that was short", "SWEEP", (_WAIT,)),
+    "cancel": Command(_cancel, "stop what runs or waits", "SWEEP"),
+    "status": Command(
+        _status, "state of every cell, from the run folders and the queue", "[SWEEP]",
+        (_option("--all", action="store_true", help="list finished and pending cells too"),), _existing_runs_dir,
+    ),
+    "table": Command(
+        _table, "comparison table of finished cells", "[SWEEP]",
+        (
+            _option("--format", choices=_STYLES, help="default: terminal, or by the suffix of --output"),
+            _option("--output", metavar="FILE", type=_output_file, help="write a .md, .tex, .html or .csv file"),
+            _option("--check", action="store_true", help="the papers' figures beside ours, and whether they compare"),
+            _option("--picture", metavar="FILE", type=_output_file, help="also draw the figures to a PNG or PDF file"),
+            _option("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders"),
+        ), _existing_runs_dir,
+    ),
+    "report": Command(
+        _report, "one HTML page with table, plots, cost and provenance", "[SWEEP]",
+        (_option("--output", metavar="FILE", type=_output_file, default="report.html", help="the page (default: report.html)"),),
+        _existing_runs_dir,
+    ),
+    "sync": Command(
+        _sync, "upload finished cells to Weights & Biases", "[SWEEP]",
+        (
+            _option("--offline", action="store_true", help="write W&B's own files instead, for `wandb sync`"),
+            _option("--project", help="W&B project (default: that of each cell, ptqbench)"),
+            _option("--entity", help="W&B user or team (default: that of each cell, else the account's)"),
+        ), _existing_runs_dir,
+    ),
+    "prefetch": Command(
+        _prefetch, "load models and data on a node with network", "",
+        (_option("request", nargs="+", help="a sweep and overrides, or the overrides of one cell"),),
+    ),
+    "gc": Command(
+        _gc, "remove shared artefacts that were not used for longest; results stay", "",
+        (_option("--budget-gib", type=_gib, required=True, help="what may stay, GiB"),), _existing_runs_dir,
+    ),
+    "doctor": Command(_doctor, "what is installed and where things are looked for"),
+}  # fmt: skip
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    """Parse the arguments of a command and run it."""
+    command = COMMANDS[name]
+    parser = _Parser(prog=f"python -m ptqbench {name}", description=command.about)
+    if command.sweep:
+        optional = "?" if command.sweep.startswith("[") else None
+        parser.add_argument("sweep", nargs=optional, help="name of a shipped sweep, or a YAML file")
+        parser.add_argument("overrides", nargs="*", default=[], help="overrides for every cell, e.g. seed=1 execution.threads=1")
+    for names, settings in command.options:
+        parser.add_argument(*names, **settings)
+    parser.add_argument("--runs-dir", type=command.runs_dir, help="folder of run folders (default: runs)")
+    return command.run(parser.parse_intermixed_args(arguments))

@@ -24,7 +24,7 @@ class Bar:
             enabled: Whether it is drawn at all.
         """
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -81,8 +81,8 @@ def run_one(spec: RunSpec) -> int:
 
                 result = run_cell(spec, folder, bar)
         except CellBusy as busy:
-            console.print(str(busy), soft_wrap=True, highlight=False)
+            console.print(str(busy), soft_wrap=True, highlight=False, markup=False)
             return 0
     console.print(result_table(f"{name} ({state})", result))
-    console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
+    console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False, markup=False)
     return 0

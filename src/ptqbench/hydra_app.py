@@ -1,74 +1,133 @@
-"""The Hydra side of the command line: one cell, or a multirun. Composing itself is in ``ptqbench.sweeps.compose``."""
+"""Command lines that are Hydra's: one cell, a multirun, or what Hydra itself shows. It parses and composes; then it is done.
+
+No cell runs inside Hydra, so that its handling of errors, its folders and its logs have no part in one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
+import itertools
+import math
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from ptqbench.cell.folders import conf_folder
-from ptqbench.errors import ConfigError, PtqbenchError
-from ptqbench.sweeps.compose import Composer, one_line, require_method, resolved, rewrite
+from ptqbench.errors import ConfigError
+from ptqbench.sweeps.compose import Composer, resolved
+from ptqbench.sweeps.files import MOST_CELLS
+from ptqbench.sweeps.hydra_compose import refusal
 from ptqbench.sweeps.resolve import resolve
+from ptqbench.sweeps.words import check_request, rewrite, split
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+Compose = Callable[[list[str]], dict[str, Any]]
+
+
+@dataclasses.dataclass
+class _Asked:
+    """What Hydra made of a command line: a configuration, or the jobs of a multirun and how to compose one."""
+
+    configs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    jobs: list[list[str]] | None = None
+    compose: Compose | None = None
+
+
+_asked = _Asked()
 
 
 def run_hydra(arguments: list[str]) -> int:
-    """Run a Hydra command line: one cell, a multirun, or Hydra's own ``--cfg`` and ``--info``."""
+    """Run a Hydra command line: one cell, a multirun, or Hydra's own ``--cfg`` and ``--info``.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        PtqbenchError: The request is wrong, or the cell failed.
+    """
+    flags, words = split(arguments)
+    check_request(words, flags)
+    asked = _ask(rewrite(arguments), words)
+    if asked.jobs is not None and asked.compose is not None:
+        return _launch(asked.jobs, asked.compose)
+    if asked.configs:
+        from ptqbench.foreground import run_one
+
+        return run_one(resolve(asked.configs[0]))
+    return 0
+
+
+def _ask(arguments: list[str], words: list[str]) -> _Asked:
+    """Let Hydra read a command line."""
+    global _asked  # Hydra makes the sweeper that reports here
     import hydra
     from omegaconf import DictConfig, OmegaConf
 
-    from ptqbench.foreground import run_one
-
-    arguments = rewrite(arguments)
-    words = [word for word in arguments if not word.startswith("-")]
-    require_method(words, arguments)
-    status: list[int] = []
-    stopped: list[PtqbenchError] = []
+    _asked = _Asked()
 
     @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")  # type: ignore[untyped-decorator]
     def task(config: DictConfig) -> None:
-        try:
-            status.append(run_one(resolve(OmegaConf.to_container(config, resolve=True))))  # type: ignore[arg-type]
-        except PtqbenchError as error:  # kept from Hydra, which would print the whole command line before it
-            stopped.append(error)
+        _asked.configs.append(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they can be shown as one line
     before, sys.argv = sys.argv, ["ptqbench", *arguments]
-    _multirun_status.clear()
+    said = io.StringIO()
     try:
-        task()
-    except (PtqbenchError, BrokenPipeError):
-        raise
+        with contextlib.redirect_stderr(said):
+            task()
     except SystemExit as stop:
-        return int(stop.code or 0)
-    except Exception as error:  # as in compose_data
-        raise ConfigError(one_line(error, words)) from None
+        if stop.code:
+            raise ConfigError((said.getvalue().strip().splitlines() or ["Hydra refused the command line"])[-1]) from None
+    except Exception as error:
+        raise refusal(error, words) from None
     finally:
         sys.argv = before
-    if stopped:
-        raise stopped[0]
-    return max([*status, *_multirun_status], default=0)
+    sys.stderr.write(said.getvalue())
+    return _asked
 
 
-def launch_multirun(overrides_of_cells: list[list[str]], compose: Callable[[list[str]], dict[str, Any]]) -> None:
-    """Launch what a multirun asks for; called by the Hydra plugin. The exit status is kept for :func:`run_hydra`.
+def note_multirun(overrides: Iterable[Override], compose: Compose) -> None:
+    """Take note of what a multirun asks for; called by the Hydra plugin.
 
     Args:
-        overrides_of_cells: Override words of every cell.
-        compose: Hydra's composition of a sweep's job.
+        overrides: The parsed override words.
+        compose: Hydra's composition of a job from its override words.
+
+    Raises:
+        ConfigError: More cells than are taken.
     """
+    values = {override.get_key_element(): _values(override) for override in overrides}
+    count = math.prod(map(len, values.values()))
+    if count > MOST_CELLS:
+        raise ConfigError(f"the command line asks for {count:,} cells, at most {MOST_CELLS:,} are taken")
+    pairs = [[f"{key}={value}" for value in choices] for key, choices in values.items()]
+    _asked.jobs, _asked.compose = [list(job) for job in itertools.product(*pairs)], compose
+
+
+def _values(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if not override.is_discrete_sweep():
+        raise ConfigError(f"{override.input_line}: expected values that can be listed, such as seed=0,1,2 or seed=range(3)")
+    found = list(itertools.islice(override.sweep_string_iterator(), MOST_CELLS + 1))
+    if not found:
+        raise ConfigError(f"{override.input_line}: no values, so no cells")
+    return found
+
+
+def _launch(jobs: list[list[str]], compose: Compose) -> int:
     from ptqbench.launch.dispatch import launch
 
     def composed(words: list[str]) -> dict[str, Any]:
-        require_method(words)
+        check_request(words)
         try:
             return compose(rewrite(words))
-        except Exception as error:  # as in compose_data
-            raise ConfigError(one_line(error, words)) from None
+        except Exception as error:
+            raise refusal(error, words) from None
 
-    found = resolved([(" ".join(words), words) for words in overrides_of_cells], Composer(composed))
-    _multirun_status.append(launch(found))
-
-
-_multirun_status: list[int] = []
+    return launch(resolved([(" ".join(words), words) for words in jobs], Composer(composed)))

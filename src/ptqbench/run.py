@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from ptqbench.runs.artefacts import FOLDER, Artefacts
 from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
 from ptqbench.runs.folder import RunFolder, replacing, write_json
 from ptqbench.runs.lease import lease
+from ptqbench.sweeps.pins import check_unchanged
 from ptqbench.tracking.guard import followed
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ def run_folder(folder: RunFolder) -> dict[str, Any]:
 
 def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer) -> dict[str, Any]:
     with followed(spec, folder), attempt(folder, shown) as current:
+        check_unchanged(spec)
         result = _work(spec, folder, current)
         write_json(folder.result_path, result)
         _drop_codes(spec, folder, result["bits"]["packed_bytes"])
@@ -87,9 +90,10 @@ def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer) -> dict[str, Any
 
 
 def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any]:
-    from ptqbench.data.windows import load_tokenizer
+    from ptqbench.data.tokenizer import load_tokenizer
     from ptqbench.engine.blocks_on_disk import BlockState
     from ptqbench.engine.timings import Timings
+    from ptqbench.evaluate.cell import prepared_tasks
     from ptqbench.models.source import locate
 
     observer.stage("load", 1)
@@ -101,12 +105,25 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
     transform = create("transform", spec.method.transform)
     precision = transform.precision(spec, model.architecture)
     calibration = _Calibration(spec, model, tokenizer)
+    tasks = prepared_tasks(spec.evaluation, folder, tokenizer)
     if spec.quantizes:
         model = _transformed(spec, model, transform, calibration, folder, timings, observer)
         _quantize(spec, model, precision, calibration, state, timings, observer)
-    metrics = _evaluate(spec, folder, model, tokenizer, state, timings, observer)
+    metrics = _evaluate(spec, folder, model, tokenizer, tasks, state, timings, observer)
     result = _result(spec, folder, model, metrics, _record_layers(spec, folder, state, model, precision), timings)
-    return result | {"shared": calibration.artefacts.account()}
+    _check_still(spec, folder, calibration.artefacts)
+    return result | {"tokenizer": type(tokenizer).__name__, "shared": calibration.artefacts.account()}
+
+
+def _check_still(spec: RunSpec, folder: RunFolder, artefacts: Artefacts) -> None:
+    """Throw the work away if what it was done on has changed meanwhile."""
+    try:
+        check_unchanged(spec)
+    except PtqbenchError:
+        for path in (folder.state_path, folder.records_path):
+            shutil.rmtree(path, ignore_errors=True)
+        artefacts.discard()
+        raise
 
 
 def _configure(spec: RunSpec) -> None:
@@ -232,6 +249,7 @@ def _evaluate(
     folder: RunFolder,
     model: BlockwiseModel,
     tokenizer: Any,
+    tasks: Any,
     state: BlockState,
     timings: Timings,
     observer: Observer,
@@ -239,7 +257,7 @@ def _evaluate(
     from ptqbench.evaluate.cell import CellEvaluation
 
     overlay = state.overlay if spec.bitwidth.w_bits < UNTOUCHED_BITS else None
-    return CellEvaluation(spec.evaluation, folder, model, overlay, tokenizer, observer, timings.measure).run()
+    return CellEvaluation(spec.evaluation, folder, model, overlay, tokenizer, observer, timings.measure, tasks).run()
 
 
 def _record_layers(

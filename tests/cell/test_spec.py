@@ -249,3 +249,14 @@ def test_a_revision_changes_the_run_ids_of_the_cells_that_use_the_part_alone(mon
     monkeypatch.setitem(fingerprint.REVISIONS, "part", (2, lambda spec: spec.method.grid.scheme == "sym_gptq"))
     assert fingerprint.run_id(used) != before[0]
     assert fingerprint.run_id(unused) == before[1]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "w_bits", "revised"), [("sym_gptq", 4, True), ("sym_gptq", 16, False), ("asym", 4, False)]
+)
+def test_cells_that_round_weights_to_sym_gptq_are_revised(monkeypatch, scheme, w_bits, revised):
+    data = cell("method.grid.scheme", scheme)
+    data["bitwidth"]["w_bits"] = w_bits
+    now = fingerprint.run_id(build(RunSpec, data))
+    monkeypatch.delitem(fingerprint.REVISIONS, "sym_gptq_ties")
+    assert (now != fingerprint.run_id(build(RunSpec, data))) == revised

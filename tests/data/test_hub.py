@@ -73,7 +73,9 @@ def test_the_commit_that_the_branch_names_is_the_identity_of_a_task(cache, tmp_p
 
 def test_the_commit_that_the_branch_names_is_the_identity_of_a_text(cache, tmp_path):
     def composed(*more):
-        return compose_cell(["+method=fp16", "bitwidth=fp16", "evaluation=ptb", *more])
+        return compose_cell(
+            ["+method=fp16", "bitwidth=fp16", "evaluation=ptb", "evaluation.texts.ptb.seq_len=512", *more]
+        )
 
     write_cache(cache, PTB, OLD, ptb_files("old", "validation"), TREEBANK)
     first = composed()

@@ -13,7 +13,7 @@ from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
 from ptqbench.errors import ConfigError
 from ptqbench.evaluate import perplexity as perplexity_module
 from ptqbench.evaluate import records, zero_shot
-from ptqbench.evaluate.cell import CellEvaluation, averages
+from ptqbench.evaluate.cell import CellEvaluation, averages, prepared_tasks
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
 from ptqbench.results.compare import compare_cells
@@ -54,7 +54,8 @@ def evaluate(checkpoint, spec, folder, overlay=None):
     model = BlockwiseModel(ModelSource(checkpoint), torch.float32, torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     measure = lambda name: contextlib.nullcontext()
-    return CellEvaluation(spec, folder, model, overlay, tokenizer, Silent(), measure).run()
+    tasks = prepared_tasks(spec, folder, tokenizer)
+    return CellEvaluation(spec, folder, model, overlay, tokenizer, Silent(), measure, tasks).run()
 
 
 def test_records_hold_what_the_figures_are_made_of(checkpoint, evaluation, tmp_path):
@@ -92,11 +93,11 @@ def test_finished_texts_and_tasks_are_not_redone(checkpoint, evaluation, tmp_pat
             raise KeyboardInterrupt
         return perplexity(model, windows, *rest)
 
-    def one_task(self, name, request):
+    def one_task(self, name, request, task):
         measured.append(name)
         if name == "winogrande" and measured.count(name) == 1:
             raise KeyboardInterrupt
-        return examples(self, name, request)
+        return examples(self, name, request, task)
 
     monkeypatch.setattr(perplexity_module, "perplexity", counted)
     monkeypatch.setattr(zero_shot.Harness, "evaluate", one_task)

@@ -12,7 +12,8 @@ from ptqbench.data import protocols, texts
 from ptqbench.data.protocols import PROTOCOLS, complete
 from ptqbench.data.tasks import TASKS, requested, task_digests
 from ptqbench.data.texts import load_text, text_digest
-from ptqbench.data.windows import evaluation_windows, load_tokenizer, tokenize
+from ptqbench.data.tokenizer import load_tokenizer
+from ptqbench.data.windows import evaluation_windows, tokenize
 from ptqbench.errors import CalibrationError, ConfigError
 
 BOS = 1

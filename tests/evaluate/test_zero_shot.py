@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ptqbench.cell.spec import EvaluationSpec
 from ptqbench.data.tasks import TASKS, local_rows
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.evaluate import zero_shot
-from ptqbench.evaluate.zero_shot import Harness, members, metrics_of
+from ptqbench.evaluate.zero_shot import Harness, load_task, members, metrics_of, prepare
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
 
@@ -25,9 +26,16 @@ COMPLETE = {
 }  # fmt: skip
 
 
+class LoadingHarness(Harness):
+    """Loads a task when it is measured."""
+
+    def evaluate(self, name, request):
+        return super().evaluate(name, request, load_task(name, request, self._spec))
+
+
 def harness(folder, **settings):
     model = BlockwiseModel(ModelSource(folder), torch.float32, torch.device("cpu")).materialise()
-    return Harness(model, AutoTokenizer.from_pretrained(folder), EvaluationSpec(name="e", **settings))
+    return LoadingHarness(model, AutoTokenizer.from_pretrained(folder), EvaluationSpec(name="e", **settings))
 
 
 def longer_context(source, folder):
@@ -150,9 +158,9 @@ def test_shots_and_generated_text_equal_lm_eval_called_directly(checkpoint, tmp_
     folder = checkpoint("llama", max_position_embeddings=1024)
     write_rows(tmp_path, "gsm8k.train", SUMS)
     write_rows(tmp_path, "gsm8k.test", SUMS[:2])
-    with pytest.raises(UnsupportedError, match="end-of-text token"):
-        harness(folder, data_dir=str(tmp_path)).evaluate("gsm8k", "gsm8k")
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(UnsupportedError, match="end-of-text token"):
+        prepare(local_spec(tmp_path, "gsm8k/exact_match:strict-match"), tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
     tokenizer.save_pretrained(folder)
     splits = {name: str(tmp_path / f"gsm8k.{name}.jsonl") for name in ("train", "test")}
@@ -287,6 +295,42 @@ def test_unknown_names_are_one_line(monkeypatch):
     }
     with pytest.raises(ConfigError, match=r"yields no 'acc_norm'; lm-eval yields acc,none"):
         metrics_of("winogrande", ["acc_norm"], [summary])
+
+
+def local_spec(folder, *tasks):
+    return EvaluationSpec(name="e", tasks=tasks, data_dir=str(folder))
+
+
+def tokenizer_with(**tokens):
+    return SimpleNamespace(**{"bos_token_id": None, "eos_token_id": None, **tokens})
+
+
+@pytest.mark.parametrize(
+    ("task", "tokens", "error", "words"),
+    [
+        ("race/acc", {}, UnsupportedError, "neither: name one in its tokenizer_config.json"),
+        ("race/accuracy", {"bos_token_id": 1}, ConfigError, "'race' yields no 'accuracy'; did you mean 'acc'"),
+        ("rase/acc", {"eos_token_id": 1}, ConfigError, "has no task 'rase'; did you mean 'race'"),
+        ("piqa/acc", {"bos_token_id": 1}, ConfigError, r"has no piqa\.validation\.jsonl"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_found_when_it_is_loaded(tmp_path, monkeypatch, task, tokens, error, words):
+    index = zero_shot._manager
+    monkeypatch.setattr(zero_shot, "_manager", lambda name: index(name if name in TASKS else "race"))
+    monkeypatch.setattr(
+        zero_shot, "requested", lambda words: {word.split("/")[0]: [word.split("/")[1]] for word in words}
+    )
+    write_rows(tmp_path, "race", RACE)
+    with pytest.raises(error, match=words):
+        prepare(local_spec(tmp_path, task), tokenizer_with(**tokens))
+
+
+def test_finished_tasks_are_not_loaded(tmp_path):
+    write_rows(tmp_path, "race", RACE)
+    spec, tokenizer = local_spec(tmp_path, "race/acc", "tiny_questions/acc"), tokenizer_with(bos_token_id=1)
+    found = prepare(spec, tokenizer, done=lambda name: name == "race")
+    assert found["race"] == {"race": None}
+    assert found["tiny_questions"]["tiny_questions"].OUTPUT_TYPE == "multiple_choice"
 
 
 def test_packaged_questions(checkpoint):

@@ -46,7 +46,8 @@ def round_value(x: float, scale: float, zero: float, spec: GridSpec) -> tuple[in
         return code, {1: scale, -1: zero, 0: 0.0}[code]
     signed = spec.scheme == "sym_signed"
     low, high = (-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1) if signed else (0, 2**spec.bits - 1)
-    level = np.round(x / scale + zero) if spec.zero_point == "real" else np.round(x / scale) + zero
+    steps = round(x / scale, 9) if spec.scheme == "sym_gptq" else x / scale  # a tie is met in spite of rounding errors
+    level = np.round(steps + zero) if spec.zero_point == "real" else np.round(steps) + zero
     code = int(min(max(level, low), high))
     return code, scale * (code - zero)
 

@@ -213,7 +213,7 @@ def test_a_number_that_is_none_stays_visible_and_in_its_row() -> None:
     work = WEIGHT.T.clone(memory_format=torch.contiguous_format)
     work[5, 3], work[9, 6] = torch.nan, torch.inf
     upper = torch.linalg.cholesky(MOMENT).T.contiguous()
-    _, values = run_columns(work, upper, grids, LoopOptions(), None, torch.uint8, "fused")
+    _, values, _ = run_columns(work, upper, grids, LoopOptions(), None, torch.uint8, "fused")
     bad = (~torch.isfinite(values)).any(dim=0)
     assert bad[3]
     assert not bad[[r for r in range(ROWS) if r not in (3, 6)]].any()

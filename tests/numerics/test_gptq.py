@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import reference_solvers as reference
@@ -10,10 +12,12 @@ from reference_problems import F64, HESSIAN, WEIGHT, correlated_inputs, random_w
 
 from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.numerics import column_loop, compensated
+from ptqbench.numerics.gptaq import gptaq
 from ptqbench.numerics.gptq import gptq
 from ptqbench.numerics.grid import ColumnRange, Grid, uniform_grid
 from ptqbench.numerics.grid_spec import GridSpec
 from ptqbench.numerics.groups import split_rows
+from ptqbench.numerics.qronos import qronos
 from ptqbench.numerics.report import relative_output_error, relative_weight_error
 from ptqbench.numerics.rtn import round_to_nearest
 
@@ -288,3 +292,39 @@ def test_bad_arguments_are_named() -> None:
     weight[1, 0] = torch.nan
     with pytest.raises(NumericalError, match=r"weight.*\[1, 0\]"):
         gptq(weight, HESSIAN, grid)
+
+
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"group_refit": "stale"}], ids=str)
+def test_the_working_copy_holds_the_updates_of_earlier_blocks_and_none_of_its_own(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Computed from the finished rounding: what earlier blocks left of the error, spread by regression on the rest."""
+    monkeypatch.setitem(compensated.ROW_CHUNK, "cpu", 3)
+    dead, block, grid = [3, 12], 8, GRIDS["groups"]
+    weight, moment = random_weight(4, D, seed=1), moment_with_dead(dead)
+    result = gptq(weight, moment, grid, column_block=block, keep_working=True, **options)
+    order = torch.arange(D) if result.order is None else result.order
+    live = weight.clone()
+    live[:, dead] = 0
+    damped = moment + moment.diagonal().mean() * (0.01 * torch.eye(D, dtype=F64) + torch.diag(moment.diagonal() == 0))
+    assert result.working is not None
+    for start in range(0, D, block):
+        done, here = order[:start], order[start : start + block]
+        rest = order[start:]
+        moved = (live - result.dequantized)[:, done] @ damped[done][:, rest]  # min over the rest of the damped error
+        expected = live[:, rest] + moved @ torch.linalg.inv(damped[rest][:, rest])
+        assert torch.allclose(result.working[:, here], expected[:, : len(here)], rtol=0, atol=1e-10)
+    assert [part.working.shape[0] for part in split_rows(result, [1, 3])] == [1, 3]
+    without = gptq(weight, moment, grid, column_block=block, **options)
+    assert without.working is None
+    assert torch.equal(without.dequantized, result.dequantized)
+
+
+@pytest.mark.parametrize("solver", [gptaq, qronos])
+def test_solvers_with_drift_hand_out_their_working_copy_too(solver: Callable) -> None:
+    weight, drift = random_weight(4, D, seed=1), 0.1 * MOMENT.roll(1, 0)
+    result = solver(weight, MOMENT, drift, GRIDS["row"], column_block=D, keep_working=True)
+    wide = solver(weight, MOMENT, drift, GRIDS["row"], column_block=D // 2, keep_working=True)
+    assert torch.allclose(wide.dequantized, result.dequantized, rtol=0, atol=1e-10)
+    assert torch.allclose(wide.working[:, : D // 2], result.working[:, : D // 2], rtol=0, atol=1e-10)
+    assert (wide.working[:, D // 2 :] != result.working[:, D // 2 :]).all()

@@ -14,12 +14,19 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ptqbench.cell.spec import IDENTITY, RunSpec, left_at_default
+from ptqbench.cell.spec import IDENTITY, UNTOUCHED_BITS, RunSpec, left_at_default
 
 FORMAT = 1
 """Raised whenever the meaning of the numbers changes, so that old results are never mistaken for new ones."""
 
-REVISIONS: dict[str, tuple[int, Callable[[RunSpec], bool]]] = {}
+
+def _rounds_to_sym_gptq(spec: RunSpec) -> bool:
+    return spec.bitwidth.w_bits < UNTOUCHED_BITS and spec.method.grid.scheme == "sym_gptq"
+
+
+REVISIONS: dict[str, tuple[int, Callable[[RunSpec], bool]]] = {
+    "sym_gptq_ties": (1, _rounds_to_sym_gptq),  # a weight half a step between two codes goes to the even one
+}
 """Parts of the code that have changed their numbers since ``FORMAT`` was raised: name -> (revision, which cells use the part).
 
 Only those cells get a new run id. ``FORMAT`` is for changes that concern every cell.

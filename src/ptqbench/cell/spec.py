@@ -26,7 +26,9 @@ UNTOUCHED_BITS = 16
 
 Bits = Annotated[int, Field(ge=2, le=UNTOUCHED_BITS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+MAX_TOKENS = 1 << 30
+"""Tokens of all windows of a pass: 8 GiB of token ids."""
 Role = Literal["transform", "target", "solver", "refine"]
 ROLES: tuple[Role, ...] = ("transform", "target", "solver", "refine")
 
@@ -175,11 +177,23 @@ class TextSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class CalibrationSpec(TextSpec):
-    """``n_samples`` windows of ``seq_len`` tokens, drawn from a text by ``sampling`` with the seed of the cell."""
+    """``n_samples`` windows of ``seq_len`` tokens, drawn from a text by ``sampling`` with the seed of the cell.
+
+    Where ``windows`` is given, they are read from that file instead, and ``digest`` identifies their token ids.
+    """
 
     n_samples: Positive = identity(default=128)
     seq_len: Annotated[int, Field(ge=2)] = identity(default=2048)
     sampling: Literal["joined_random", "document_random"] = identity(default="joined_random")
+    windows: str | None = execution(default=None)
+
+    def __post_init__(self) -> None:
+        """Refuse more windows than memory can hold."""
+        if self.n_samples * self.seq_len > MAX_TOKENS:
+            raise ConfigError(
+                f"calibration.n_samples={self.n_samples} windows of calibration.seq_len={self.seq_len} are "
+                f"{self.n_samples * self.seq_len} tokens, expected at most {MAX_TOKENS}; published methods take 128 x 2048"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -215,16 +229,18 @@ class EvaluationSpec:
 class ExecutionSpec:
     """Where and how a cell runs. None of it may change a result.
 
-    ``column_loop: plain`` keeps the solvers off the fused kernel on a GPU (``numerics.fused_columns``).
+    ``column_loop: plain`` keeps the solvers off the fused kernel on a GPU (``numerics.fused_columns``). ``beyond_context``
+    permits windows that are longer than the context of the model.
     """
 
-    runs_dir: str = execution(default="runs")
+    runs_dir: Annotated[str, Field(min_length=1)] = execution(default="runs")
     device: Literal["auto", "cpu", "cuda"] = execution(default="auto")
-    threads: Positive | None = execution(default=None)
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = execution(default=None)
     progress: bool = execution(default=True)
     keep_codes: bool | None = execution(default=None)
-    artefacts_gib: Annotated[float, Field(ge=0)] = execution(default=64.0)
+    artefacts_gib: Annotated[float, Field(ge=0, le=1e9)] = execution(default=64.0)
     column_loop: Literal["auto", "plain"] = execution(default="auto")
+    beyond_context: bool = execution(default=False)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -283,7 +299,7 @@ class RunSpec:
     bitwidth: BitwidthSpec = identity()
     calibration: CalibrationSpec | None = identity()
     evaluation: EvaluationSpec = identity()
-    seed: Annotated[int, Field(ge=0)] = identity()
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = identity()
     resources: ResourcesSpec = execution(default_factory=ResourcesSpec)
     launcher: LauncherSpec = execution(default_factory=LauncherSpec)
     tracking: TrackingSpec = execution(default_factory=TrackingSpec)

@@ -56,6 +56,11 @@ def digest(repository: str, commit: str) -> str:
     return f"hub:{repository}@{commit}"
 
 
+def is_identity(digest: str | None) -> bool:
+    """Whether a digest is the identity of a data set of the hub, whose content cannot change."""
+    return digest is not None and digest.startswith("hub:")
+
+
 def pinned_commit(identity: str | None) -> str | None:
     """Read the commit back from the identity of a data set; None if there is no identity yet.
 

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,12 @@ def task_digests(spec: EvaluationSpec, commit_of: Callable[[str, str], str] = hu
     for task in spec.few_shot:
         if task not in tasks:
             raise ConfigError(f"evaluation.few_shot: {task!r} is not among the tasks; {nearest(task, tasks)}")
-    return {task: _digest(spec, task, commit_of) for task in tasks}
+    if spec.data_dir is not None and not set(tasks) - {TINY_QUESTIONS}:
+        raise ConfigError(
+            f"evaluation.data_dir={spec.data_dir!r} is not read, for no task is asked for whose data could lie there; "
+            f"give evaluation.tasks=[TASK/METRIC], or leave it out"
+        )
+    return {task: task_digest(spec, task, commit_of) for task in tasks}
 
 
 def hub_commit(task: Task, identity: str | None) -> str:
@@ -141,7 +146,8 @@ def hub_commit(task: Task, identity: str | None) -> str:
     return hub.pinned_commit(identity) or hub.commit_of(task.repository, task.revision)
 
 
-def _digest(spec: EvaluationSpec, task: str, commit_of: Callable[[str, str], str]) -> str:
+def task_digest(spec: EvaluationSpec, task: str, commit_of: Callable[[str, str], str]) -> str:
+    """Identify the data behind one task, as ``task_digests`` does."""
     if task == TINY_QUESTIONS:
         return f"sha256:{_known_digest(tiny_questions_path())}"
     if spec.data_dir is not None:
@@ -165,12 +171,15 @@ def _digest(spec: EvaluationSpec, task: str, commit_of: Callable[[str, str], str
 
 def _known_digest(path: Path) -> str:
     found = path.stat()
-    return _file_digest(path, found.st_mtime_ns, found.st_size)
+    return _checked_digest(path, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=1024)
-def _file_digest(path: Path, changed: int, size: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _checked_digest(path: Path, *changed: int) -> str:
+    """Hash a file of task data that can be read."""
+    content = _content(path)
+    _rows(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _files(folder: Path, task: str) -> list[Path]:
@@ -194,22 +203,35 @@ def local_rows(folder: Path, names: tuple[str, ...], split: str, subject: str | 
         words = [f"{name}.{split}.jsonl"] + [f"{name}.jsonl"] * (split in ("validation", "test"))
         path = next((folder / word for word in words if (folder / word).is_file()), None)
         if path is not None:
-            rows = _read(path)
+            rows = _rows(path, _content(path))
             return rows if place == 0 else [row for row in rows if row.get("subject") == subject]
     return None
 
 
-def _read(path: Path) -> list[Row]:
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _rows(path: Path, content: bytes) -> list[Row]:
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 (JSON, one object a line): {error}") from None
     rows = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    raise ConfigError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}") from None
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise ConfigError(f"{path}: expected at least one JSON object a line")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}")
+            rows.append(row)
+    if not rows:
+        raise ConfigError(f"{path}: expected at least one JSON object a line, got an empty file")
     return rows
 
 

@@ -7,9 +7,10 @@ the joined string is tokenized once. Both conventions give one long row of token
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import gzip
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from importlib import resources
@@ -17,57 +18,18 @@ from pathlib import Path
 
 from ptqbench.cell.spec import TextSpec, nearest
 from ptqbench.data import hub
+from ptqbench.data.hub_texts import HUB_TEXTS, Document, HubText, rows
 from ptqbench.errors import CalibrationError, ConfigError, DataNotHereError
 
 EMBEDDED_SPLITS = ("calibration", "evaluation")
 
 
-@dataclasses.dataclass(frozen=True)
-class HubText:
-    """A hub data set: repository, revision, text column, how papers join its rows, and the file of each split.
-
-    ``keep_newline`` says how a line of a plain text file becomes a row: WikiText rows end with their newline.
-    """
-
-    repository: str
-    revision: str
-    column: str
-    join: str | None
-    files: dict[str, str]
-    keep_newline: bool = False
-
-
-def _parquet(pattern: str) -> dict[str, str]:
-    return {split: pattern.format(split) for split in ("train", "validation", "test")}
-
-
-HUB_TEXTS = {
-    "wikitext2": HubText(
-        "Salesforce/wikitext",
-        "b08601e04326c79dfdd32d625aee71d232d685c3",
-        "text",
-        "\n\n",
-        _parquet("wikitext-2-raw-v1/{}-00000-of-00001.parquet"),
-        keep_newline=True,
-    ),
-    "c4": HubText(
-        "allenai/c4",
-        "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
-        "text",
-        None,
-        {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
-    ),
-    # A script data set, of which only the hub's own conversion to Parquet can still be loaded. Its reference can move and no
-    # commit of it is known here, so that a cell pins the one that it finds.
-    "ptb": HubText(
-        "ptb-text-only/ptb_text_only",
-        "refs/convert/parquet",
-        "sentence",
-        "\n\n",
-        _parquet("penn_treebank/{}/0000.parquet"),
-    ),
-}
 DATASETS = ("tiny", "file", *HUB_TEXTS)
+
+
+MAX_CHARACTERS = 1 << 25
+"""Characters that are tokenized in one piece; a tokenizer takes about 140 bytes of memory for each."""
+JSON_LINES = 'read JSON lines by their column "text" with dataset=c4 and path=FILE'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +49,119 @@ def load_text(spec: TextSpec) -> Text:
             digest yet, at the commit that the revision names now.
 
     Raises:
-        ConfigError: Unknown data set or split, a missing or unreadable file, an empty portion.
+        ConfigError: Unknown data set or split, a missing, unreadable or too long file, content other than ``digest`` says.
+        CalibrationError: An empty portion.
         DataNotHereError: A hub data set is neither cached nor reachable.
     """
-    if spec.dataset in HUB_TEXTS:
-        known = HUB_TEXTS[spec.dataset]
-        path = _hub_file(spec, known) if spec.path is None else _local_path(spec)
-        text = Text(_rows(path, known), known.join)
-    else:
-        path = _local_path(spec)
-        try:
-            content = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"text file {path} is not UTF-8: {error}") from None
-        pieces = [piece.strip() for piece in content.split(spec.separator)] if spec.separator else [content]
-        text = Text(tuple(piece for piece in pieces if piece), None)
-    return _portion(text, spec)
+    known = HUB_TEXTS.get(spec.dataset)
+    text = Text(tuple(document for _, _, document in documents_of(spec)), known.join if known else None)
+    lengths = [len(document) for document in text.documents]
+    longest = max(lengths) if text.join is None else sum(lengths)
+    if longest > MAX_CHARACTERS:
+        raise ConfigError(
+            f"{_name(spec)} has {longest} characters that are tokenized in one piece, expected at most {MAX_CHARACTERS}: "
+            f"give a separator between its documents, or a smaller portion"
+        )
+    return text
+
+
+def check_options(spec: TextSpec, where: str) -> None:
+    """Refuse options that the data set of a text does not read.
+
+    Args:
+        spec: The text.
+        where: ``calibration`` or ``evaluation.texts.LABEL``.
+
+    Raises:
+        ConfigError: One is given.
+    """
+    of_hub = spec.dataset in HUB_TEXTS
+    reads = {"path": spec.dataset != "tiny", "separator": not of_hub, "revision": of_hub and spec.path is None}
+    reads["split"] = spec.dataset != "file"
+    for name, read in reads.items():
+        value = getattr(spec, name)
+        if value is not None and not read:
+            section = where.partition(".")[0]
+            advice = f"say {section}=file to read a file of your own" if name == "path" else f"leave {where}.{name} out"
+            raise ConfigError(f"{where}.{name}={value!r} is not read by dataset {spec.dataset!r}: {advice}")
+
+
+def check_text(spec: TextSpec) -> None:
+    """Read a text of this machine to see that it can be read; one of the hub is left alone.
+
+    Raises:
+        ConfigError: As ``load_text``.
+        CalibrationError: As ``load_text``.
+    """
+    if spec.dataset not in HUB_TEXTS or spec.path is not None:
+        load_text(spec)
+
+
+def documents_of(spec: TextSpec) -> list[Document]:
+    """Read the documents of a portion, and where they lie in the content.
+
+    Raises:
+        ConfigError: As ``load_text``.
+        CalibrationError: As ``load_text``.
+        DataNotHereError: As ``load_text``.
+    """
+    known = HUB_TEXTS.get(spec.dataset)
+    path = _hub_file(spec, known) if known is not None and spec.path is None else _local_path(spec)
+    content = _content(path)
+    if not hub.is_identity(spec.digest) and spec.digest not in (None, _digest(content)):
+        raise ConfigError(
+            f"{_name(spec)} has changed since this cell was composed: expected the content {spec.digest}, found {_digest(content)}"
+        )
+    return _portion(_prose(path, content, spec.separator) if known is None else rows(path, content, known), spec)
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file, without the byte order mark that some editors put before UTF-8."""
+    try:
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ConfigError(f"text file {path} cannot be read: {error.strerror}") from None
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _name(spec: TextSpec) -> str:
+    return f"text file {spec.path}" if spec.path is not None else f"dataset {spec.dataset!r}, split {spec.split}"
+
+
+def _prose(path: Path, content: bytes, separator: str | None) -> list[Document]:
+    """Split plain text into its documents, without the spaces around them; one document without a separator."""
+    for start, kind in ((b"\x1f\x8b", "gzip"), (b"PAR1", "Parquet")):
+        if content.startswith(start):
+            raise ConfigError(f"text file {path} is a {kind} file, expected plain UTF-8 text; {JSON_LINES}")
+    try:
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"text file {path} is not UTF-8 ({error}): convert it, e.g. with iconv -f ENCODING -t UTF-8"
+        ) from None
+    if path.suffix in (".json", ".jsonl", ".ndjson") or _is_json(text.lstrip().partition("\n")[0]):
+        raise ConfigError(f"text file {path} holds JSON, expected prose: write the texts out, or {JSON_LINES}")
+    if not separator:
+        return [(0, len(text), text)] if text.strip() else []
+    found, start = [], 0
+    for piece in text.split(separator):
+        document = piece.strip()
+        if document:
+            first = start + piece.index(document[0])
+            found.append((first, first + len(document), document))
+        start += len(piece) + len(separator)
+    return found
+
+
+def _is_json(line: str) -> bool:
+    """Whether a line is a JSON object."""
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def text_digest(spec: TextSpec, commit_of: Callable[[str, str], str] = hub.commit_of) -> str:
@@ -122,23 +181,7 @@ def text_digest(spec: TextSpec, commit_of: Callable[[str, str], str] = hub.commi
             return hub.digest(known.repository, commit_of(known.repository, spec.revision or known.revision))
         except DataNotHereError as error:
             raise _not_here(spec, error) from None
-    return "sha256:" + hashlib.sha256(_local_path(spec).read_bytes()).hexdigest()
-
-
-def check_disjoint(calibration: TextSpec, evaluation: TextSpec, label: str) -> None:
-    """Refuse to evaluate on text that calibration may have seen.
-
-    Raises:
-        ConfigError: Same content, same split and overlapping portions.
-    """
-    same = (calibration.digest, calibration.split) == (evaluation.digest, evaluation.split)
-    start, stop = max(calibration.portion[0], evaluation.portion[0]), min(calibration.portion[1], evaluation.portion[1])
-    if same and start < stop:
-        raise ConfigError(
-            f"evaluation.texts.{label} overlaps the calibration text (portions {list(calibration.portion)} and "
-            f"{list(evaluation.portion)} of the same content); give disjoint portions, e.g. calibration.portion=[0,0.8] "
-            f"evaluation.texts.{label}.portion=[0.8,1]"
-        )
+    return _digest(_content(_local_path(spec)))
 
 
 def embedded_folder() -> Path:
@@ -163,16 +206,17 @@ def _local_path(spec: TextSpec) -> Path:
     return path
 
 
-def _portion(text: Text, spec: TextSpec) -> Text:
+def _portion(found: list[Document], spec: TextSpec) -> list[Document]:
     start, stop = spec.portion
-    if len(text.documents) == 1:
-        whole = text.documents[0]
-        kept: tuple[str, ...] = (whole[round(start * len(whole)) : round(stop * len(whole))],)
+    if len(found) == 1:
+        ((first, _, whole),) = found
+        begin, end = round(start * len(whole)), round(stop * len(whole))
+        kept = [(first + begin, first + end, whole[begin:end])]
     else:
-        kept = text.documents[round(start * len(text.documents)) : round(stop * len(text.documents))]
-    if not any(kept):
-        raise CalibrationError(f"portion {list(spec.portion)} of dataset {spec.dataset!r} is empty")
-    return Text(kept, text.join)
+        kept = found[round(start * len(found)) : round(stop * len(found))]
+    if not any(document for _, _, document in kept):
+        raise CalibrationError(f"portion {list(spec.portion)} of {_name(spec)} is empty")
+    return kept
 
 
 def _hub_file(spec: TextSpec, known: HubText) -> Path:
@@ -193,32 +237,3 @@ def _not_here(spec: TextSpec, error: DataNotHereError) -> DataNotHereError:
         f"give path=FILE with the same rows",
         error.repository,
     )
-
-
-def _rows(path: Path, known: HubText) -> tuple[str, ...]:
-    """Read rows from a file: Parquet, JSON lines with the column of the hub (``.gz`` or not), or one row per line."""
-    if path.suffix == ".parquet":
-        return _parquet_rows(path, known)
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
-            lines = list(stream)
-        if {".json", ".jsonl"} & set(path.suffixes):
-            return tuple(json.loads(line)[known.column] for line in lines if line.strip())
-    except (UnicodeDecodeError, gzip.BadGzipFile, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: expected UTF-8 rows of {known.repository} (JSON lines with {known.column!r}, or lines of text): {error!r}"
-        ) from None
-    return tuple((line if line.strip() else "") if known.keep_newline else line.strip() for line in lines)
-
-
-def _parquet_rows(path: Path, known: HubText) -> tuple[str, ...]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with path.open("rb") as stream:
-            return tuple(parquet.ParquetFile(stream).read(columns=[known.column])[known.column].to_pylist())
-    except (pyarrow.ArrowInvalid, KeyError) as error:
-        raise ConfigError(
-            f"{path}: expected Parquet rows of {known.repository} with {known.column!r}: {error!r}"
-        ) from None

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from pathlib import Path
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,43 +17,55 @@ from torch import Tensor
 from ptqbench.cell.spec import CalibrationSpec, PerplexitySpec
 from ptqbench.data.protocols import MAX_DRAWS, PROTOCOLS, complete
 from ptqbench.data.texts import Text, load_text
+from ptqbench.data.window_files import read_windows, windows_digest
 from ptqbench.errors import CalibrationError, ConfigError
 
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a checkpoint folder.
-
-    Raises:
-        ConfigError: It cannot be read.
-    """
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers reports a damaged file by a bare Exception
-        raise ConfigError(f"the tokenizer in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
+BATCH_CHARACTERS = 1 << 20
+"""Documents are tokenized together until they have so many characters, which bounds the memory."""
 
 
-def tokenize(text: Text, tokenizer: Any, vocab_size: int) -> list[list[int]]:
+def tokenize(text: Text, tokenizer: Any, vocab_size: int) -> Iterator[list[int]]:
     """Turn a text into rows of token ids: one per document, or a single one if the documents are joined.
 
     Raises:
         CalibrationError: The tokenizer yields ids the model has no embedding for.
     """
     if text.join is not None:
-        rows = [tokenizer(text.join.join(text.documents), verbose=False).input_ids]
-    else:
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        encoded = tokenizer(list(text.documents), add_special_tokens=False, verbose=False).input_ids
+        joined = [tokenizer(text.join.join(text.documents), verbose=False).input_ids]
+        _check(joined, vocab_size)
+        yield from joined
+        return
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for batch in _batches(text.documents):
+        encoded = tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
         rows = [bos + list(ids) for ids in encoded]
-    _check(rows, vocab_size)
-    return rows
+        _check(rows, vocab_size)
+        yield from rows
 
 
-def _check(rows: list[list[int]], vocab_size: int) -> None:
-    largest = max((max(row) for row in rows if row), default=0)
+def _batches(documents: tuple[str, ...]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        if batch and size + len(document) > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document)
+    if batch:
+        yield batch
+
+
+def _row(text: Text, tokenizer: Any, vocab_size: int) -> Tensor:
+    """All tokens of a text one after another, (n_tokens,) int64, each kept in eight bytes while they are collected."""
+    row = array("q")
+    for ids in tokenize(text, tokenizer, vocab_size):
+        row.extend(ids)
+    return torch.frombuffer(row, dtype=torch.int64) if row else torch.zeros(0, dtype=torch.int64)
+
+
+def _check(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
+    largest = max((max(row) for row in rows if len(row)), default=0)
     if largest >= vocab_size:
         raise CalibrationError(
             f"the tokenizer does not match the model: it yields token id {largest}, the model embeds ids below {vocab_size}"
@@ -63,8 +76,9 @@ def calibration_windows(spec: CalibrationSpec, tokenizer: Any, vocab_size: int, 
     """Draw calibration windows.
 
     Args:
-        spec: ``joined_random`` draws start positions uniformly over the whole row of tokens; ``document_random`` draws a
-            document until it is longer than ``seq_len``, then a crop of it (the C4 protocol of the GPTQ code).
+        spec: ``windows`` names a file, whose first ``n_samples`` windows are taken. ``joined_random`` draws start positions
+            uniformly over the whole row of tokens; ``document_random`` draws a document until it is longer than ``seq_len``,
+            then a crop of it (the C4 protocol of the GPTQ code).
         tokenizer: The model's tokenizer.
         vocab_size: Rows of the model's embedding.
         seed: Seed of the cell.
@@ -73,26 +87,48 @@ def calibration_windows(spec: CalibrationSpec, tokenizer: Any, vocab_size: int, 
         (n_samples, seq_len) int64.
 
     Raises:
-        CalibrationError: The text is shorter than one window, or no document is long enough.
+        CalibrationError: The text is shorter than one window, or no document is long enough; the file has fewer windows, or
+            token ids that the model does not have.
+        ConfigError: The file of windows has changed since the cell was composed.
     """
+    if spec.windows is not None:
+        return _given_windows(spec, vocab_size)
     text, rng = load_text(spec), _rng(seed, "calibration")
     if spec.sampling == "document_random":
-        windows = [_document_crop(text, spec.seq_len, tokenizer, vocab_size, rng) for _ in range(spec.n_samples)]
-    else:
-        row = [token for row in tokenize(text, tokenizer, vocab_size) for token in row]
-        if len(row) <= spec.seq_len:
-            raise CalibrationError(
-                f"calibration text {spec.dataset!r} has {len(row)} tokens, not more than calibration.seq_len={spec.seq_len}"
-            )
-        starts = [_below(rng, len(row) - spec.seq_len) for _ in range(spec.n_samples)]
-        windows = [row[start : start + spec.seq_len] for start in starts]
-    return torch.tensor(windows, dtype=torch.int64)
+        crops = [_document_crop(text, spec.seq_len, tokenizer, vocab_size, rng) for _ in range(spec.n_samples)]
+        return torch.tensor(crops, dtype=torch.int64)
+    row = _row(text, tokenizer, vocab_size)
+    if len(row) <= spec.seq_len:
+        raise CalibrationError(
+            f"calibration text {spec.dataset!r} has {len(row)} tokens, not more than calibration.seq_len={spec.seq_len}"
+        )
+    starts = [_below(rng, len(row) - spec.seq_len) for _ in range(spec.n_samples)]
+    return torch.stack([row[start : start + spec.seq_len] for start in starts])
+
+
+def _given_windows(spec: CalibrationSpec, vocab_size: int) -> Tensor:
+    ids = read_windows(str(spec.windows))
+    if spec.digest is not None and windows_digest(ids) != spec.digest:
+        raise ConfigError(
+            f"calibration.windows={spec.windows!r} has changed since this cell was composed: expected the content "
+            f"{spec.digest}, found {windows_digest(ids)}"
+        )
+    if len(ids) < spec.n_samples:
+        raise CalibrationError(
+            f"calibration.windows={spec.windows!r} has {len(ids)} windows, the method takes {spec.n_samples}"
+        )
+    if ids.max() >= vocab_size:
+        raise CalibrationError(
+            f"calibration.windows={spec.windows!r} holds token id {ids.max()}, the model embeds ids below {vocab_size}: "
+            f"the windows belong to another tokenizer"
+        )
+    return torch.from_numpy(ids[: spec.n_samples].astype("int64"))
 
 
 def _document_crop(text: Text, seq_len: int, tokenizer: Any, vocab_size: int, rng: random.Random) -> list[int]:
     for _ in range(MAX_DRAWS):
         document = text.documents[_below(rng, len(text.documents))]
-        row = tokenize(Text((document,), None), tokenizer, vocab_size)[0]
+        row = next(tokenize(Text((document,), None), tokenizer, vocab_size))
         if len(row) > seq_len:
             start = _below(rng, len(row) - seq_len)
             return row[start : start + seq_len]
@@ -117,8 +153,7 @@ def evaluation_windows(spec: PerplexitySpec, tokenizer: Any, vocab_size: int) ->
     documents = text.documents[: protocol.first_documents]
     if protocol.sampled:
         return _sampled_windows(documents, spec.seq_len, protocol.max_windows or 0, tokenizer, vocab_size)
-    rows = tokenize(Text(documents, protocol.join), tokenizer, vocab_size)
-    tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    tokens = _row(Text(documents, protocol.join), tokenizer, vocab_size)
     n_windows = len(tokens) // spec.seq_len
     if n_windows == 0:
         raise CalibrationError(

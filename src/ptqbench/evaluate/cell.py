@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
+    from ptqbench.evaluate.zero_shot import Prepared
     from ptqbench.models.blockwise import BlockwiseModel, Overlay
     from ptqbench.runs.attempt import Observer
     from ptqbench.runs.folder import RunFolder
@@ -33,6 +34,7 @@ class CellEvaluation:
         tokenizer: Its tokenizer.
         observer: Told of progress.
         measure: Context that adds the seconds inside it to a named timing.
+        tasks: The tasks, as ``prepared_tasks`` loaded them before the model was quantized.
     """
 
     spec: EvaluationSpec
@@ -42,6 +44,7 @@ class CellEvaluation:
     tokenizer: Any
     observer: Observer
     measure: Callable[[str], AbstractContextManager[None]]
+    tasks: Prepared
 
     def run(self) -> dict[str, Any]:
         """Measure what is not measured yet and return all metrics: name -> value, stderr and the facts behind them."""
@@ -67,6 +70,7 @@ class CellEvaluation:
         bos = self.tokenizer.bos_token_id
         summary = {
             "value": found.perplexity,
+            "mean_loss": found.mean_loss,
             "stderr": found.standard_error,
             "n_tokens": found.n_tokens,
             "n_windows": len(windows),
@@ -84,29 +88,42 @@ class CellEvaluation:
         return summary
 
     def _tasks(self) -> dict[str, Any]:
-        tasks = requested(self.spec.tasks)
-        if not tasks:
+        if not self.tasks:
             return {}
-        from ptqbench.evaluate.zero_shot import Harness, members, metrics_of
+        from ptqbench.evaluate.zero_shot import Harness, metrics_of
 
-        leaves = {task: members(task) for task in tasks}
-        self.observer.stage("zero-shot", sum(len(names) for names in leaves.values()))
+        asked = requested(self.spec.tasks)
+        self.observer.stage("zero-shot", sum(len(members) for members in self.tasks.values()))
         harness: Harness | None = None
         metrics: dict[str, Any] = {}
-        for task, names in leaves.items():
+        for request, members in self.tasks.items():
             summaries = []
-            for name in names:
+            for name, task in members.items():
                 path = self.folder.examples_path(name)
                 summary = read_summary(path, self.folder.run_id)
                 if summary is None:
                     with self.measure("zero_shot_s"):
                         harness = harness or Harness(self.model.materialise(self.overlay), self.tokenizer, self.spec)
-                        rows, summary = harness.evaluate(name, task)
+                        rows, summary = harness.evaluate(name, request, task)
                     write_records(path, rows, self.folder.run_id, summary)
                 summaries.append(summary)
                 self.observer.advance()
-            metrics |= metrics_of(task, tasks[task], summaries)
+            metrics |= metrics_of(request, asked[request], summaries)
         return metrics
+
+
+def prepared_tasks(spec: EvaluationSpec, folder: RunFolder, tokenizer: Any) -> Prepared:
+    """Load the tasks of a cell that are not measured yet, before anything is computed.
+
+    Raises:
+        ConfigError: A task, its metric or its data are not to be had.
+        UnsupportedError: The tokenizer lacks a token that a task needs.
+    """
+    if not spec.tasks:
+        return {}
+    from ptqbench.evaluate.zero_shot import prepare
+
+    return prepare(spec, tokenizer, lambda name: read_summary(folder.examples_path(name), folder.run_id) is not None)
 
 
 def averages(tasks: tuple[str, ...], metrics: dict[str, Any]) -> dict[str, Any]:

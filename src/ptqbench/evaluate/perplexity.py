@@ -24,6 +24,8 @@ from ptqbench.models.stages import forward
 
 CHUNK_ELEMENTS = 1 << 26
 """Logits held at once, in float32 elements (256 MiB)."""
+LARGEST = 1e300
+"""What is reported for perplexities above it (a mean loss of 690.8 nats): exp of them would soon be infinite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +33,32 @@ class Perplexity:
     """Perplexity of one text.
 
     Attributes:
-        perplexity: exp(total negative log-likelihood / ``n_tokens``).
+        mean_loss: Total negative log-likelihood / ``n_tokens``, nats.
         window_nll: Negative log-likelihood summed per window, (n_windows,) float64, nats.
         n_tokens: Number of predicted tokens.
     """
 
-    perplexity: float
+    mean_loss: float
     window_nll: Tensor
     n_tokens: int
 
     @property
+    def perplexity(self) -> float:
+        """exp(``mean_loss``), or ``LARGEST`` where that is larger."""
+        return math.exp(self.mean_loss) if self.mean_loss < math.log(LARGEST) else LARGEST
+
+    @property
     def standard_error(self) -> float | None:
-        """Standard error of ``perplexity`` from the spread over windows (delta method); None for a single window."""
+        """Standard error of ``perplexity`` from the spread over windows (delta method).
+
+        None for a single window, and where perplexity or error are beyond ``LARGEST``.
+        """
         n = len(self.window_nll)
-        if n < 2:
+        if n < 2 or self.perplexity == LARGEST:
             return None
         per_token = self.window_nll / (self.n_tokens / n)
-        return self.perplexity * float(per_token.std(unbiased=True)) / math.sqrt(n)
+        error = self.perplexity * float(per_token.std(unbiased=True)) / math.sqrt(n)
+        return error if error < LARGEST else None
 
 
 @torch.no_grad()
@@ -94,8 +105,7 @@ def perplexity(
             f"the loss of evaluation window {bad} is not finite: the model overflows (dtype {model.dtype})"
         )
     n_tokens = windows.shape[0] * (windows.shape[1] - 1)
-    mean = float(nll.sum()) / n_tokens
-    return Perplexity(math.exp(min(mean, 700.0)), nll, n_tokens)
+    return Perplexity(float(nll.sum()) / n_tokens, nll, n_tokens)
 
 
 def _window_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from ptqbench.data.tasks import (
     Task,
     hub_commit,
     local_rows,
+    requested,
     tiny_questions_path,
 )
 from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError
@@ -37,6 +39,8 @@ from ptqbench.evaluate.records import DIGEST_LENGTH
 if TYPE_CHECKING:
     from ptqbench.cell.spec import EvaluationSpec
 
+Prepared = dict[str, dict[str, Any]]
+"""Request -> task -> the loaded lm-eval task; None for a task that is measured already."""
 METRICS = ("acc", "acc_norm")
 FEWSHOT_SEED = 1234  # lm-eval's default
 BOOTSTRAP_ITERATIONS = 1000
@@ -73,6 +77,47 @@ def members(task: str) -> list[str]:
     return [TINY_QUESTIONS] if task == TINY_QUESTIONS else sorted(set(_leaves(task)))
 
 
+def prepare(spec: EvaluationSpec, tokenizer: Any, done: Callable[[str], bool] = lambda name: False) -> Prepared:
+    """Load every task of a cell, so that what is wrong with one is said before the model is quantized.
+
+    Args:
+        spec: Tasks, shots and local data.
+        tokenizer: The tokenizer of the model.
+        done: Whether a task, no group, is measured already; such a task is not loaded.
+
+    Returns:
+        Request -> task -> the loaded lm-eval task, None for a finished one.
+
+    Raises:
+        ConfigError: lm-eval does not know a task or its metric, or the data cannot be read.
+        UnsupportedError: The tokenizer has no token that a task needs.
+    """
+    found: Prepared = {}
+    for request, metrics in requested(spec.tasks).items():
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise UnsupportedError(
+                f"evaluation.tasks: lm-eval needs a BOS or EOS token to score {request!r}, the tokenizer of the model has "
+                f"neither: name one in its tokenizer_config.json, or measure perplexities alone with evaluation.tasks=[]"
+            )
+        found[request] = {name: None if done(name) else load_task(name, request, spec) for name in members(request)}
+        for task in found[request].values():
+            if task is not None:
+                _check_task(task, request, metrics, tokenizer)
+    return found
+
+
+def _check_task(task: Any, request: str, metrics: list[str], tokenizer: Any) -> None:
+    if task.OUTPUT_TYPE == "generate_until" and tokenizer.eos_token_id is None:
+        raise UnsupportedError(
+            f"task {request!r} generates text, but the tokenizer of the model has no end-of-text token"
+        )
+    filters = [chosen.name for chosen in task._filters]
+    known = [name if chosen == "none" else f"{name}:{chosen}" for name in task.aggregation() for chosen in filters]
+    for metric in metrics:
+        if metric not in known:
+            raise ConfigError(f"evaluation.tasks: {request!r} yields no {metric!r}; {nearest(metric, known)}")
+
+
 class Harness:
     """A model in memory under lm-eval, for the tasks of one cell."""
 
@@ -96,7 +141,7 @@ class Harness:
             def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
                 return super().generate_until(requests, disable_tqdm=True)
 
-        self._spec, self._tokenizer = spec, tokenizer
+        self._spec = spec
         self._model = Quiet(
             pretrained=model,
             tokenizer=tokenizer,
@@ -104,29 +149,21 @@ class Harness:
             max_length=model.config.max_position_embeddings,
         )
 
-    def evaluate(self, name: str, request: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def evaluate(self, name: str, request: str, task: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Measure one task.
 
         Args:
             name: The task, no group.
             request: The name that was asked for: the task itself or a group that it belongs to.
+            task: The task as ``prepare`` loaded it.
 
         Returns:
             One record per example (and filter of generated text), and the figures of the task.
-
-        Raises:
-            ConfigError: Its data cannot be read.
-            UnsupportedError: It generates text and the tokenizer has no end-of-text token.
         """
         import lm_eval
         from lm_eval import evaluator
 
-        task = load_task(name, request, self._spec)
         task.set_fewshot_seed(FEWSHOT_SEED)
-        if task.OUTPUT_TYPE == "generate_until" and self._tokenizer.eos_token_id is None:
-            raise UnsupportedError(
-                f"task {name!r} generates text, but the tokenizer of the model has no end-of-text token"
-            )
         report = evaluator.evaluate(
             lm=self._model,
             task_dict={"tasks": {name: task}},

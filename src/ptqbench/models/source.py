@@ -7,10 +7,12 @@ repository, a SHA-256 over the files that matter for a folder.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -27,6 +29,20 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "merges.txt", "vocab*"]
+HASHED = (
+    "config.json",
+    INDEX,
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "*.model",
+)
+"""Beside the weights, the files that change what the model computes or which tokens a text becomes."""
+ALWAYS_HASHED_BYTES = 1 << 26
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +127,10 @@ class ModelSource:
             )
 
     def content_digest(self) -> str:
-        """Hash configuration, weights and tokenizer of the folder: ``sha256:`` and 64 hexadecimal digits."""
+        """Hash configuration, weights and every file that the tokenizer reads: ``sha256:`` and 64 hexadecimal digits."""
         total = hashlib.sha256()
-        extras = [
-            self.folder / n
-            for n in ("config.json", INDEX, "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-        ]
-        for path in sorted({*self.weight_files, *(p for p in extras if p.is_file())}):
+        read = {path for pattern in HASHED for path in self.folder.glob(pattern) if path.is_file()}
+        for path in sorted({*self.weight_files, *read}):
             total.update(path.name.encode() + b"\0" + file_digest(path).encode() + b"\n")
         return f"sha256:{total.hexdigest()}"
 
@@ -146,21 +159,33 @@ def _tensor_names(path: Path) -> set[str]:
     return set(ends)
 
 
-def file_digest(path: Path, cache_above_bytes: int = 1 << 26) -> str:
-    """Hash one file; digests of files over 64 MiB are remembered by (path, size, mtime) in the user's cache folder."""
+def file_digest(path: Path) -> str:
+    """Hash one file (SHA-256, 64 hexadecimal digits).
+
+    Digests of files over 64 MiB are remembered in the user's cache folder by path, size, modification time, inode and change
+    time. A program can set the modification time but not the change time, so an overwritten file is hashed again.
+    """
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
-    remembered = cache_folder() / "digests" / key
-    if stat.st_size > cache_above_bytes and remembered.is_file():
-        return remembered.read_text()
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if stat.st_size > cache_above_bytes:
+    if stat.st_size <= ALWAYS_HASHED_BYTES:
+        return _hash(path)
+    state = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}|{stat.st_ctime_ns}"
+    remembered = cache_folder() / "digests" / hashlib.sha256(state.encode()).hexdigest()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        known = remembered.read_text()
+        if DIGEST.fullmatch(known):
+            return known
+    digest = _hash(path)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
         remembered.parent.mkdir(parents=True, exist_ok=True)
         temporary = remembered.with_suffix(f".{os.getpid()}")
         temporary.write_text(digest)
         temporary.replace(remembered)
     return digest
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def embedded_model_folder(name: str) -> Path:
@@ -185,7 +210,7 @@ def locate(spec: ModelSpec, *, weights: bool = True) -> ModelSource:
         if not folder.is_dir():
             raise ConfigError(f"model.path={spec.path!r}: no such folder (looked in {Path.cwd()})")
     elif spec.hub_id is not None:
-        folder = _hub_folder(spec.hub_id, spec.revision, weights)
+        folder = _hub_folder(spec.hub_id, _revision(spec), weights)
     elif spec.name.removesuffix("-outlier") in EMBEDDED:
         folder = embedded_model_folder(spec.name.removesuffix("-outlier"))
     else:
@@ -202,10 +227,36 @@ def locate(spec: ModelSpec, *, weights: bool = True) -> ModelSource:
 def digest(spec: ModelSpec) -> str:
     """Identify the content of a checkpoint: the commit of a hub repository, else the hash of the folder."""
     if spec.path is None and spec.hub_id is not None:
-        return f"hub:{spec.hub_id}@{_hub_folder(spec.hub_id, spec.revision, weights=False).name}"
+        return f"hub:{spec.hub_id}@{_hub_folder(spec.hub_id, _revision(spec), weights=False).name}"
     source = locate(spec)
     source.check_files()
     return source.content_digest()
+
+
+def verify(spec: ModelSpec) -> None:
+    """Compare the checkpoint and the tokenizer on disk with the digest in a cell; to be called when the cell starts.
+
+    Files up to 64 MiB are always hashed, larger ones only if size, times or inode differ from when they were hashed last. The
+    digest of a hub model is a commit, which never changes; the commit must be in the hub cache or on the hub.
+
+    Args:
+        spec: The model of a composed cell, with its digest.
+
+    Raises:
+        ConfigError: The content is another one than when the cell was composed, or it is no longer there.
+    """
+    found = digest(spec)
+    if found != spec.digest:
+        raise ConfigError(
+            f"the checkpoint or tokenizer of model {spec.name!r} has changed since the cell was composed: expected {spec.digest}, "
+            f"got {found} in {locate(spec, weights=False).folder}; restore the files, or compose the cell again"
+        )
+
+
+def _revision(spec: ModelSpec) -> str | None:
+    """The commit of the digest if there is one, so that a branch that moves leaves a composed cell alone."""
+    pinned = f"hub:{spec.hub_id}@"
+    return spec.digest.removeprefix(pinned) if spec.digest and spec.digest.startswith(pinned) else spec.revision
 
 
 def _hub_folder(hub_id: str, revision: str | None, weights: bool) -> Path:

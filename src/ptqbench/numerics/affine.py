@@ -7,6 +7,11 @@ A ``real`` zero point is added before rounding: codes = clamp(round_half_even(va
 Legend: r rows, c columns of one group; ``scale`` and ``zero_point`` have one entry per row. Zero lies on every ``plain``
 grid.
 
+Ties of ``sym_gptq``: with m the largest magnitude of a row, scale = 2 m / (2^bits - 1), so that a weight of -m lies exactly
+half a step between two codes, and so do other simple fractions of m. Quotients in floating point miss the tie by rounding
+errors of either sign. ``tie_shift`` rounds them to multiples of 2^(bits + 2) eps first, twice the largest such error or more:
+a tie goes to the even code in every dtype, as in exact arithmetic.
+
 Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``); spcl/QuaRot@5008669 (``sym_signed``);
 efsotr/NeUQI@2331daf (plain minimum and maximum; there a row of one value gets scale 1 and is lost, here it is exact).
 Deviation: a step that would underflow to zero is raised to the smallest normal number, so rows of subnormal weights
@@ -76,12 +81,24 @@ def scale_from_range(xmin: Tensor, xmax: Tensor, spec: GridSpec) -> tuple[Tensor
     return scale, -xmin / scale if spec.zero_point == "real" else torch.round(-xmin / scale)
 
 
+def tie_shift(spec: GridSpec) -> float:
+    """Return the number that is added to value / scale and taken away again, so that ties are exact; 0 changes nothing.
+
+    The quotient is below 2^(bits + 1) in magnitude or gets an end code. The sum then lies between 2^(bits + 2) and
+    2^(bits + 3), where floating-point numbers are 2^(bits + 2) eps apart, eps being that of the dtype.
+    """
+    return 6.0 * 2**spec.bits if spec.scheme == "sym_gptq" else 0.0
+
+
 def to_codes(values: Tensor, scale: Tensor, zero_point: Tensor, spec: GridSpec) -> Tensor:
     """Round to codes held in the dtype of ``values``; ``scale`` and ``zero_point`` broadcast against ``values``."""
     low, high = code_limits(spec)
+    steps = values / scale
+    if shift := tie_shift(spec):
+        steps.add_(shift).sub_(shift)
     if spec.zero_point == "real":
-        return (values / scale).add_(zero_point).round_().clamp_(low, high)
-    return (values / scale).round_().add_(zero_point).clamp_(low, high)
+        return steps.add_(zero_point).round_().clamp_(low, high)
+    return steps.round_().add_(zero_point).clamp_(low, high)
 
 
 def to_values(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

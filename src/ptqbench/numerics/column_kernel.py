@@ -33,8 +33,8 @@ def _half_even(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def _read(
     i: tl.tensor, weights: tl.tensor, upper: tl.tensor, drift: tl.tensor, scale: tl.tensor, zero_point: tl.tensor,
-    low: tl.tensor, high: tl.tensor, group: tl.tensor, kind: tl.tensor, rows: tl.tensor, length: tl.tensor,
-    row: tl.tensor, past: tl.tensor, DRIFT: tl.constexpr,
+    low: tl.tensor, high: tl.tensor, group: tl.tensor, kind: tl.tensor, tie_shift: tl.tensor, rows: tl.tensor,
+    length: tl.tensor, row: tl.tensor, past: tl.tensor, DRIFT: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
     """Load what channel ``i`` of the panel needs: w before the panel, its coefficients, its grid."""
     inside = row < rows
@@ -48,14 +48,14 @@ def _read(
     z = tl.load(zero_point + grid, mask=inside, other=0.0)
     lowest = tl.load(low + grid, mask=inside, other=0.0)
     highest = tl.load(high + grid, mask=inside, other=0.0)
-    return w, u, p, s, z, lowest, highest, tl.load(kind + i)
+    return w, u, p, s, z, lowest, highest, tl.load(kind + i), tl.load(tie_shift + i)
 
 
-@triton.jit(do_not_specialize=["group", "kind", "length"])
+@triton.jit(do_not_specialize=["group", "kind", "tie_shift", "length"])
 def round_panel(
     weights: tl.tensor, errors: tl.tensor, values: tl.tensor, codes: tl.tensor, upper: tl.tensor, drift: tl.tensor,
     scale: tl.tensor, zero_point: tl.tensor, low: tl.tensor, high: tl.tensor, group: tl.tensor, kind: tl.tensor,
-    rows: tl.tensor, length: tl.tensor, CHANNELS: tl.constexpr, ROWS: tl.constexpr, DRIFT: tl.constexpr,
+    tie_shift: tl.tensor, rows: tl.tensor, length: tl.tensor, CHANNELS: tl.constexpr, ROWS: tl.constexpr, DRIFT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Round a panel.
 
@@ -73,6 +73,7 @@ def round_panel(
         high: Largest c.
         group: (length,) int32, the group of each channel.
         kind: (length,) int32, ``group_grids.INTEGER``, ``REAL`` or ``UNTOUCHED``.
+        tie_shift: (length,) float32, ``affine.tie_shift`` of the grid of each channel.
         rows: Number of rows.
         length: Channels of the panel, at most ``CHANNELS``.
         CHANNELS: Power of two.
@@ -85,19 +86,21 @@ def round_panel(
     past_e = tl.zeros((CHANNELS, ROWS), dtype=tl.float32)
     past_w = past_e
     # The next channel is read while this one is computed: no channel is written before it has been read.
-    w, u, p, s, z, lowest, highest, which = _read(
-        0, weights, upper, drift, scale, zero_point, low, high, group, kind, rows, length, row, past, DRIFT
+    w, u, p, s, z, lowest, highest, which, tie = _read(
+        0, weights, upper, drift, scale, zero_point, low, high, group, kind, tie_shift, rows, length, row, past, DRIFT
     )
     for i in range(length):
         following = tl.minimum(i + 1, length - 1)
-        w1, u1, p1, s1, z1, lowest1, highest1, which1 = _read(
-            following, weights, upper, drift, scale, zero_point, low, high, group, kind, rows, length, row, past, DRIFT
-        )
+        w1, u1, p1, s1, z1, lowest1, highest1, which1, tie1 = _read(
+            following, weights, upper, drift, scale, zero_point, low, high, group, kind, tie_shift, rows, length, row,
+            past, DRIFT,
+        )  # fmt: skip
         w -= tl.sum(past_e * u[:, None], axis=0)
         if DRIFT:
             w += tl.sum(past_w * p[:, None], axis=0)
         shift = tl.where(which == REAL, z, 0.0)
-        c = _half_even(tl.div_rn(w, s) + shift) - shift
+        steps = (tl.div_rn(w, s) + tie) - tie
+        c = _half_even(steps + shift) - shift
         c = tl.where(c < lowest, lowest, tl.where(c > highest, highest, c))  # keeps NaN, unlike minimum and maximum
         q = tl.where(which == UNTOUCHED, w, c * s)
         e = w - q
@@ -110,7 +113,7 @@ def round_panel(
         past_e = tl.where((past == i)[:, None], e[None, :], past_e)
         if DRIFT:
             past_w = tl.where((past == i)[:, None], w[None, :], past_w)
-        w, u, p, s, z, lowest, highest, which = w1, u1, p1, s1, z1, lowest1, highest1, which1
+        w, u, p, s, z, lowest, highest, which, tie = w1, u1, p1, s1, z1, lowest1, highest1, which1, tie1
 
 
 INTERPRETED = not isinstance(round_panel, triton.JITFunction)

@@ -44,11 +44,13 @@ class LoopOptions:
         column_block: Channels per block; the rest of the weight is updated once per block.
         static_groups: Fit all groups before rounding, over consecutive original channels.
         group_refit: ``fresh`` or ``stale``: which weights a dynamic group is fitted on when it is reached.
+        keep_working: Return the working copy too: every channel as the blocks before its own left it.
     """
 
     column_block: int = 128
     static_groups: bool = False
     group_refit: str = "fresh"
+    keep_working: bool = False
 
     def __post_init__(self) -> None:
         """Reject impossible values."""
@@ -93,7 +95,7 @@ class _Block:
 def run_columns(
     work: Tensor, upper: Tensor, grids: GroupGrids, options: LoopOptions, drift: Drift | None, codes_dtype: torch.dtype,
     engine: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Round all channels.
 
     Args:
@@ -106,7 +108,7 @@ def run_columns(
         engine: ``plain``, ``fused``, or ``auto`` (``fused_columns.use_fused``).
 
     Returns:
-        Codes (n, m) and values (n, m) in processing order.
+        Codes, values and, if ``options`` ask for it, the working copy, each (n, m) in processing order.
 
     Raises:
         UnsupportedError: ``fused`` was asked for and cannot serve, or its kernel does not compile here.
@@ -115,10 +117,13 @@ def run_columns(
     size = min(options.column_block, len(work))
     stale = options.group_refit == "stale" and not all(grids.fitted)
     codes, values = torch.empty_like(work, dtype=codes_dtype), torch.empty_like(work)
+    working = torch.empty_like(work) if options.keep_working else None
     errors, centred = torch.empty_like(work[:size]), torch.empty_like(work[:size])
     for start in range(0, len(work), size):
         stop = min(start + size, len(work))
         here, k = slice(start, stop), stop - start
+        if working is not None:
+            working[here] = work[here]
         weights = work[here].clone() if stale else work[here]
         block = _Block(
             start,
@@ -145,7 +150,7 @@ def run_columns(
         if fused is None:
             grids.write_codes(start, block.centred, codes[here])
         block.values.add_(0.0)  # -0.0 (a negative value rounded to c = 0) becomes 0.0, as in dequantize(codes)
-    return codes, values
+    return codes, values, working
 
 
 def _panels(block: _Block, grids: GroupGrids, longest: int) -> list[tuple[int, int]]:

@@ -105,6 +105,7 @@ def compensated_rounding(
     positions = [inverse[group.channels.to(weight.device)] for group in groups]
     codes = torch.empty(weight.shape, dtype=code_dtype(grid), device=weight.device)
     values = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    working = torch.empty_like(values, dtype=dtype) if options.keep_working else None
     scales, zeros = [], []
     for here in _row_chunks(weight):
         work = _transposed(weight[here], factor, dtype)
@@ -113,12 +114,16 @@ def compensated_rounding(
         if prepare is not None:
             prepare(work, grids)
         found = run_columns(work, upper, grids, options, drift, codes.dtype, engine)
-        codes[here], values[here] = (t.T if order is None else t[inverse].T for t in found)
+        for whole, part in zip((codes, values, working), found, strict=True):
+            if whole is not None and part is not None:
+                whole[here] = part.T if order is None else part[inverse].T
         scales.append(grids.scale)
         zeros.append(grids.zero_point)
     result = assemble(weight, grid, groups, torch.cat(scales, 1), torch.cat(zeros, 1), codes, values)
     require_finite("dequantized", result.dequantized)
-    return replace(result, damping_used=factor.damping_used, damping_retries=factor.retries)
+    return replace(
+        result, damping_used=factor.damping_used, damping_retries=factor.retries, order=order, working=working
+    )
 
 
 def _row_chunks(weight: Tensor) -> list[slice]:

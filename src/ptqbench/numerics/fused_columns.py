@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import UnsupportedError
+from ptqbench.numerics.affine import tie_shift
 from ptqbench.numerics.checks import require_choice
 from ptqbench.numerics.group_grids import GroupGrids, kind
 
@@ -91,6 +92,8 @@ class FusedPanels:
         kinds = [kind(group.spec) for group in grids.groups]
         rows = [grids.of_position, [kinds[g] for g in grids.of_position]]
         self._group, self._kind = torch.tensor(rows, dtype=torch.int32).to(grids.scale.device).unbind(0)
+        shifts = [tie_shift(grids.groups[g].spec) for g in grids.of_position]
+        self._shift = torch.tensor(shifts, dtype=torch.float32).to(grids.scale.device)
 
     def round(
         self,
@@ -125,7 +128,8 @@ class FusedPanels:
         try:
             with torch.cuda.device_of(weights):
                 _kernels().round_panel[(-(-m // ROWS),)](
-                    weights, errors, values, codes, *coefficients, *grids, self._group[here], self._kind[here], m, k,
+                    weights, errors, values, codes, *coefficients, *grids,
+                    self._group[here], self._kind[here], self._shift[here], m, k,
                     CHANNELS=tile, ROWS=ROWS, DRIFT=drift is not None, **LAUNCH,
                 )  # fmt: skip
         except Exception as error:

@@ -43,6 +43,7 @@ def gptaq(
     as_code: bool = False,
     factor: Factor | None = None,
     engine: str = "auto",
+    keep_working: bool = False,
 ) -> LinearResult:
     """Quantize one weight, or the stacked weights of linears that share their input.
 
@@ -62,6 +63,7 @@ def gptaq(
         as_code: In updates beyond the block multiply P by the rounded weights, as the original code does.
         factor: See ``gptq``.
         engine: See ``gptq``.
+        keep_working: See ``gptq``.
 
     Returns:
         The rounded weight.
@@ -71,7 +73,7 @@ def gptaq(
         NumericalError: NaN or infinity in an input, or a moment that is singular after damping.
         UnsupportedError: The engine cannot serve.
     """
-    options = LoopOptions(column_block, static_groups, group_refit)
+    options = LoopOptions(column_block, static_groups, group_refit, keep_working)
     check_problem(weight, second_moment, grid, grid_weight)
     require_shape("cross_moment", cross_moment, second_moment.shape)
     require_finite("cross_moment", cross_moment)

@@ -34,6 +34,7 @@ def gptq(
     grid_weight: Tensor | None = None,
     factor: Factor | None = None,
     engine: str = "auto",
+    keep_working: bool = False,
 ) -> LinearResult:
     """Quantize one weight, or the stacked weights of linears that share their input.
 
@@ -53,6 +54,8 @@ def gptq(
         factor: ``factorise(second_moment, ...)`` made with the same options, to share it between linears.
         engine: How the column loop runs, the same up to rounding errors: ``plain``, ``fused`` (one kernel launch per block,
             see ``numerics/fused_columns.py``), or ``auto``: fused on a GPU where it can serve, plain elsewhere.
+        keep_working: Return the working copy as well (``LinearResult.working``), as the authors' code of Q2N reads it; its
+            content depends on ``column_block``.
 
     Returns:
         The rounded weight. Dead channels (zero diagonal) get the code of zero.
@@ -62,7 +65,7 @@ def gptq(
         NumericalError: NaN or infinity in an input, or a moment that is singular after damping.
         UnsupportedError: The engine cannot serve.
     """
-    options = LoopOptions(column_block, static_groups, group_refit)
+    options = LoopOptions(column_block, static_groups, group_refit, keep_working)
     check_problem(weight, second_moment, grid, grid_weight)
     if all(part.spec.untouched for part in grid):
         return untouched_result(weight, grid, compute_dtype(weight))

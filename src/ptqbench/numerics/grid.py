@@ -58,6 +58,10 @@ class LinearResult:
         dequantized: (out, in) in the dtype of the weight.
         damping_used: Fraction of the mean diagonal that was added; 0.0 where no factorisation took place.
         damping_retries: How often the damping was raised before the factorisation succeeded.
+        order: (in,) int64, ``order[p]`` is the channel that was rounded as number p; ``None`` for the order of the weight.
+        working: (out, in) float32 or float64 in the column order of the weight, ``None`` unless the solver was asked for it
+            (``keep_working``): what the solver's copy of the weight held when the column block of a channel began, that is,
+            with the updates by all earlier blocks and without those inside its own. Dead channels hold 0.
     """
 
     codes: Tensor | None
@@ -67,6 +71,8 @@ class LinearResult:
     dequantized: Tensor
     damping_used: float = 0.0
     damping_retries: int = 0
+    order: Tensor | None = None
+    working: Tensor | None = None
 
 
 def uniform_grid(in_features: int, spec: GridSpec) -> Grid:

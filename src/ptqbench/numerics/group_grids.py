@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ptqbench.numerics.affine import code_limits
+from ptqbench.numerics.affine import code_limits, tie_shift
 from ptqbench.numerics.grid import fit
 from ptqbench.numerics.grid_spec import GridSpec
 from ptqbench.numerics.groups import Group
@@ -68,6 +68,8 @@ class GroupGrids:
             return
         scale, low, high = self._of_group[g]
         torch.div(w, scale, out=c)
+        if shift := tie_shift(spec):
+            c.add_(shift).sub_(shift)
         if spec.zero_point == "real":  # codes are integers, c is not
             c.add_(self.zero_point[g]).round_().sub_(self.zero_point[g])
         else:

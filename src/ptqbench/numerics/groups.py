@@ -9,7 +9,8 @@ Legend: out = rows of the weight, in = input channels, G = number of groups in c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -131,12 +132,10 @@ def split_rows(result: LinearResult, rows: list[int]) -> list[LinearResult]:
     Returns:
         One result per linear; the tensors are views.
     """
-    parts = zip(
-        [None] * len(rows) if result.codes is None else torch.split(result.codes, rows),
-        *(torch.split(t, rows) for t in (result.scale, result.zero_point, result.dequantized)),
-        strict=True,
-    )
-    return [
-        LinearResult(codes, scale, zero, result.group_index, values, result.damping_used, result.damping_retries)
-        for codes, scale, zero, values in parts
-    ]
+
+    def split(tensor: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * len(rows) if tensor is None else torch.split(tensor, rows)
+
+    per_row = ("codes", "scale", "zero_point", "dequantized", "working")
+    parts = zip(*(split(getattr(result, name)) for name in per_row), strict=True)
+    return [replace(result, **dict(zip(per_row, part, strict=True))) for part in parts]

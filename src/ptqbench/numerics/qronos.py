@@ -44,6 +44,7 @@ def qronos(
     grid_weight: Tensor | None = None,
     factor: Factor | None = None,
     engine: str = "auto",
+    keep_working: bool = False,
 ) -> LinearResult:
     """Quantize one weight, or the stacked weights of linears that share their input.
 
@@ -61,6 +62,7 @@ def qronos(
         grid_weight: See ``gptq``.
         factor: See ``gptq``.
         engine: See ``gptq``.
+        keep_working: See ``gptq``.
 
     Returns:
         The rounded weight.
@@ -70,7 +72,7 @@ def qronos(
         NumericalError: NaN or infinity in an input, or a moment that is singular after damping.
         UnsupportedError: The engine cannot serve.
     """
-    options = LoopOptions(column_block, static_groups, group_refit)
+    options = LoopOptions(column_block, static_groups, group_refit, keep_working)
     check_problem(weight, second_moment, grid, grid_weight)
     require_shape("cross_moment", cross_moment, second_moment.shape)
     require_finite("cross_moment", cross_moment)

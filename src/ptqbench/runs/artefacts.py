@@ -55,6 +55,7 @@ class Artefacts:
         self.found: Counter[str] = Counter()
         self.spared_s = self.waited_s = 0.0
         self._paid: set[Path] = set()
+        self._written: set[Path] = set()
 
     @property
     def hits(self) -> int:
@@ -137,9 +138,15 @@ class Artefacts:
                 if left + size > self.budget_bytes:
                     return False
             _write(path, held, seconds)
+            self._written.add(path)
         except OSError:  # a full disk costs the sharing, not the cell
             return False
         return True
+
+    def discard(self) -> None:
+        """Remove what this object stored, because it does not belong to its keys."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def held(self, kind: str, key: Mapping[str, Any]) -> Iterator[None]:

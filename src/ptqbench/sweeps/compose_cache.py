@@ -1,8 +1,9 @@
-"""What was composed before, so that looking at a sweep again needs no Hydra: half of what ``plan`` and ``status`` take.
+"""What was composed before, so that looking at a sweep again needs no Hydra: 1.2 of the 1.6 s that ``plan demo`` takes else.
 
 A composition is a function of the configuration files, the words, and the code that composes. They make up the name of the file in
-the user's cache folder and the keys in it, so that nothing in it can be out of date; a file that cannot be read or written counts
-as empty.
+the cache folder and the keys in it, so that nothing in it can be out of date. A file is believed only if it belongs to this user,
+nobody else may write to it, and its digest is that of its content: in a cache that several people share, nobody's file changes
+another one's cells. A file that is not believed, or cannot be read or written, counts as empty.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import stat
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,30 +27,33 @@ LARGEST_BYTES = 1 << 24
 class Compositions:
     """Composed data by the words they were composed from."""
 
-    def __init__(self, files: Mapping[str, str], code: Path) -> None:
+    def __init__(self, state: dict[str, Any]) -> None:
         """Read what is known about a state of the configuration.
 
         Args:
-            files: Every configuration file, name -> text.
-            code: The module that composes.
+            state: What a composition depends on beside its words: the configuration files and the code, as JSON-able data.
         """
-        state = {name: metadata.version(name) for name in ("hydra-core", "omegaconf")}
-        state |= {"code": code.read_text(encoding="utf-8"), "files": json.dumps(files, sort_keys=True)}
-        digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = cache_folder() / "compositions" / f"{digest}.json"
+        versions = {name: metadata.version(name) for name in ("hydra-core", "omegaconf")}
+        digest = _digest({**state, "versions": versions, "user": os.getuid()})
+        self.path = cache_folder() / "compositions" / f"{digest[:16]}.json"
         self._known, self._new = self._read(), False
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, str]:
         try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            with self.path.open(encoding="utf-8") as stream:
+                about = os.fstat(stream.fileno())
+                if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    return {}
+                found = json.load(stream)
+        except (OSError, ValueError, RecursionError):
             return {}
-        return known if isinstance(known, dict) else {}
+        known = found.get("known") if isinstance(found, dict) else None
+        return known if isinstance(known, dict) and found.get("sha256") == _digest(known) else {}
 
     def get(self, words: list[str]) -> dict[str, Any] | None:
         """What was composed from these words, a copy of its own; None if nothing was."""
         text = self._known.get(json.dumps(words))
-        return json.loads(text) if isinstance(text, str) else None
+        return None if text is None else json.loads(text)
 
     def put(self, words: list[str], data: dict[str, Any]) -> None:
         """Remember what was composed, if it is plain data."""
@@ -61,8 +66,16 @@ class Compositions:
         """Write what is new, beside what others have written meanwhile."""
         if not self._new:
             return
-        text = json.dumps(self._read() | self._known)
+        known = self._read() | self._known
+        text = json.dumps({"known": known, "sha256": _digest(known)})
+        if len(text) > LARGEST_BYTES:
+            text = "{}"
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, text if len(text) <= LARGEST_BYTES else json.dumps({}))
+            write_text(self.path, text)
+            self.path.chmod(0o600)  # else an umask that lets a group write makes it unbelievable
         self._new = False
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

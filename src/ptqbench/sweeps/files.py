@@ -9,24 +9,33 @@
     exclude: [{method: gptq, bitwidth: w4, reason: "..."}]
     expect_cells: 3                                   # guards against a typo that halves a table
 
-Imports neither torch nor hydra; composing the override lists is ``compose.cells``.
+A cell gets every value of an axis exactly as it is written, of whatever type. Words of ``common`` are in Hydra's grammar, as on
+the command line. Imports neither torch nor hydra; composing the override lists is ``compose.cells``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ptqbench.cell.folders import sweep_folder
 from ptqbench.cell.spec import build, nearest, strict
 from ptqbench.errors import ConfigError
+from ptqbench.sweeps.words import assign, is_axis, literal
 
-Value = str | int | float | bool
+MOST_CELLS = 100_000
+"""Points of the grids of a sweep; more is a slip."""
+
+Value = Any
+"""Of an axis: whatever YAML can say."""
+
+Point = dict[str, Value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,89 +46,145 @@ class Sweep:
     grids: Annotated[list[dict[str, Any]], Field(min_length=1)]
     title: str = ""
     common: list[str] = dataclasses.field(default_factory=list)
-    exclude: list[dict[str, Value]] = dataclasses.field(default_factory=list)
+    exclude: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     expect_cells: int | None = None
-    rows: list[str] = dataclasses.field(default_factory=lambda: ["method", "bitwidth"])
-    columns: list[str] = dataclasses.field(default_factory=lambda: ["model", "metric"])
+    rows: list[Literal["method", "bitwidth"]] = dataclasses.field(default_factory=lambda: ["method", "bitwidth"])
+    columns: list[Literal["model", "metric"]] = dataclasses.field(default_factory=lambda: ["model", "metric"])
 
 
 def load_sweep(name: str) -> Sweep:
     """Read a sweep by the name of a shipped one or by the path of a file.
 
     Raises:
-        ConfigError: No such sweep, not YAML, an unknown key, or a number of cells other than ``expect_cells``.
+        ConfigError: No such sweep, not YAML, an unknown key, a grid or an exclusion that makes no sense, too many cells, or
+            a number of cells other than ``expect_cells``.
+        OSError: The file cannot be read.
     """
-    import yaml
+    from ptqbench.sweeps.yaml_file import read_yaml
 
     path = Path(name) if name.endswith((".yaml", ".yml")) else sweep_folder() / f"{name}.yaml"
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise ConfigError(f"no sweep {name[:60]!r}: {error.strerror}") from None
+    if not there:
         shipped = [p.stem for p in sweep_folder().glob("*.yaml")]
         raise ConfigError(f"no sweep {name!r}; {nearest(name, shipped)} (or give the path of a YAML file)")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping with name and grids, got {type(data).__name__}")
     sweep: Sweep = build(strict(Sweep), data, path.name)
+    _check_size(sweep, str(path))
+    _check_exclusions(sweep, str(path))
     count = len(expand(sweep))
     if sweep.expect_cells is not None and count != sweep.expect_cells:
         raise ConfigError(f"{path}: the grids expand to {count} cells, expect_cells says {sweep.expect_cells}")
     return sweep
 
 
-def expand(sweep: Sweep) -> list[dict[str, Value]]:
+def expand(sweep: Sweep) -> list[Point]:
     """Expand the grids to points (axis -> value), without exclusions and duplicates, in file order."""
-    points: dict[tuple[tuple[str, Value], ...], dict[str, Value]] = {}
-    for grid in sweep.grids:
-        for point in _points(grid, sweep.name):
-            if not any(_matches(point, rule) for rule in sweep.exclude):
-                points.setdefault(tuple(sorted(point.items())), point)
-    return list(points.values())
+    return [point for point, rule in _every_point(sweep) if rule is None]
 
 
-def overrides(sweep: Sweep, point: dict[str, Value]) -> list[str]:
-    """Write one point as Hydra overrides, the common ones first."""
-    return sweep.common + [f"{axis}={_text(value)}" for axis, value in point.items()]
-
-
-def excluded(sweep: Sweep) -> list[tuple[dict[str, Value], str]]:
+def excluded(sweep: Sweep) -> list[tuple[Point, str]]:
     """Points of the grids that an exclusion removes, each with its reason, in file order, once."""
-    found: list[tuple[dict[str, Value], str]] = []
+    found = [(point, rule) for point, rule in _every_point(sweep) if rule is not None]
+    return [(point, str(rule.get("reason", "excluded by the sweep file"))) for point, rule in found]
+
+
+def overrides(sweep: Sweep, point: Point) -> list[str]:
+    """Write one point as Hydra overrides, the common ones first."""
+    return sweep.common + [word for axis, value in point.items() for word in assign(axis, value)]
+
+
+def describe(point: Point) -> str:
+    """Name a point for people; different points have different names."""
+    return " ".join(f"{axis}={literal(value)}" for axis, value in point.items())
+
+
+def _every_point(sweep: Sweep) -> list[tuple[Point, Point | None]]:
+    """Points of all grids, each once, with the exclusion that removes it."""
+    points: dict[str, Point] = {}
     for grid in sweep.grids:
         for point in _points(grid, sweep.name):
-            rule = next((rule for rule in sweep.exclude if _matches(point, rule)), None)
-            if rule is not None and all(point != other for other, _ in found):
-                found.append((point, str(rule.get("reason", "excluded by the sweep file"))))
-    return found
+            points.setdefault(describe(dict(sorted(point.items()))), point)
+    return [(point, next((rule for rule in sweep.exclude if _matches(point, rule)), None)) for point in points.values()]
 
 
-def describe(point: dict[str, Value]) -> str:
-    """Name a point for people."""
-    return " ".join(f"{axis}={_text(value)}" for axis, value in point.items())
+def _axes(grid: Mapping[str, Any], where: str) -> tuple[dict[str, list[Any]], bool]:
+    """The axes of a grid, and whether they are paired.
 
-
-def _points(grid: dict[str, Any], where: str) -> Iterator[dict[str, Value]]:
+    Raises:
+        ConfigError: Not a grid, an axis without values or with a name that is none, or pairs of lists of different lengths.
+    """
     paired = "zip" in grid
     axes = grid["zip"] if paired else grid
     if not isinstance(axes, dict) or not axes or (paired and len(grid) > 1):
         raise ConfigError(
-            f"sweep {where}: expected a grid such as {{method: [rtn, gptq]}} or {{zip: {{...}}}}, got {grid!r}"
+            f"sweep {where}: expected a grid such as {{method: [rtn, gptq]}} or {{zip: {{...}}}}, got {_brief(grid)}"
         )
     lists = {axis: values if isinstance(values, list) else [values] for axis, values in axes.items()}
+    for axis, values in lists.items():
+        if not is_axis(axis):
+            raise ConfigError(f"sweep {where}: expected an axis such as seed, model.path or method/solver, got {axis!r}")
+        if not values:
+            raise ConfigError(f"sweep {where}: axis {axis} has no values, so its grid has no cells; leave the grid out")
     if paired and len({len(values) for values in lists.values()}) > 1:
         raise ConfigError(
             f"sweep {where}: zip needs lists of one length, got { ({a: len(v) for a, v in lists.items()}) }"
         )
+    return lists, paired
+
+
+def _points(grid: Mapping[str, Any], where: str) -> Iterator[Point]:
+    lists, paired = _axes(grid, where)
     combine = zip(*lists.values(), strict=True) if paired else itertools.product(*lists.values())
     for values in combine:
         yield dict(zip(lists, values, strict=True))
 
 
-def _matches(point: dict[str, Value], rule: dict[str, Value]) -> bool:
-    conditions = {key: value for key, value in rule.items() if key != "reason"}
-    return bool(conditions) and all(point.get(key) == value for key, value in conditions.items())
+def _check_size(sweep: Sweep, where: str) -> None:
+    """Count the points before any is made."""
+    count = 0
+    for grid in sweep.grids:
+        lists, paired = _axes(grid, sweep.name)
+        lengths = [len(values) for values in lists.values()]
+        count += lengths[0] if paired else math.prod(lengths)
+    if count > MOST_CELLS:
+        said = "" if sweep.expect_cells is None else f"; expect_cells says {sweep.expect_cells}"
+        raise ConfigError(f"{where}: the grids have {count:,} points, at most {MOST_CELLS:,} are taken{said}")
 
 
-def _text(value: Value) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _check_exclusions(sweep: Sweep, where: str) -> None:
+    """Refuse an exclusion that removes nothing: a slip in it would let cells run that were to be left out."""
+    points = [point for grid in sweep.grids for point in _points(grid, sweep.name)]
+    for rule in sweep.exclude:
+        if any(_matches(point, rule) for point in points):
+            continue
+        conditions = {axis: value for axis, value in rule.items() if axis != "reason"}
+        for axis, value in conditions.items():
+            there = {literal(point[axis]): None for point in points if axis in point}
+            if not there:
+                axes = {name for point in points for name in point}
+                raise ConfigError(f"{where}: exclude: no grid has an axis {axis!r}; {nearest(axis, axes)}")
+            if literal(value) not in there:
+                known = ", ".join(list(there)[:20])
+                raise ConfigError(f"{where}: exclude: {axis} is never {literal(value)}; its values: {known}")
+        raise ConfigError(
+            f"{where}: exclude: {describe(conditions)} removes no cell, since no cell has all of these values"
+            if conditions
+            else f"{where}: exclude: expected axes and values such as {{method: gptq, bitwidth: w4}}, got {_brief(rule)}"
+        )
+
+
+def _matches(point: Point, rule: Point) -> bool:
+    conditions = {axis: value for axis, value in rule.items() if axis != "reason"}
+    return bool(conditions) and all(
+        axis in point and literal(point[axis]) == literal(value) for axis, value in conditions.items()
+    )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

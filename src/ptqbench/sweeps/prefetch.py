@@ -48,7 +48,10 @@ def prefetch(specs: Iterable[RunSpec], manifest: Path, say: Callable[[Item], Non
     wanted: dict[tuple[str, Any], Callable[[], str]] = {}
     for spec in specs:
         wanted.setdefault(("model", _key(spec.model)), lambda model=spec.model: _model(model))  # type: ignore[misc]
-        texts = [*spec.evaluation.texts.values(), *([spec.calibration] if spec.calibration and spec.quantizes else [])]
+        texts = [
+            *spec.evaluation.texts.values(),
+            *([spec.calibration] if spec.calibration and spec.calibration.windows is None and spec.quantizes else []),
+        ]
         for text in texts:
             wanted.setdefault(("text", _key(text)), lambda text=text: _text(text))  # type: ignore[misc]
         for task in dict.fromkeys(word.partition("/")[0] for word in spec.evaluation.tasks):
@@ -74,7 +77,7 @@ def _key(value: ModelSpec | TextSpec) -> tuple[Any, ...]:
 
 
 def _model(spec: ModelSpec) -> str:
-    from ptqbench.data.windows import load_tokenizer
+    from ptqbench.data.tokenizer import load_tokenizer
     from ptqbench.models import source
 
     found = source.locate(spec)

@@ -1,0 +1,80 @@
+"""The tokenizer of a checkpoint, with the token ids that its ``tokenizer.json`` says."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ptqbench.errors import ConfigError
+
+SAMPLE = (
+    "Once upon a time, there was a little girl who didn't like 3.14159 or 1,024 apples; she'd say: \"No!\"\n\n"
+    " = Robert Boulter = \n\tfor (int i = 0; i < n; ++i) { x[i] += 2**i; }  # two  spaces\r\n"
+    "Größe, naïve façade, Ελληνικά, Русский язык, 你好，世界。こんにちは 안녕하세요 مرحبا שלום हिन्दी "
+    "\u00e9 e\u0301 ﬁ ½ ™ … – — “quoted” ‘so’ 😀 👩‍👩‍👧 \u00a0\u200b\u3000 END_of CamelCase HTTPServer2 aaaaaaaa ........ \n\n\n x"
+)
+"""What tokenizers divide in different ways: quotes, digits, spaces, line ends, code, scripts, composed characters, emoji."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a checkpoint folder.
+
+    transformers builds the tokenizers of some classes from the vocabulary alone. If these give other ids for ``SAMPLE`` than
+    ``tokenizer.json``, the tokenizer is made from ``tokenizer.json``, and the log says so.
+
+    Raises:
+        ConfigError: It cannot be read, or does not follow its own ``tokenizer.json``.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging as their_logging
+
+    their_logging.set_verbosity_error()
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return _loaded(AutoTokenizer, folder)
+    expected = _ids_of_file(file)
+    try:
+        found = _loaded(AutoTokenizer, folder)
+    except ConfigError:  # the class that the configuration names may be unable to read a file that is sound
+        found = None
+    if found is not None and _ids(found) == expected:
+        return found
+    plain = _loaded(PreTrainedTokenizerFast, folder)
+    if _ids(plain) != expected:
+        raise ConfigError(
+            f"the tokenizer in {folder} gives other token ids than its tokenizer.json; expected the same ids: restore the "
+            f"tokenizer files of the original checkpoint"
+        )
+    logging.getLogger("ptqbench").warning(
+        "token ids are those of %s: %s, the class that transformers takes, gives others or cannot read it",
+        file,
+        type(found).__name__ if found is not None else "AutoTokenizer",
+    )
+    return plain
+
+
+def _loaded(loader: Any, folder: Path) -> Any:
+    try:
+        return loader.from_pretrained(folder)
+    except Exception as error:  # tokenizers reports a damaged file by a bare Exception
+        raise ConfigError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from None
+
+
+def _ids_of_file(file: Path) -> list[int]:
+    from tokenizers import Tokenizer
+
+    try:
+        found: list[int] = Tokenizer.from_file(str(file)).encode(SAMPLE, add_special_tokens=False).ids
+    except Exception as error:  # as above
+        raise ConfigError(f"the tokenizer in {file.parent} cannot be read: {_first_line(error)}") from None
+    return found
+
+
+def _ids(tokenizer: Any) -> list[int]:
+    return list(tokenizer(SAMPLE, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,61 @@
+"""What an exception outside a cell means on a command line: one line for a person, and an exit status.
+
+1 says that the environment or a cell failed, 2 that the request was wrong. Inside a cell, ``runs.attempt`` records exceptions.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import traceback
+
+from ptqbench.errors import CalibrationError, ConfigError, PtqbenchError, UnsupportedError
+from ptqbench.runs.failures import classify
+
+WRONG_PLACE = {
+    errno.ENOENT: "is not there",
+    errno.ENOTDIR: "lies below a file",
+    errno.EISDIR: "is a folder, where a file is expected",
+    errno.EEXIST: "is a file, where a folder is expected",
+    errno.ENAMETOOLONG: "is a name that is too long",
+    errno.ELOOP: "is a link that leads to itself",
+    errno.EACCES: "may not be read or written by this user",
+    errno.EPERM: "may not be changed by this user",
+}
+"""Errors about a path that a person named; all others are those of a disk or a machine."""
+
+
+def outcome(error: BaseException) -> tuple[str, int]:
+    """Say in one line what went wrong, and with which exit status a command ends."""
+    if isinstance(error, PtqbenchError):
+        wrong = isinstance(error, ConfigError | UnsupportedError | CalibrationError)
+        return one_line(error), 2 if wrong else 1
+    if isinstance(error, OSError) and error.filename is not None and error.errno in WRONG_PLACE:
+        return f"{os.fsdecode(error.filename)!r} {WRONG_PLACE[error.errno]}", 2
+    kind = classify(error)
+    if isinstance(error, OSError):
+        place = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+        advice = f"; {kind.advice}" if kind.name != "code" else ""
+        return f"{error.strerror or one_line(error)}{place}{advice}", 1
+    if isinstance(error, MemoryError):
+        return f"out of memory; {kind.advice}", 1
+    if kind.name != "code":
+        return f"{type(error).__name__}: {one_line(error)}; {kind.advice}", 1
+    return f"a defect of ptqbench, please report it: {type(error).__name__}: {one_line(error)} ({_place(error)})", 1
+
+
+def as_problem(error: Exception) -> PtqbenchError:
+    """An exception met while a cell was composed, as the problem of that cell."""
+    said, status = outcome(error)
+    return ConfigError(said) if status == 2 else PtqbenchError(said)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "ptqbench" in frame.filename] or frames
+    return f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}" if ours else "unknown place"

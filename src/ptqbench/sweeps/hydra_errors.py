@@ -1,0 +1,105 @@
+"""Errors of Hydra and OmegaConf as one line that names what was given, what is known, and how to write it.
+
+Imports neither: their errors are known by class name and by words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ptqbench.cell.folders import conf_folder, group_names
+from ptqbench.cell.spec import nearest
+from ptqbench.errors import PtqbenchError
+from ptqbench.sweeps.words import key_of, quoted_word
+
+Compose = Callable[[list[str]], dict[str, Any]]
+
+
+def explain(error: Exception, words: list[str], compose: Compose) -> str:
+    """Rewrite an error as one line.
+
+    Args:
+        error: What Hydra or OmegaConf raised.
+        words: The override words.
+        compose: Composes words to data, to find the keys that there are.
+    """
+    text = " ".join(str(error).split())
+    word = getattr(error, "override", None)  # of Hydra's OverrideParseException
+    if isinstance(word, str):
+        return bad_grammar(word, text)
+    several = re.search(r"Ambiguous value for argument '(.+?)' 1\.", text)
+    if several:
+        return several_values(several[1])
+    missing = re.search(r"Interpolation key '([^']+)' not found", text)
+    if missing:
+        return _unknown_key(missing[1], words, compose, "an interpolation names ")
+    choice = re.search(r"Could not find '([^']+)'", text)
+    if choice:
+        group, _, name = choice[1].rpartition("/")
+        return f"unknown {group or 'configuration'} {name!r}; {nearest(name, group_names(group))}"
+    override = re.search(r"Could not override '([^']+)'", text)
+    if override and "/" in override[1]:
+        return f"unknown group {override[1]!r}; {nearest(override[1], _groups())}"
+    bad_key = re.search(r"Key '([^']+)' (?:is not in struct|not in)", text)
+    full = re.search(r"full_key: (\S+)", text)
+    place = override[1] if override else full[1] if full and bad_key else bad_key[1] if bad_key else None
+    if place is not None:
+        return _unknown_key(place, words, compose)
+    said = re.sub(r" See https?://\S+ for details", "", text).removesuffix(".")
+    return f"{said or type(error).__name__} (in: {' '.join(words)})"
+
+
+def several_values(word: str) -> str:
+    """Say what to do about a word with several values where one is expected."""
+    key = key_of(word)
+    return (
+        f"{word}: several values where one is expected; combinations are asked for with -m, or in the grids of a sweep file "
+        f"({key}: [...]); a list is written {key}=[...]; a comma that belongs to the value is quoted: {quoted_word(word)}"
+    )
+
+
+def bad_grammar(word: str, why: str) -> str:
+    """Say how to quote a word that is not in Hydra's grammar."""
+    if "=" not in word:
+        return f"{word!r}: expected key=value, such as seed=1"
+    shown, quoted = (word, quoted_word(word)) if len(word) <= 300 else (f"{word[:100]}...", f"\"{key_of(word)}='...'\"")
+    stopped = re.search(r"(?:input|character|symbol) '(.+?)'", why)
+    where = f" (it stops at {stopped[1]!r})" if stopped else ""
+    return f"{shown}: not in Hydra's grammar{where}; to give the value as text, quote it: {quoted}"
+
+
+def _groups() -> list[str]:
+    return sorted(path.relative_to(conf_folder()).as_posix() for path in conf_folder().rglob("*") if path.is_dir())
+
+
+def _unknown_key(place: str, words: list[str], compose: Compose, before: str = "") -> str:
+    """Name the keys that exist beside an unknown one, or what to choose where the part that it belongs to is empty."""
+    *parents, last = place.split(".")
+    node: Any = _without(place, words, compose)
+    for depth, part in enumerate(parents):
+        node = node.get(part) if isinstance(node, dict) else None
+        if node is None and depth:
+            return f"{before}unknown key {place!r}; {_empty('.'.join(parents[: depth + 1]), parents[0], place)}"
+    known = {*map(str, node), *([] if parents else ["method"])} if isinstance(node, dict) else set()
+    return f"{before}unknown key {place!r}; {nearest(last, known)}"
+
+
+def _empty(part: str, section: str, place: str) -> str:
+    names = group_names(section)
+    named = [name for name in names if name in place.split(".")]
+    example = f", such as {section}={named[0]} {place}=..." if named else ""
+    return f"{part} is empty here: choose one with {section}=NAME{example}; known: {', '.join(names)}"
+
+
+def _without(place: str, words: list[str], compose: Compose) -> dict[str, Any]:
+    """The configuration without the words that name a place; where others are wrong too, with the choices of groups alone."""
+    others = [word for word in words if key_of(word) != place and "${" not in word]
+    chosen = [word for word in others if re.match(r"\+*[a-z_/]+=[\w.-]+$", word) and group_names(key_of(word))]
+    for kept in (others, chosen):
+        try:
+            return compose(kept if any(key_of(word) == "method" for word in kept) else [*kept, "method=rtn"])
+        except PtqbenchError:
+            continue
+    return {}

@@ -1,0 +1,88 @@
+"""Read YAML as people mean it: the core schema of YAML 1.2, every key once, and nothing that grows beyond bounds.
+
+PyYAML follows YAML 1.1, in which ``010`` is eight, ``no`` is false, ``1:30`` is ninety, ``1e-3`` is text, and the last of two
+equal keys wins.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ptqbench.errors import ConfigError
+
+LARGEST = 1_000_000
+"""Values in a file, each alias counted as what it stands for."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the types of YAML 1.2, in which a key given twice is an error."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own form
+    yaml_constructors: dict[str, Any] = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+    def number(self, node: yaml.ScalarNode) -> float | str:
+        """A number with a fraction or an exponent; one that is too large, such as a commit 12e4567, is text."""
+        value = float(node.value)
+        return value if math.isfinite(value) else str(node.value)
+
+
+TYPES = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""], yaml.SafeLoader.construct_yaml_null),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF"), yaml.SafeLoader.construct_yaml_bool),
+    "int": (r"[-+]?[0-9]+", list("-+0123456789"), lambda loader, node: int(node.value)),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789"), _Loader.number),
+    "merge": (r"<<", ["<"], yaml.SafeLoader.construct_yaml_str),
+}
+for _name, (_pattern, _first, _construct) in TYPES.items():
+    _tag = f"tag:yaml.org,2002:{_name}"
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
+    _Loader.add_constructor(_tag, _construct)
+for _name in ("str", "seq", "map"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", getattr(yaml.SafeLoader, f"construct_yaml_{_name}"))
+_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file to plain data: None, bool, int, float, str, list, dict.
+
+    Raises:
+        ConfigError: Not UTF-8, not YAML, a key given twice, nested or grown too far.
+        OSError: The file cannot be read.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # noqa: S506 - a safe loader
+        size = _size(data, {})
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deep; expected a mapping with name and grids") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise ConfigError(f"{path}: {error}") from None
+    if size > LARGEST:
+        raise ConfigError(f"{path}: its aliases stand for {size:.3g} values, expected at most {LARGEST:,}")
+    return data
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """Number of values with every alias written out; infinite where one contains itself."""
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if id(value) not in known:
+        known[id(value)] = math.inf  # until all members are counted
+        known[id(value)] = 1 + sum(_size(member, known) for member in members)
+    return known[id(value)]

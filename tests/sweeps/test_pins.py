@@ -1,0 +1,179 @@
+"""A cell is measured on the content of its identity or not at all; what cannot be measured is refused when it is composed."""
+
+import json
+import shutil
+
+import numpy
+import pytest
+
+from ptqbench import run
+from ptqbench.errors import ConfigError, RunFailed
+from ptqbench.models.source import embedded_model_folder
+from ptqbench.runs import folder as store
+from ptqbench.sweeps.compose import compose_cell
+from ptqbench.sweeps.pins import check_unchanged
+
+STORY = "The old bear sat by the river and slept until the moon was high. "
+QUESTION = {"goal": "Open the door", "sol1": "Turn the handle.", "sol2": "Eat it.", "label": 0}
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A model, texts, task data, windows and rotations in one folder, to be changed."""
+    shutil.copytree(embedded_model_folder("tiny"), tmp_path / "model")
+    (tmp_path / "calibration.txt").write_text(STORY * 40)
+    (tmp_path / "evaluation.txt").write_text(STORY[::-1] * 40)
+    (tmp_path / "piqa.validation.jsonl").write_text(json.dumps(QUESTION) + "\n")
+    numpy.save(tmp_path / "windows.npy", numpy.arange(64).reshape(2, 32))
+    numpy.save(tmp_path / "rotations.npy", numpy.eye(2))  # read by nobody here, but a file with a digest
+    return tmp_path
+
+
+def words(place, *more):
+    return [
+        "+method=rtn", "bitwidth=w4", "model=local", f"model.path={place}/model", "evaluation=file",
+        f"evaluation.texts.file.path={place}/evaluation.txt", "evaluation.texts.file.seq_len=64",
+        f"execution.runs_dir={place}/runs", "execution.progress=false", *more,
+    ]  # fmt: skip
+
+
+def from_file(place):
+    return ["calibration=file", f"calibration.path={place}/calibration.txt", "calibration.n_samples=2",
+            "calibration.seq_len=32"]  # fmt: skip
+
+
+def changed(path):
+    """The same size, other bytes."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+
+
+@pytest.mark.parametrize(
+    ("name", "words_said"),
+    [
+        ("model/model.safetensors", "model .*/model has changed"),
+        ("model/tokenizer_config.json", "model .*/model has changed"),
+        ("calibration.txt", r"calibration text .*calibration\.txt has changed"),
+        ("evaluation.txt", r"text of evaluation\.texts\.file .* has changed"),
+        ("piqa.validation.jsonl", "data of task piqa has changed"),
+        ("rotations.npy", r"method\.transform\.rotation_file=.*rotations\.npy has changed"),
+    ],
+)
+def test_content_that_changed_after_the_cell_was_composed_is_refused(place, name, words_said):
+    spec = compose_cell(
+        words(place, *from_file(place), "evaluation.tasks=[piqa/acc]", f"evaluation.data_dir={place}", "method/transform=hadamard",
+              "method.transform.r1=file", f"method.transform.rotation_file={place}/rotations.npy")
+    )  # fmt: skip
+    check_unchanged(spec)
+    content = (place / name).read_bytes()
+    changed(place / name)
+    with pytest.raises(ConfigError, match=words_said + " since this cell was composed") as caught:
+        check_unchanged(spec)
+    assert "\n" not in str(caught.value)
+    (place / name).unlink()
+    with pytest.raises(ConfigError):
+        check_unchanged(spec)
+    (place / name).write_bytes(content)  # another inode, other times, the same content
+    check_unchanged(spec)
+
+
+def test_windows_that_changed_after_the_cell_was_composed_are_refused(place):
+    spec = compose_cell(words(place, "calibration=auto", f"calibration.windows={place}/windows.npy"))
+    assert (spec.calibration.dataset, spec.calibration.n_samples, spec.calibration.seq_len) == ("windows", 2, 32)
+    check_unchanged(spec)
+    numpy.save(place / "windows.npy", numpy.arange(1, 65).reshape(2, 32))
+    with pytest.raises(ConfigError, match=r"calibration\.windows=.*windows\.npy has changed since"):
+        check_unchanged(spec)
+
+
+def test_a_changed_model_is_refused_before_anything_is_measured(place, monkeypatch):
+    folder = store.create(compose_cell(words(place, *from_file(place))))
+    changed(place / "model" / "model.safetensors")
+    monkeypatch.setattr(run, "_work", lambda *rest: pytest.fail("it was measured"))
+    with pytest.raises(RunFailed, match="has changed since this cell was composed"):
+        run.run_folder(folder)
+    assert (folder.failure()["kind"], folder.result()) == ("config", None)
+
+
+def test_content_that_changes_while_the_cell_runs_leaves_nothing_behind(place, monkeypatch):
+    folder = store.create(compose_cell(words(place, *from_file(place))))
+    evaluate, shared = run._evaluate, lambda: list((place / "runs").rglob("calibration-*.safetensors"))
+
+    def overwriting(*rest):
+        found = evaluate(*rest)
+        changed(place / "model" / "model.safetensors")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_evaluate", overwriting)
+        with pytest.raises(RunFailed, match="has changed since this cell was composed"):
+            run.run_folder(folder)
+    assert folder.result() is None
+    assert not folder.state_path.exists()
+    assert not folder.records_path.exists()
+    assert not shared()
+    changed(place / "model" / "model.safetensors")  # back again
+    result = run.run_folder(folder)
+    assert shared()
+    assert result["metrics"]["file/perplexity"]["mean_loss"] > 0
+    assert result["tokenizer"] == "TokenizersBackend"
+
+
+def test_windows_from_a_file_are_the_same_cell_wherever_they_lie(place):
+    from ptqbench.cell.fingerprint import run_id
+
+    shutil.copyfile(place / "windows.npy", place / "moved.npy")
+    (place / "windows.json").write_text(json.dumps(numpy.arange(64).reshape(2, 32).tolist()))
+    ids = {
+        run_id(compose_cell(words(place, "calibration=auto", f"calibration.windows={place}/{name}")))
+        for name in ("windows.npy", "moved.npy", "windows.json")
+    }
+    assert len(ids) == 1
+    with pytest.raises(ConfigError, match=r"calibration\.n_samples=7 is not used beside calibration\.windows"):
+        compose_cell(
+            words(place, "calibration=auto", f"calibration.windows={place}/windows.npy", "calibration.n_samples=7")
+        )
+
+
+@pytest.mark.parametrize("place_said", ["evaluation.texts.file.seq_len", "calibration.seq_len"])
+def test_windows_beyond_the_context_are_refused_unless_asked_for(place, place_said):
+    asked = words(place, *from_file(place), f"{place_said}=513")
+    with pytest.raises(
+        ConfigError, match=rf"{place_said}=513 is longer than .*max_position_embeddings=512.*beyond_context"
+    ):
+        compose_cell(asked)
+    from ptqbench.cell.fingerprint import run_id
+
+    allowed = compose_cell([*asked, "execution.beyond_context=true"])
+    within = words(place, *from_file(place), f"{place_said}=512")
+    assert (
+        run_id(compose_cell(within))
+        == run_id(compose_cell([*within, "execution.beyond_context=true"]))
+        != run_id(allowed)
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["calibration=tiny", "calibration.path=x.txt"], r"calibration\.path='x\.txt' is not read.*calibration=file"),
+        (["evaluation.data_dir=."], r"evaluation\.data_dir='\.' is not read"),
+        (["execution.threads=1000000"], r"execution\.threads.*less than or equal to 1024"),
+        (["execution.artefacts_gib=1e300"], r"execution\.artefacts_gib"),
+        (["bitwidth.group_size=100000000000000000000"], r"bitwidth\.group_size"),
+        (["calibration.n_samples=100000000000"], r"calibration\.n_samples"),
+        (["calibration.n_samples=100000000"], r"tokens, expected at most"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_when_the_cell_is_composed(place, more, said):
+    with pytest.raises(ConfigError, match=said):
+        compose_cell(words(place, *from_file(place), *more))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"\xff\xfe\x00", "is not UTF-8"), (b"", "is empty"), (b'{"text": "a"}\n', "holds JSON")]
+)
+def test_texts_that_cannot_be_read_are_said_when_the_cell_is_composed(place, content, said):
+    (place / "evaluation.txt").write_bytes(content)
+    with pytest.raises(Exception, match=said):
+        compose_cell(words(place, *from_file(place)))
