@@ -1,8 +1,9 @@
-"""The evaluation of one cell: texts block by block, then tasks on the whole model in memory; finished parts are not redone."""
+"""The evaluation of one cell: texts and tasks block by block; finished parts are not redone."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
-    from ptqbench.evaluate.zero_shot import Prepared
+    from ptqbench.evaluate.scores import Request, Score, Scores
+    from ptqbench.evaluate.zero_shot import Harness, Prepared
     from ptqbench.models.blockwise import BlockwiseModel, Overlay
     from ptqbench.runs.attempt import Observer
     from ptqbench.runs.folder import RunFolder
@@ -35,6 +37,7 @@ class CellEvaluation:
         observer: Told of progress.
         measure: Context that adds the seconds inside it to a named timing.
         tasks: The tasks, as ``prepared_tasks`` loaded them before the model was quantized.
+        engine: ``blocks``, or ``whole`` for lm-eval's own class on the whole model in memory.
     """
 
     spec: EvaluationSpec
@@ -45,6 +48,7 @@ class CellEvaluation:
     observer: Observer
     measure: Callable[[str], AbstractContextManager[None]]
     tasks: Prepared
+    engine: str = "blocks"
 
     def run(self) -> dict[str, Any]:
         """Measure what is not measured yet and return all metrics: name -> value, stderr and the facts behind them."""
@@ -88,14 +92,14 @@ class CellEvaluation:
         return summary
 
     def _tasks(self) -> dict[str, Any]:
+        """Score all requests in one pass over the blocks, then let lm-eval make figures of them, task by task."""
         if not self.tasks:
             return {}
-        from ptqbench.evaluate.zero_shot import Harness, metrics_of
+        from ptqbench.evaluate.zero_shot import metrics_of
 
-        asked = requested(self.spec.tasks)
+        self._score_by_blocks()
+        asked, metrics = requested(self.spec.tasks), {}
         self.observer.stage("zero-shot", sum(len(members) for members in self.tasks.values()))
-        harness: Harness | None = None
-        metrics: dict[str, Any] = {}
         for request, members in self.tasks.items():
             summaries = []
             for name, task in members.items():
@@ -103,13 +107,52 @@ class CellEvaluation:
                 summary = read_summary(path, self.folder.run_id)
                 if summary is None:
                     with self.measure("zero_shot_s"):
-                        harness = harness or Harness(self.model.materialise(self.overlay), self.tokenizer, self.spec)
+                        harness = self._whole if self._needs_whole(task) else self._by_blocks
                         rows, summary = harness.evaluate(name, request, task)
                     write_records(path, rows, self.folder.run_id, summary)
                 summaries.append(summary)
                 self.observer.advance()
             metrics |= metrics_of(request, asked[request], summaries)
+        self._scores.forget()
         return metrics
+
+    def _score_by_blocks(self) -> None:
+        waiting = [task for members in self.tasks.values() for task in members.values() if task is not None]
+        waiting = [task for task in waiting if not self._needs_whole(task)]
+        if waiting:
+            with self.measure("zero_shot_s"):
+                self._by_blocks.score_all(waiting)
+
+    def _needs_whole(self, task: Any) -> bool:
+        from ptqbench.evaluate.zero_shot import generates
+
+        return self.engine == "whole" or generates(task)
+
+    @functools.cached_property
+    def _by_blocks(self) -> Harness:
+        from ptqbench.evaluate.zero_shot import Harness
+
+        return Harness(self.model.skeleton, self.tokenizer, self.spec, self._scores)
+
+    @functools.cached_property
+    def _whole(self) -> Harness:
+        """The model in memory as a whole; nothing is run by blocks afterwards."""
+        from ptqbench.evaluate.zero_shot import Harness
+
+        return Harness(self.model.materialise(self.overlay), self.tokenizer, self.spec)
+
+    @functools.cached_property
+    def _scores(self) -> Scores:
+        from ptqbench.evaluate.loglikelihood import chunk_tokens, log_likelihoods
+        from ptqbench.evaluate.scores import Scores
+
+        longest = int(self.model.config.max_position_embeddings)
+
+        def compute(requests: list[Request]) -> list[Score]:
+            self.observer.stage("log-likelihoods", self.model.n_blocks)
+            return log_likelihoods(self.model, requests, longest, self.overlay, None, lambda _: self.observer.advance())
+
+        return Scores(compute, self.folder.state_path / "scores", self.folder.run_id, chunk_tokens(self.model))
 
 
 def prepared_tasks(spec: EvaluationSpec, folder: RunFolder, tokenizer: Any) -> Prepared:

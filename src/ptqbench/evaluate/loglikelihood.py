@@ -26,6 +26,13 @@ CHUNK_ELEMENTS = 1 << 26
 """Logits held at once, in float32 elements (256 MiB)."""
 TOKEN_BUDGET = {"cpu": 1 << 12, "cuda": 1 << 14}
 """Tokens per forward of a block."""
+CHUNK_BYTES = 16 << 30
+"""Residual streams held at once."""
+
+
+def chunk_tokens(model: BlockwiseModel) -> int:
+    """Most tokens whose residual streams are held at once; the weights are read once for so many."""
+    return CHUNK_BYTES // (model.architecture.hidden_size * model.dtype.itemsize)
 
 
 @torch.no_grad()
@@ -83,9 +90,7 @@ def _through_blocks(
     sizes = [t.numel() for t in tokens]
     embedded = model.embed(used[None])[0]
     home = model.resting_place(embedded)
-    hidden = [
-        h.view(*t.shape, -1).to(home) for h, t in zip(embedded.split(sizes), tokens, strict=True)
-    ]
+    hidden = [h.view(*t.shape, -1).to(home) for h, t in zip(embedded.split(sizes), tokens, strict=True)]
     del embedded
     depths = [_padded([torch.tensor(row.depth) for row in group]) for group in groups]
     for index in range(model.n_blocks):

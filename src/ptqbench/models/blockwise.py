@@ -84,6 +84,11 @@ class BlockwiseModel:
         return BlockwiseModel(self.source, dtype or self.dtype, self.device, self._edit, basis)
 
     @property
+    def skeleton(self) -> PreTrainedModel:
+        """The whole model without weights (device meta), for what asks about its class and configuration alone."""
+        return self._skeleton
+
+    @property
     def n_blocks(self) -> int:
         """Number of decoder blocks."""
         return self.architecture.n_blocks
