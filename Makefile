@@ -1,4 +1,4 @@
-# make demo | test | docs | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
+# make demo | test | docs | torture | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
@@ -8,13 +8,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(C
 DEMO ?= demo
 DOCS ?= docs/_build
 PYTEST ?=
+MINUTES ?= 60
+SEED ?= 0
+WORKERS ?= 2
+ONLY ?=
+NUMBER ?=
+PROVE ?=
 
-.PHONY: demo test docs lint format clean help
+.PHONY: demo test docs torture lint format clean help
 
 help:
 	@echo "make demo     quantize the embedded model with every method, show the comparison, write a report"
 	@echo "make test     run the tests (PYTEST='-k gptq' passes options)"
 	@echo "make docs     build the documentation site into docs/_build (DOCS=FOLDER)"
+	@echo "make torture  kills, full disks, races, wrong requests (MINUTES=60 SEED=0 WORKERS=2 ONLY=kills,disk NUMBER=17 PROVE=1)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff format"
 	@echo "make clean    remove .venv, caches and the demo's results"
@@ -30,6 +37,10 @@ test: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs $(DOCS)
 	@echo "documentation: $(DOCS)/index.html"
+
+torture: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m torture --minutes $(MINUTES) --seed $(SEED) --workers $(WORKERS) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(NUMBER),--number $(NUMBER)) $(if $(PROVE),--prove)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

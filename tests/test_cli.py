@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, exit status, one line on standard error."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from ptqbench.cell.folders import conf_folder, group_names
-from ptqbench.errors import ConfigError
-from ptqbench.sweeps.compose import Composer, compose_cell, rewrite
+from ptqbench.cli import main
+from ptqbench.errors import CalibrationError, ConfigError, RunFailed
+from ptqbench.runs.places import write_output
+from ptqbench.sweeps.compose import Composer, compose_cell
 from ptqbench.sweeps.resolve import resolve
+from ptqbench.sweeps.words import rewrite
 
 
 def ptqbench(*arguments, cwd, timeout=300, **environment):
@@ -95,10 +99,43 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("words", "expected"), BAD, ids=[" ".join(words) for words, _ in BAD])
-def test_bad_requests_give_one_line_and_status_2(words, expected, tmp_path, monkeypatch, capfd):
-    from ptqbench.cli import main
+TOO_LONG = "a" * 500
+BAD += [
+    (["plan"], ["plan", "required: sweep"]),
+    (["plan", "demo", "--nosuch"], ["unrecognized arguments: --nosuch"]),
+    (["plan", "demo", "seed=["], ["seed=[", "quote"]),
+    (["plan", "demo", "foo"], ["expected key=value", "'foo'"]),
+    (["prefetch", "+method=rtn", "seed=["], ["seed=[", "quote"]),
+    (["gc", "--budget-gib", "nan"], ["--budget-gib", "'nan'"]),
+    (["gc", "--budget-gib", "inf"], ["--budget-gib"]),
+    (["gc", "--budget-gib", "-1"], ["--budget-gib"]),
+    (["report", "--output", ""], ["--output", "name of a file"]),
+    (["report", "--output", "/tmp"], ["--output", "a folder"]),
+    (["report", "--output", "/dev/null/x"], ["--output", "'/dev/null', which is a file"]),
+    (["table", "--output", TOO_LONG], ["--output", "too long"]),
+    (["table", "--picture", "x.nosuch"], ["--picture", ".png"]),
+    *[([*command, "--runs-dir", "nosuch"], ["--runs-dir", "no such folder 'nosuch'"])
+      for command in (["status"], ["table"], ["report"], ["sync"], ["gc", "--budget-gib", "1"])],
+    (["plan", "demo", "--runs-dir", ""], ["--runs-dir", "expected a folder"]),
+    (["prefetch", "demo", "--runs-dir", "/dev/null"], ["--runs-dir", "expected a folder"]),
+    (["+method=rtn", "execution.runs_dir="], ["execution.runs_dir"]),
+    (["+method=rtn", "--package", "nosuch", "--cfg", "job"], ["package 'nosuch' not found"]),
+    (["+method=rtn", "--package", "model"], ["--package", "--cfg"]),
+    (["+method=rtn", "metod=1", "--cfg", "job"], ["unknown key 'metod'", "did you mean 'method'"]),
+    (["+method=rtn", "--cfg", "jb"], ["--cfg", "job|hydra|all", "'jb'"]),
+    (["+method=rtn", "--config-dir", "nosuch"], ["nosuch", "not found"]),
+    (["+method=rtn", "seed=${nosuch}"], ["unknown key 'nosuch'"]),
+    (["+method=rtn", "seed=0,1"], ["seed=0,1: several values", "-m"]),
+    (["+method=rtn", "-m", "seed=range(0,1000000)"], ["more than 100,000 cells"]),
+    (["+method=rtn", "-m", "seed=interval(0,1)"], ["seed=interval(0,1)"]),
+    (["+method=rtn", "-m", "seed=["], ["seed=[", "quote"]),
+    (["+method=rtn", "model.path=/a=b"], ["\"model.path='/a=b'\""]),
+    (["+method=rtn", "hydra/launcher=basic"], ["launcher=local"]),
+]  # fmt: skip
 
+
+@pytest.mark.parametrize(("words", "expected"), BAD, ids=[" ".join(words)[:60] for words, _ in BAD])
+def test_bad_requests_give_one_line_and_status_2(words, expected, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     output = capfd.readouterr()
@@ -106,6 +143,112 @@ def test_bad_requests_give_one_line_and_status_2(words, expected, tmp_path, monk
     assert output.err.count("\n") == 1, output.err
     assert all(word in output.err for word in expected), output.err
     assert not (tmp_path / "runs").exists()
+
+
+WRONG = [
+    (OSError(28, "No space left on device", "runs/x"), 1, ["No space left on device (runs/x)", "free space"]),
+    (OSError(5, "Input/output error", "runs/x"), 1, ["Input/output error (runs/x)"]),
+    (PermissionError(13, "Permission denied", "runs"), 2, ["'runs' may not be read or written"]),
+    (NotADirectoryError(20, "Not a directory", "f/x"), 2, ["'f/x' lies below a file"]),
+    (MemoryError(), 1, ["out of memory"]),
+    (KeyError("x"), 1, ["defect", "KeyError: 'x'", "cli.py:"]),
+    (ValueError("two\nlines"), 1, ["two lines"]),
+    (RunFailed("it failed"), 1, ["it failed"]),
+    (ConfigError("wrong"), 2, ["wrong"]),
+    (CalibrationError("too short"), 2, ["too short"]),
+]
+
+
+@pytest.mark.parametrize("words", [["status"], ["+method=rtn"]], ids=["command", "cell"])
+@pytest.mark.parametrize(("error", "status", "expected"), WRONG, ids=[repr(error) for error, *_ in WRONG])
+def test_every_exception_is_one_line_with_the_right_status(
+    error, status, expected, words, tmp_path, monkeypatch, capfd
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ptqbench.results.terminal.print_status", fail)
+    monkeypatch.setattr("ptqbench.foreground.run_one", fail)
+    assert main(words) == status
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1, said
+    assert said.startswith("ptqbench: ")
+    assert all(word in said for word in expected), said
+
+
+def test_output_follows_links_and_writes_to_devices(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "page.html").write_text("old")
+    (tmp_path / "link.html").symlink_to("there/page.html")
+    assert main(["report", "--output", "link.html"]) == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert "<html" in (tmp_path / "there" / "page.html").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_output(str(tmp_path / "pipe"), "some text")
+    assert os.read(reader, 100) == b"some text"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(OSError, match="No space left"):
+        write_output("/dev/full", "some text")
+    assert not Path("/dev/full").is_file()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "utf-8"])
+def test_any_terminal_can_be_printed_to(encoding, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr("ptqbench.results.terminal.print_status", lambda *_: print("1 ± 2 … é 本 \udce9"))
+    assert main(["status"]) == 0
+    said = terminal.buffer.getvalue().decode(encoding)
+    assert said.startswith({"ascii": "1 +- 2 ... ", "iso-8859-1": "1 ± 2 ... é ", "utf-8": "1 ± 2 … é 本 "}[encoding])
+
+
+def test_a_full_output_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ptqbench", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
+
+
+def test_nothing_is_left_in_the_working_folder(checkpoint, tmp_path, monkeypatch, capfd):
+    """A cell and a multirun, of whatever outcome, write to the runs folder alone, and need no working folder to write to."""
+    words = [*small_cell(checkpoint(), "bitwidth=w8"), f"execution.runs_dir={tmp_path / 'runs'}", "launcher=inline"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["+method=rtn", *words]) == 0
+    assert main(["+method=fp16,rtn", "bitwidth=fp16", *words, "-m"]) == 0
+    assert main(["+method=rtn", *words, "seed=a,b", "-m"]) == 1
+    assert main(["status", "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert list((tmp_path / "empty").iterdir()) == []
+    monkeypatch.chdir("/proc")  # where nobody can write
+    capfd.readouterr()
+    assert main(["+method=rtn", *words]) == 0
+    assert main(["+method=rtn", *words, "seed=0,1", "-m"]) == 0
+    assert "already done" in capfd.readouterr().out
+
+
+def test_values_of_a_multirun_arrive_as_they_are(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x=1", "it's"):
+        (tmp_path / name).mkdir()
+    paths = ",".join(f'"{tmp_path / name}"' for name in ("x=1", "it's"))
+    assert main(["+method=rtn", "model=local", f"model.path={paths}", "-m"]) == 1
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("failed +method")]
+    for name, line in zip(("x=1", "it's"), said, strict=True):
+        assert f"model folder {tmp_path / name} has no config.json" in line
+
+
+def test_runs_dir_of_any_name(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "demo", "--runs-dir", "é = ${x}, #1 [it's]"]) == 0
+    assert "15 pending" in capfd.readouterr().out
 
 
 def damage(folder, how):

@@ -1,13 +1,17 @@
 """One cell from its folder, with no Hydra; attempts and their records."""
 
+import contextlib
 import json
+import logging
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from ptqbench.errors import RunFailed
+from ptqbench.errors import CellBusy, ConfigError, RunFailed
+from ptqbench.run import run_folder
 from ptqbench.runs import attempt as attempt_module
 from ptqbench.runs import folder as store
 from ptqbench.runs.attempt import Silent, attempt
@@ -123,3 +127,69 @@ def test_products_on_a_gpu_are_asked_for_in_a_fixed_order(tmp_path, monkeypatch,
     folder = make(tmp_path)
     done = subprocess.run([sys.executable, "-c", SHOWN, str(folder.path)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{expected} True"
+
+
+def test_a_missing_gpu_is_said_before_there_is_a_run_folder(tmp_path, monkeypatch):
+    from ptqbench import foreground
+    from ptqbench.launch import dispatch
+    from ptqbench.sweeps.compose import resolved
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["+method=gptq", *SMALL, f"execution.runs_dir={tmp_path}/runs", "execution.device=cuda"]
+    with pytest.raises(ConfigError, match="expected a GPU on this machine"):
+        foreground.run_one(compose_cell(words))
+    with pytest.raises(ConfigError, match="expected a GPU on this machine"):
+        dispatch.launch(resolved([("cell", [*words, "launcher=inline"])]))
+    assert not (tmp_path / "runs").exists()
+    folder = store.create(compose_cell(words))  # as where a job is queued, to run on another machine
+    with pytest.raises(RunFailed, match="expected a GPU on this machine"):
+        run_folder(folder)
+    assert folder.failure()["kind"] == "config"
+def lose_a_signal(then):
+    """What safetensors does now and then: the exception of a signal is lost, and something else follows."""
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    then()
+
+
+@pytest.mark.parametrize("follows", ["an error", "the next step"])
+def test_whatever_follows_a_signal_is_an_interruption(tmp_path, follows):
+    folder = make(tmp_path)
+    with pytest.raises(KeyboardInterrupt), attempt(folder, Silent()) as current:
+        lose_a_signal(current.advance if follows == "the next step" else lambda: int("UntypedStorage"))
+    assert folder.state() == store.INTERRUPTED
+    assert not folder.failure_path.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_holder_that_was_taken_over_ends_without_a_result_or_a_failure(tmp_path, monkeypatch):
+    from ptqbench import run
+
+    folder = make(tmp_path)
+
+    def lose_the_lease(current):
+        store.write_json(folder.lease_path, {"token": "successor"})
+        current.advance()
+
+    def overtaken(spec, folder, observer):
+        store.write_json(folder.lease_path, {"token": "successor"})
+        return {"run_id": folder.run_id, "bits": {"packed_bytes": 0}}
+
+    monkeypatch.setattr(run, "_work", overtaken)
+    with pytest.raises(CellBusy, match="taken over"):
+        run.run_cell(folder.read_spec(), folder)
+    folder.lease_path.unlink()
+    with lease(folder) as held, pytest.raises(CellBusy), attempt(folder, Silent(), held) as current:
+        lose_the_lease(current)
+    assert json.loads(folder.lease_path.read_text()) == {"token": "successor"}
+    assert not folder.result_path.exists()
+    assert not folder.failure_path.exists()
+
+
+def test_a_log_that_cannot_be_written_costs_its_lines_only(tmp_path, capsys):
+    folder = make(tmp_path)
+    with attempt(folder, Silent()) as current:
+        (handler,) = [h for h in logging.getLogger().handlers if isinstance(h, attempt_module._Log)]
+        handler.setStream(open("/dev/full", "w"))  # noqa: SIM115 - closed by the handler
+        current.stage("quantize", 1)
+    assert capsys.readouterr().err == ""

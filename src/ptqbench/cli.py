@@ -10,15 +10,16 @@ import codecs
 import contextlib
 import dataclasses
 import gc
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ptqbench import __version__
 from ptqbench.errors import ConfigError
+from ptqbench.runs.places import existing_runs_folder, gib, output_file, picture_file, runs_folder
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
     _print_anything()
     try:
         status = _dispatch(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:  # whoever read the output has seen enough
         _discard_output()
         return 0
@@ -91,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _print_anything() -> None:
     """Let every character be printed: one that the terminal's encoding lacks is written in ASCII instead of raising."""
-    plain = {"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "≤": "<=", "≥": ">=", "→": "->", "µ": "u"}
+    plain = dict(zip("±×–—−…≤≥→↓↑µ", ["+-", "x", "-", "-", "-", "...", "<=", ">=", "->", "v", "^", "u"], strict=True))
 
     def written(error: UnicodeError) -> tuple[str | bytes, int]:
         if not isinstance(error, UnicodeEncodeError):
@@ -107,7 +108,7 @@ def _print_anything() -> None:
 def _discard_output() -> None:
     """Drop what standard output could not take, else Python tries again at exit and says so."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -119,63 +120,18 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog.rpartition(' ')[2]}: {message}; see {self.prog} --help")
 
 
-def _output_file(name: str) -> str:
-    """Check the name of a file to be written, before any work is done for it."""
-    path = Path(name)
-    try:
-        if not name or path.is_dir() or name.endswith("/"):
-            raise argparse.ArgumentTypeError(f"expected the name of a file, got {name!r}" + " (a folder)" * bool(name))
-        above = next(folder for folder in path.absolute().parents if folder.exists())
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{name[:60]!r}: {error.strerror}") from None
-    if not above.is_dir():
-        raise argparse.ArgumentTypeError(f"{name!r} lies below {str(above)!r}, which is a file")
-    return name
-
-
-def _runs_dir(name: str) -> str:
-    """Check the name of a folder of run folders."""
-    if not name:
-        raise argparse.ArgumentTypeError("expected a folder, got ''")
-    try:
-        if Path(name).exists() and not Path(name).is_dir():
-            raise argparse.ArgumentTypeError(f"expected a folder, got the file {name!r}")
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{name[:60]!r}: {error.strerror}") from None
-    return name
-
-
-def _existing_runs_dir(name: str) -> str:
-    if not Path(_runs_dir(name)).is_dir():
-        raise argparse.ArgumentTypeError(f"no such folder {name!r} (looked in {Path.cwd()})")
-    return name
-
-
-def _gib(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected GiB, a number of at least 0, got {text!r}")
-
-
 def _plan(options: argparse.Namespace) -> int:
-    from ptqbench.launch.report import print_plan
+    from ptqbench.launch.summary import print_plan
     from ptqbench.sweeps.plan import plan
 
     print_plan(plan(_cells(options)), every_cell=not options.groups)
     return 0
 
 
-def _sweep(options: argparse.Namespace) -> int:
+def _sweep(options: argparse.Namespace, only_failed: bool = False) -> int:
     from ptqbench.launch.dispatch import launch
 
-    return launch(_cells(options), wait=options.wait)
-
-
-def _retry(options: argparse.Namespace) -> int:
-    from ptqbench.launch.dispatch import launch
-
-    return launch(_cells(options), wait=options.wait, only_failed=True)
+    return launch(_cells(options), wait=options.wait, only_failed=only_failed)
 
 
 def _cancel(options: argparse.Namespace) -> int:
@@ -221,11 +177,11 @@ def _uncollected() -> Iterator[None]:
 
 def _report(options: argparse.Namespace) -> int:
     from ptqbench.results.report_page import report_page
-    from ptqbench.runs.folder import write_text
+    from ptqbench.runs.places import write_output
 
     sources, title, columns = _table_sources(options)
     command = [] if options.sweep is None else [options.sweep, *options.overrides]
-    write_text(Path(options.output), report_page(sources, title, columns, command))
+    write_output(options.output, report_page(sources, title, columns, command))
     print(f"report: {options.output}")
     return 0
 
@@ -332,7 +288,7 @@ class Command:
     about: str
     sweep: str = ""
     options: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
-    runs_dir: Callable[[str], str] = _runs_dir
+    runs_dir: Callable[[str], str] = runs_folder
 
 
 _WAIT = _option("--wait", action="store_true", help="with SLURM: stay until every cell is done")
@@ -344,26 +300,28 @@ COMMANDS = {
         (_option("--groups", action="store_true", help="only the sums per resource group"),),
     ),
     "sweep": Command(_sweep, "run (or submit) the cells of a sweep file that are not done yet", "SWEEP", (_WAIT,)),
-    "retry": Command(_retry, "run the failed cells again; with twice the memory where that was short", "SWEEP", (_WAIT,)),
+    "retry": Command(
+        partial(_sweep, only_failed=True), "run the failed cells again; twice the memory where that was short", "SWEEP", (_WAIT,),
+    ),
     "cancel": Command(_cancel, "stop what runs or waits", "SWEEP"),
     "status": Command(
         _status, "state of every cell, from the run folders and the queue", "[SWEEP]",
-        (_option("--all", action="store_true", help="list finished and pending cells too"),), _existing_runs_dir,
+        (_option("--all", action="store_true", help="list finished and pending cells too"),), existing_runs_folder,
     ),
     "table": Command(
         _table, "comparison table of finished cells", "[SWEEP]",
         (
             _option("--format", choices=_STYLES, help="default: terminal, or by the suffix of --output"),
-            _option("--output", metavar="FILE", type=_output_file, help="write a .md, .tex, .html or .csv file"),
+            _option("--output", metavar="FILE", type=output_file, help="write a .md, .tex, .html or .csv file"),
             _option("--check", action="store_true", help="the papers' figures beside ours, and whether they compare"),
-            _option("--picture", metavar="FILE", type=_output_file, help="also draw the figures to a PNG or PDF file"),
+            _option("--picture", metavar="FILE", type=picture_file, help="also draw the figures to a PNG or PDF file"),
             _option("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders"),
-        ), _existing_runs_dir,
+        ), existing_runs_folder,
     ),
     "report": Command(
         _report, "one HTML page with table, plots, cost and provenance", "[SWEEP]",
-        (_option("--output", metavar="FILE", type=_output_file, default="report.html", help="the page (default: report.html)"),),
-        _existing_runs_dir,
+        (_option("--output", metavar="FILE", type=output_file, default="report.html", help="the page (default: report.html)"),),
+        existing_runs_folder,
     ),
     "sync": Command(
         _sync, "upload finished cells to Weights & Biases", "[SWEEP]",
@@ -371,7 +329,7 @@ COMMANDS = {
             _option("--offline", action="store_true", help="write W&B's own files instead, for `wandb sync`"),
             _option("--project", help="W&B project (default: that of each cell, ptqbench)"),
             _option("--entity", help="W&B user or team (default: that of each cell, else the account's)"),
-        ), _existing_runs_dir,
+        ), existing_runs_folder,
     ),
     "prefetch": Command(
         _prefetch, "load models and data on a node with network", "",
@@ -379,7 +337,7 @@ COMMANDS = {
     ),
     "gc": Command(
         _gc, "remove shared artefacts that were not used for longest; results stay", "",
-        (_option("--budget-gib", type=_gib, required=True, help="what may stay, GiB"),), _existing_runs_dir,
+        (_option("--budget-gib", type=gib, required=True, help="what may stay, GiB"),), existing_runs_folder,
     ),
     "doctor": Command(_doctor, "what is installed and where things are looked for"),
 }  # fmt: skip
@@ -392,7 +350,9 @@ def _run(name: str, arguments: list[str]) -> int:
     if command.sweep:
         optional = "?" if command.sweep.startswith("[") else None
         parser.add_argument("sweep", nargs=optional, help="name of a shipped sweep, or a YAML file")
-        parser.add_argument("overrides", nargs="*", default=[], help="overrides for every cell, e.g. seed=1 execution.threads=1")
+        parser.add_argument(
+            "overrides", nargs="*", default=[], help="overrides for every cell, e.g. seed=1 execution.threads=1"
+        )
     for names, settings in command.options:
         parser.add_argument(*names, **settings)
     parser.add_argument("--runs-dir", type=command.runs_dir, help="folder of run folders (default: runs)")

@@ -5,6 +5,11 @@ Every message is one line and says what was expected, what was given, where, and
 begun is also recorded in that run's ``failure.json``.
 """
 
+from __future__ import annotations
+
+import errno
+from typing import Self
+
 
 class PtqbenchError(Exception):
     """Base class of every error that ptqbench raises on purpose."""
@@ -30,6 +35,21 @@ class DataNotHereError(NotHereError):
         """
         super().__init__(message)
         self.repository = repository
+
+
+class StorageError(PtqbenchError):
+    """A file or folder cannot be read or written now: no permission, a full disk, a failing file system. It is not damaged."""
+
+    @classmethod
+    def of(cls, error: OSError, what: str) -> Self:
+        """Say one line about an error of the system.
+
+        Args:
+            error: As the system raised it.
+            what: The beginning of the line: which file, and what could not be done with it.
+        """
+        advice = "; ask its owner for access" if error.errno in (errno.EACCES, errno.EPERM) else ""
+        return cls(f"{what}: {error.strerror or error}{advice}")
 
 
 class UnsupportedError(PtqbenchError):

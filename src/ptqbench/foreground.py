@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ptqbench.cell import labels
 from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import CellBusy, ConfigError
 from ptqbench.runs.folder import create, folder_of
-from ptqbench.sweeps.cells import cell_name
 from ptqbench.sweeps.resolve import skip_reason
 
 
@@ -61,24 +61,25 @@ def run_one(spec: RunSpec) -> int:
         Exit status 0; also where another process works on the cell.
 
     Raises:
-        ConfigError: The combination makes no sense.
+        ConfigError: The combination makes no sense, or there is no GPU for it.
         RunFailed: The cell failed.
     """
     from ptqbench.results.terminal import result_table
 
-    console, errors, name = Console(), Console(stderr=True), cell_name(spec)
+    console, errors, name = Console(), Console(stderr=True), labels.name(spec)
     reason = skip_reason(spec)
     if reason is not None:
         raise ConfigError(f"this combination is skipped: {reason}")
     folder, state = folder_of(spec), "already done"
     result = folder.result()
     if result is None:
+        from ptqbench.run import device_of, run_cell
+
+        device_of(spec)
         state, folder = "done", create(spec, folder)
         folder.cancel_path.unlink(missing_ok=True)
         try:
             with Bar(errors, name, spec.execution.progress and errors.is_terminal) as bar:
-                from ptqbench.run import run_cell
-
                 result = run_cell(spec, folder, bar)
         except CellBusy as busy:
             console.print(str(busy), soft_wrap=True, highlight=False, markup=False)

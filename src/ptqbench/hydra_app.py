@@ -1,6 +1,7 @@
-"""Command lines that are Hydra's: one cell, a multirun, or what Hydra itself shows. It parses and composes; then it is done.
+"""Command lines in Hydra's grammar: one cell, a multirun, or Hydra's own ``--cfg`` and ``--info``.
 
-No cell runs inside Hydra, so that its handling of errors, its folders and its logs have no part in one.
+Hydra parses and composes, and returns. Cells run afterwards, so that Hydra's folders, logs and handling of errors have no part in
+them.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from ptqbench.cell.folders import conf_folder
 from ptqbench.errors import ConfigError
-from ptqbench.sweeps.compose import Composer, resolved
+from ptqbench.sweeps.compose import Composer, named, resolved
 from ptqbench.sweeps.files import MOST_CELLS
 from ptqbench.sweeps.hydra_compose import refusal
-from ptqbench.sweeps.resolve import resolve
 from ptqbench.sweeps.words import check_request, rewrite, split
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run_hydra(arguments: list[str]) -> int:
     if asked.configs:
         from ptqbench.foreground import run_one
 
-        return run_one(resolve(asked.configs[0]))
+        return run_one(named(asked.configs[0]))
     return 0
 
 
@@ -82,7 +82,9 @@ def _ask(arguments: list[str], words: list[str]) -> _Asked:
             task()
     except SystemExit as stop:
         if stop.code:
-            raise ConfigError((said.getvalue().strip().splitlines() or ["Hydra refused the command line"])[-1]) from None
+            raise ConfigError(
+                (said.getvalue().strip().splitlines() or ["Hydra refused the command line"])[-1]
+            ) from None
     except Exception as error:
         raise refusal(error, words) from None
     finally:
@@ -102,9 +104,8 @@ def note_multirun(overrides: Iterable[Override], compose: Compose) -> None:
         ConfigError: More cells than are taken.
     """
     values = {override.get_key_element(): _values(override) for override in overrides}
-    count = math.prod(map(len, values.values()))
-    if count > MOST_CELLS:
-        raise ConfigError(f"the command line asks for {count:,} cells, at most {MOST_CELLS:,} are taken")
+    if math.prod(map(len, values.values())) > MOST_CELLS:
+        raise ConfigError(f"the command line asks for more than {MOST_CELLS:,} cells, which is the most that are taken")
     pairs = [[f"{key}={value}" for value in choices] for key, choices in values.items()]
     _asked.jobs, _asked.compose = [list(job) for job in itertools.product(*pairs)], compose
 
@@ -113,7 +114,9 @@ def _values(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     if not override.is_discrete_sweep():
-        raise ConfigError(f"{override.input_line}: expected values that can be listed, such as seed=0,1,2 or seed=range(3)")
+        raise ConfigError(
+            f"{override.input_line}: expected values that can be listed, such as seed=0,1,2 or seed=range(3)"
+        )
     found = list(itertools.islice(override.sweep_string_iterator(), MOST_CELLS + 1))
     if not found:
         raise ConfigError(f"{override.input_line}: no values, so no cells")

@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import FORMAT, identity_fields
 from ptqbench.cell.registry import create
 from ptqbench.cell.spec import UNTOUCHED_BITS, CalibrationSpec, RunSpec
-from ptqbench.errors import CellBusy, PtqbenchError
+from ptqbench.errors import CellBusy, ConfigError, PtqbenchError, RunFailed
 from ptqbench.runs.artefacts import FOLDER, Artefacts
 from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
-from ptqbench.runs.folder import RunFolder, replacing, write_json
-from ptqbench.runs.lease import lease
+from ptqbench.runs.folder import RunFolder, read_json, replacing, write_json
+from ptqbench.runs.lease import Lease, lease
 from ptqbench.sweeps.pins import check_unchanged
 from ptqbench.tracking.guard import followed
 
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from ptqbench.engine.bases import Shelf
     from ptqbench.engine.blocks_on_disk import BlockState
     from ptqbench.engine.timings import Timings
+    from ptqbench.evaluate.cell import Ready
     from ptqbench.methods.precision import Precision
+    from ptqbench.methods.transform import Transform
     from ptqbench.models.blockwise import BlockwiseModel
 
 KEEP_CODES_BELOW_BYTES = 64 << 20
@@ -50,13 +53,14 @@ def run_cell(spec: RunSpec, folder: RunFolder, shown: Observer | None = None) ->
     Raises:
         RunFailed: The cell failed; see ``failure.json``.
         CellBusy: Another living process works on the cell.
+        StorageError: The run folder cannot be read or written.
     """
     done = folder.result()
     if done is not None:
         return done
-    with lease(folder):
+    with lease(folder) as held:
         done = folder.result()  # perhaps finished by the previous holder between the first look and the lease
-        return done if done is not None else _attempt(spec, folder, shown or Silent())
+        return done if done is not None else _attempt(spec, folder, shown or Silent(), held)
 
 
 def run_folder(folder: RunFolder) -> dict[str, Any]:
@@ -72,47 +76,38 @@ def run_folder(folder: RunFolder) -> dict[str, Any]:
         PtqbenchError: As :func:`run_cell`; an unreadable or foreign ``spec.json`` is recorded in ``failure.json`` too.
     """
     try:
-        spec = folder.read_spec()
-    except PtqbenchError as error:
-        if folder.spec_path.exists():  # else there is no cell whose failure could be recorded
-            record_failure(folder, error)
+        return run_cell(folder.read_spec(), folder)
+    except (CellBusy, RunFailed):  # nothing is wrong; recorded by the attempt
         raise
-    return run_cell(spec, folder)
+    except PtqbenchError as error:
+        with contextlib.suppress(OSError):
+            if folder.spec_path.exists():  # else there is no cell whose failure could be recorded
+                record_failure(folder, error)
+        raise
 
 
-def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer) -> dict[str, Any]:
-    with followed(spec, folder), attempt(folder, shown) as current:
+def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer, held: Lease) -> dict[str, Any]:
+    with followed(spec, folder), attempt(folder, shown, held) as current:
         check_unchanged(spec)
         result = _work(spec, folder, current)
-        write_json(folder.result_path, result)
+        with held.confirmed():
+            write_json(folder.result_path, result)
         _drop_codes(spec, folder, result["bits"]["packed_bytes"])
     return result
 
 
 def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any]:
-    from ptqbench.data.tokenizer import load_tokenizer
-    from ptqbench.engine.blocks_on_disk import BlockState
-    from ptqbench.engine.timings import Timings
-    from ptqbench.evaluate.cell import prepared_tasks
-    from ptqbench.models.source import locate
-
     observer.stage("load", 1)
     _configure(spec)
-    source = locate(spec.model)
-    tokenizer = load_tokenizer(source.folder)
-    model = _open(spec, source)
-    timings, state = Timings(), BlockState(folder.state_path, folder.run_id)
-    transform = create("transform", spec.method.transform)
-    precision = transform.precision(spec, model.architecture)
-    calibration = _Calibration(spec, model, tokenizer)
-    tasks = prepared_tasks(spec.evaluation, folder, tokenizer)
+    cell = _Work.begin(spec, folder, observer)
+    if spec.calibrates:
+        cell = cell.transformed()
     if spec.quantizes:
-        model = _transformed(spec, model, transform, calibration, folder, timings, observer)
-        _quantize(spec, model, precision, calibration, state, timings, observer)
-    metrics = _evaluate(spec, folder, model, tokenizer, tasks, state, timings, observer)
-    result = _result(spec, folder, model, metrics, _record_layers(spec, folder, state, model, precision), timings)
-    _check_still(spec, folder, calibration.artefacts)
-    return result | {"tokenizer": type(tokenizer).__name__, "shared": calibration.artefacts.account()}
+        cell.quantize()
+    metrics = cell.evaluate()
+    result = cell.result(metrics, cell.bits())
+    _check_still(spec, folder, cell.calibration.artefacts)
+    return result
 
 
 def _check_still(spec: RunSpec, folder: RunFolder, artefacts: Artefacts) -> None:
@@ -139,14 +134,29 @@ def _configure(spec: RunSpec) -> None:
     forbid_fused(spec.execution.column_loop == "plain")
 
 
+def device_of(spec: RunSpec) -> torch.device:
+    """The device on which a cell runs on this machine.
+
+    Raises:
+        ConfigError: It is to run on a GPU, and there is none.
+    """
+    import torch
+
+    device, found = spec.execution.device, torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ConfigError(
+            "execution.device=cuda: expected a GPU on this machine, torch finds none; say execution.device=cpu, or run the cell "
+            "where there is one"
+        )
+    return torch.device(device if device != "auto" else "cuda" if found else "cpu")
+
+
 def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
     import torch
 
     from ptqbench.models.blockwise import BlockwiseModel
     from ptqbench.models.outliers import outlier_channels, rescale_block
 
-    device = spec.execution.device
-    device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     width = int(source.config["hidden_size"])
     channels = outlier_channels(width, spec.model.outlier_channels)
 
@@ -154,7 +164,7 @@ def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
         return rescale_block(tensors, width, channels, spec.model.outlier_factor)
 
     dtype: torch.dtype = getattr(torch, spec.model.dtype)
-    return BlockwiseModel(source, dtype, torch.device(device), with_outliers if channels else None)
+    return BlockwiseModel(source, dtype, device_of(spec), with_outliers if channels else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,126 +212,171 @@ class _Calibration:
         return Artefacts(Path(execution.runs_dir) / FOLDER, int(execution.artefacts_gib * 2**30))
 
 
-def _transformed(
-    spec: RunSpec,
-    model: BlockwiseModel,
-    transform: Any,
-    calibration: _Calibration,
-    folder: RunFolder,
-    timings: Timings,
-    observer: Observer,
-) -> BlockwiseModel:
-    """Open the model in the basis of the cell's transform, once what that needs is computed, learned or read."""
-    from ptqbench.engine.rotations import prepare
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A cell being worked on.
 
-    draw, shelf = calibration.windows, calibration.shelf
-    with timings.measure("bases_s"):
-        bases = prepare(transform, model, draw, spec, folder.state_path, folder.run_id, observer, shelf)
-    return model.reopened(transform.basis(spec, model.architecture, bases))
+    Attributes:
+        spec: The cell.
+        folder: Its run folder.
+        observer: Shown the progress.
+        model: The checkpoint; `transformed` opens it in the basis of the cell.
+        tokenizer: Its tokenizer.
+        calibration: The calibration text, and what cells share about it.
+        transform: The member that says in which basis the model is quantized.
+        precision: The grids.
+        timings: Where the time goes.
+        state: The finished blocks.
+        ready: Texts and tasks of the evaluation, loaded before the first block.
+    """
 
+    spec: RunSpec
+    folder: RunFolder
+    observer: Observer
+    model: BlockwiseModel
+    tokenizer: Any
+    calibration: _Calibration
+    transform: Transform
+    precision: Precision
+    timings: Timings
+    state: BlockState
+    ready: Ready
 
-def _quantize(
-    spec: RunSpec,
-    model: BlockwiseModel,
-    precision: Precision,
-    calibration: _Calibration,
-    state: BlockState,
-    timings: Timings,
-    observer: Observer,
-) -> None:
-    from ptqbench.engine.pipeline import Method, quantize
+    @classmethod
+    def begin(cls, spec: RunSpec, folder: RunFolder, observer: Observer) -> _Work:
+        """Open the checkpoint and its tokenizer, and load what is to be measured."""
+        from ptqbench.data.tokenizer import load_tokenizer
+        from ptqbench.engine.blocks_on_disk import BlockState
+        from ptqbench.engine.timings import Timings
+        from ptqbench.evaluate.cell import load
+        from ptqbench.models.source import locate
 
-    roles = {role: create(role, getattr(spec.method, role)) for role in ("target", "solver", "refine")}
-    method = Method(
-        **roles,
-        grid=lambda stage, in_features: precision.weight_grid(stage),
-        true_sequential=spec.method.true_sequential,
-        during_calibration=spec.method.activation.during_calibration,
-    )
-    with timings.measure("windows_s"):
-        windows = calibration.windows()
-    observer.stage("quantize", model.n_blocks)
-    quantize(model, method, windows, state, timings, lambda index: observer.advance())
+        source = locate(spec.model)
+        tokenizer = load_tokenizer(source.folder)
+        model = _open(spec, source)
+        transform: Transform = create("transform", spec.method.transform)
+        return cls(
+            spec=spec,
+            folder=folder,
+            observer=observer,
+            model=model,
+            tokenizer=tokenizer,
+            calibration=_Calibration(spec, model, tokenizer),
+            transform=transform,
+            precision=transform.precision(spec, model.architecture),
+            timings=Timings(),
+            state=BlockState(folder.state_path, folder.run_id),
+            ready=load(spec.evaluation, folder, tokenizer, model.architecture.vocab_size),
+        )
 
+    def transformed(self) -> _Work:
+        """Open the model in the basis of the cell's transform, once what that needs is computed, learned or read."""
+        from ptqbench.engine.bases import recorded_facts
+        from ptqbench.engine.rotations import Preparation
 
-def _evaluate(
-    spec: RunSpec,
-    folder: RunFolder,
-    model: BlockwiseModel,
-    tokenizer: Any,
-    tasks: Any,
-    state: BlockState,
-    timings: Timings,
-    observer: Observer,
-) -> dict[str, Any]:
-    from ptqbench.evaluate.cell import CellEvaluation
+        preparation = Preparation(
+            self.model, self.spec, self.folder.state_path, self.folder.run_id, self.observer, self.calibration
+        )
+        with self.timings.measure("bases_s"):
+            bases = preparation.of(self.transform)
+        said = {} if bases is None else recorded_facts(bases)
+        if said:
+            write_json(self.folder.bases_path, said)
+        basis = self.transform.basis(self.spec, self.model.architecture, bases)
+        return dataclasses.replace(self, model=self.model.reopened(basis))
 
-    overlay = state.overlay if spec.bitwidth.w_bits < UNTOUCHED_BITS else None
-    return CellEvaluation(spec.evaluation, folder, model, overlay, tokenizer, observer, timings.measure, tasks).run()
+    def quantize(self) -> None:
+        """Round every linear, block by block; finished blocks go to ``state``."""
+        from ptqbench.engine.pipeline import Method, quantize
 
+        asked = self.spec.method
+        method = Method(
+            target=create("target", asked.target),
+            solver=create("solver", asked.solver),
+            refine=create("refine", asked.refine),
+            grid=lambda stage, in_features: self.precision.weight_grid(stage),
+            true_sequential=asked.true_sequential,
+            during_calibration=asked.activation.during_calibration,
+        )
+        with self.timings.measure("windows_s"):
+            windows = self.calibration.windows()
+        self.observer.stage("quantize", self.model.n_blocks)
+        quantize(self.model, method, windows, self.state, self.timings, lambda index: self.observer.advance())
 
-def _record_layers(
-    spec: RunSpec, folder: RunFolder, state: BlockState, model: BlockwiseModel, precision: Precision
-) -> dict[str, Any]:
-    """Write ``layers.parquet`` and account for the bits that are really stored."""
-    bits: dict[str, Any] = dataclasses.asdict(precision.storage_bits())
-    bits["packed_bytes"] = round(bits["effective_w_bits"] * model.architecture.linear_params / 8)
-    cached = model.architecture.n_blocks * model.architecture.kv_dim
-    bits["kv_bytes_per_token"] = cached * (bits["k_bits"] + bits["v_bits"]) / 8
-    if not spec.quantizes:
-        return bits
-    import pyarrow
-    import pyarrow.parquet
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the model with the stored weights; returns the metrics by column name."""
+        from ptqbench.evaluate.cell import CellEvaluation
 
-    with replacing(folder.layers_path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(state.reports(model.n_blocks)), temporary)
-    return bits | {"codes_digest": state.codes_digest(model.n_blocks)}
+        overlay = self.state.overlay if self.spec.bitwidth.w_bits < UNTOUCHED_BITS else None
+        measured = (self.model, overlay, self.tokenizer, self.observer, self.timings.measure, self.ready)
+        return CellEvaluation(self.spec.evaluation, self.folder, *measured).run()
 
+    def bits(self) -> dict[str, Any]:
+        """Account for the bits that are really stored, and write ``layers.parquet``."""
+        shape = self.model.architecture
+        bits: dict[str, Any] = dataclasses.asdict(self.precision.storage_bits())
+        bits["packed_bytes"] = round(bits["effective_w_bits"] * shape.linear_params / 8)
+        bits["kv_bytes_per_token"] = shape.n_blocks * shape.kv_dim * (bits["k_bits"] + bits["v_bits"]) / 8
+        if not self.spec.quantizes:
+            return bits
+        self._record_layers()
+        return bits | {"codes_digest": self.state.codes_digest(self.model.n_blocks)}
 
-def _result(
-    spec: RunSpec,
-    folder: RunFolder,
-    model: BlockwiseModel,
-    metrics: dict[str, Any],
-    bits: dict[str, Any],
-    timings: Timings,
-) -> dict[str, Any]:
-    from ptqbench.engine.cost import work
-    from ptqbench.evaluate.cell import averages
-    from ptqbench.numerics.fused_columns import engine_on
-    from ptqbench.runs import provenance
+    def _record_layers(self) -> None:
+        import pyarrow
+        import pyarrow.parquet
 
-    tokens = {label: metrics[f"{label}/perplexity"]["n_tokens"] for label in spec.evaluation.texts}
-    done = work(spec, model.architecture, tokens)
+        from ptqbench.engine.bases import left_at_identity
 
-    return {
-        "format": FORMAT,
-        "run_id": folder.run_id,
-        "model": spec.model.name,
-        "method": spec.method.name,
-        "bitwidth": spec.bitwidth.name,
-        "seed": spec.seed,
-        "metrics": metrics,
-        "averages": averages(spec.evaluation.tasks, metrics),
-        "bits": bits,
-        "timings": {name: round(seconds, 4) for name, seconds in timings.seconds.items()},
-        "flop": done.flop,
-        "n_tokens": done.n_tokens,
-        "column_loop": engine_on(model.device),
-        "peak_host_gib": round(provenance.peak_host_gib(), 4),
-        "peak_gpu_gib": provenance.peak_gpu_gib(),
-        "attempts": len(folder.attempts),
-    }
+        said = read_json(self.folder.bases_path) or {}
+        rows = self.state.reports(self.model.n_blocks)
+        for row in rows:
+            remarks = [row["degenerate"], left_at_identity(said, row["block"]).get(row["linear"])]
+            row["degenerate"] = "; ".join(remark for remark in remarks if remark) or None
+        schema = pyarrow.Table.from_pylist(rows).schema
+        column = schema.get_field_index("degenerate")  # text, also where no linear has a remark
+        schema = schema.set(column, pyarrow.field("degenerate", pyarrow.string())) if rows else schema
+        with replacing(self.folder.layers_path) as temporary:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary)
+
+    def result(self, metrics: dict[str, Any], bits: dict[str, Any]) -> dict[str, Any]:
+        """Put together what ``result.json`` holds."""
+        from ptqbench.engine.cost import work
+        from ptqbench.evaluate.cell import averages
+        from ptqbench.numerics.fused_columns import engine_on
+        from ptqbench.runs import provenance
+
+        spec = self.spec
+        tokens = {label: metrics[f"{label}/perplexity"]["n_tokens"] for label in spec.evaluation.texts}
+        done = work(spec, self.model.architecture, tokens)
+        return {
+            "format": FORMAT,
+            "run_id": self.folder.run_id,
+            "model": labels.model(spec),
+            "method": labels.method(spec),
+            "bitwidth": labels.bitwidth(spec),
+            "seed": spec.seed,
+            "metrics": metrics,
+            "averages": averages(spec.evaluation.tasks, metrics),
+            "bits": bits,
+            "timings": {name: round(seconds, 4) for name, seconds in self.timings.seconds.items()},
+            "flop": done.flop,
+            "n_tokens": done.n_tokens,
+            "column_loop": engine_on(self.model.device),
+            "peak_host_gib": round(provenance.peak_host_gib(), 4),
+            "peak_gpu_gib": provenance.peak_gpu_gib(),
+            "attempts": len(self.folder.attempts),
+            "remarks": self.model.source.remarks,
+            "tokenizer": type(self.tokenizer).__name__,
+            "shared": self.calibration.artefacts.account(),
+        }
 
 
 def _drop_codes(spec: RunSpec, folder: RunFolder, packed_bytes: int) -> None:
     """Remove finished blocks unless they are to be kept; after the result is written, so that a kill costs no work."""
     keep = spec.execution.keep_codes
     if keep is False or (keep is None and packed_bytes > KEEP_CODES_BELOW_BYTES):
-        for path in folder.state_path.glob("*.safetensors"):
-            path.unlink()
-        with contextlib.suppress(OSError):
-            folder.state_path.rmdir()
+        shutil.rmtree(folder.state_path, ignore_errors=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -349,7 +404,7 @@ def main(arguments: list[str]) -> int:
         return 0
     except PtqbenchError as error:
         print(f"ptqbench: {error}", file=sys.stderr)
-        return 1 if folder.failure_path.exists() else 2
+        return 1 if os.path.exists(folder.failure_path) else 2
     except KeyboardInterrupt:
         return 130
     for name, metric in result["metrics"].items():

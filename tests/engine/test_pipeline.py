@@ -174,3 +174,21 @@ def test_failed_factorisation_names_block_and_linears(checkpoint, tmp_path):
     settings = dataclasses.replace(method(), solver=Gptq(damping=0.0))
     with pytest.raises(NumericalError, match=r"block 0, q_proj/k_proj/v_proj: .*damping"):
         run(folder, tmp_path / "state", settings, windows=WINDOWS[:1, :10])  # 10 tokens cannot span 48 channels
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_overflow_in_float16_names_the_place_and_the_way_out(checkpoint, tmp_path, true_sequential):
+    from safetensors.torch import load_file, save_file
+
+    folder = checkpoint("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e4
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    method = Method(Weight(), RoundToNearest(), NoRefinement(), GridSpec(8), true_sequential)
+    windows = torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = BlockwiseModel(ModelSource(folder), dtype, torch.device("cpu"))
+        quantize(model, method, windows, BlockState(tmp_path / str(dtype), "a" * 12), Timings())
+    model = BlockwiseModel(ModelSource(folder), torch.float16, torch.device("cpu"))
+    with pytest.raises(NumericalError, match=r"block 1, input of down_proj: .*float16.* model.dtype=bfloat16"):
+        quantize(model, method, windows, BlockState(tmp_path / "float16", "a" * 12), Timings())

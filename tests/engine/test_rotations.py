@@ -14,7 +14,7 @@ from ptqbench.cell.spec import RoleSpec, RunSpec, build
 from ptqbench.engine.bases import StoredBases
 from ptqbench.engine.network_loss import opened
 from ptqbench.engine.rotation_files import read_rotations
-from ptqbench.engine.rotations import PROGRESS, learn_rotations, prepare
+from ptqbench.engine.rotations import PROGRESS, Preparation, learn_rotations
 from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.methods.learned import LearnedRotation
 from ptqbench.models.blockwise import BlockwiseModel
@@ -338,7 +338,7 @@ def test_damaged_changed_and_dangerous_files_are_refused(checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_rotations(given(path), model.architecture, store(tmp_path))
     torch.save({"R1": Dangerous()}, path)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"no pickle of tensors alone.*save a mapping of names to tensors"):
         read_rotations(given(path), model.architecture, store(tmp_path))
     transform = given(path)
     path.unlink()
@@ -380,18 +380,15 @@ def test_prepare_does_what_a_transform_needs(checkpoint, tmp_path):
 
     model, path = open_model(checkpoint()), tmp_path / "R.bin"
     spinquant_file(path, model.architecture)
-    asked = []
-
-    def draw(n):
-        asked.append(n)
-        return WINDOWS[:n]
-
-    run = lambda transform, name: prepare(transform, model, draw, cell(), tmp_path / name, IDENTITY, Silent())
+    calibration = Calibration()
+    run = lambda transform, name: Preparation(model, cell(), tmp_path / name, IDENTITY, Silent(), calibration).of(
+        transform
+    )
     assert run(create("transform", RoleSpec("hadamard")), "hadamard") is None
-    assert asked == []
+    assert calibration.asked == []
     assert set(run(given(path), "file")) == {"residual", "0.heads", "1.heads"}
     assert set(run(member(steps=2, batch_size=3), "learned")) == {"residual", "0.heads", "1.heads"}
-    assert asked == [6]
+    assert calibration.asked == [6]
     assert set(run(create("transform", RoleSpec("subspace", {"n_samples": 4})), "subspace")) >= {"residual", "0.value"}
 
 
@@ -407,3 +404,97 @@ def test_the_model_class_gives_the_same_loss(checkpoint):
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         assert loss == pytest.approx(float(whole(WINDOWS[:1], labels=WINDOWS[:1]).loss), rel=1e-4)
+
+
+def codes_files(folder, transform, architecture, found, per_block=False):
+    """Write U and R under the names of ResQ's and CoQuant's codes; returns the options that give them."""
+    from ptqbench.models.source import file_digest
+
+    names = {"residual": "attn_mlp", "attention": "self_attn", "mlp": "mlp", "value": "self_attn.value",
+             "key": "self_attn.key_pos"}  # fmt: skip
+    bases = {}
+    for name in found:
+        part, _, key = name.rpartition(".")
+        if key in names:
+            bases[f"layer.{part}.{names[key]}" if part else names[key]] = found[name]
+    start = transform.start(architecture)
+    factors = {"R1_0": None, "R2_0": None}
+    for name, value in start.items():
+        kind, *rest = name.removeprefix("rotation.").split("_")
+        if kind == "residual":
+            factors[f"R1_{rest[0]}"] = value
+        elif per_block:
+            factors[f"model.layers.{rest[0]}.self_attn.R2_{rest[1]}"] = value
+        else:
+            factors[f"R2_{rest[1]}"] = value
+    torch.save({**bases, "config": "made by a test"}, folder / "U.bin")
+    torch.save(factors, folder / "R.bin")
+    return {
+        f"{kind}_{what}": value
+        for kind, path in (("basis", folder / "U.bin"), ("rotation", folder / "R.bin"))
+        for what, value in (("file", str(path)), ("digest", file_digest(path)))
+    }
+
+
+class Calibration:
+    """Calibration windows, counted and shared with nobody."""
+
+    def __init__(self):
+        self.asked = []
+
+    def windows(self, n_samples):
+        self.asked.append(n_samples)
+        return WINDOWS[:n_samples]
+
+    def shelf(self, n_samples):
+        return None
+
+
+@pytest.mark.parametrize("granularity", ["full_shared", "per_layer"])
+@pytest.mark.parametrize("per_block", [False, True])
+def test_bases_and_factors_of_a_file_replace_those_that_would_be_computed(checkpoint, tmp_path, granularity, per_block):
+    from ptqbench.runs.attempt import Silent
+
+    model = open_model(checkpoint())
+    options = {"n_samples": 4, "granularity": granularity}
+    own = create("transform", RoleSpec("subspace", options))
+    prepared = lambda transform, name, calibration: Preparation(
+        model, cell(), tmp_path / name, IDENTITY, Silent(), calibration
+    ).of(transform)
+    computed = prepared(own, "own", Calibration())
+    files = codes_files(tmp_path, own, model.architecture, computed, per_block)
+    given = create("transform", RoleSpec("subspace", {**options, "rotation_seed": 7, **files}))
+    calibration = Calibration()
+    read = prepared(given, "given", calibration)
+    assert calibration.asked == []  # nothing is left to compute
+    first, second = (t.basis(cell(), model.architecture, b) for t, b in ((own, computed), (given, read)))
+    for index in range(2):
+        for kind in ("attention_basis", "mlp_basis", "value_basis", "key_basis"):
+            assert torch.allclose(getattr(first, kind)(index), getattr(second, kind)(index), atol=1e-12)
+    # Each file alone leaves the rest as it is without files.
+    half = create("transform", RoleSpec("subspace", {**options, **{k: v for k, v in files.items() if "rotation" in k}}))
+    calibration = Calibration()
+    third = half.basis(cell(), model.architecture, prepared(half, "half", calibration))
+    assert calibration.asked == [4]
+    assert torch.allclose(third.attention_basis(1), first.attention_basis(1), atol=1e-12)
+
+
+def test_the_odd_factor_of_a_file_is_that_of_the_online_transform(checkpoint, tmp_path):
+    from ptqbench.models.source import file_digest
+    from ptqbench.numerics.hadamard import hadamard_transform
+    from ptqbench.numerics.orthogonal import haar
+
+    architecture = open_model(checkpoint()).architecture  # intermediate_size 76
+    factor = haar(76, torch.Generator().manual_seed(1))
+    torch.save({"odd_factor": factor}, tmp_path / "odd.bin")
+    options = {"rotation_file": str(tmp_path / "odd.bin"), "rotation_digest": file_digest(tmp_path / "odd.bin")}
+    transform = create("transform", RoleSpec("subspace", options))
+    found = read_rotations(transform, architecture, store(tmp_path))
+    x = torch.randn(3, 76, dtype=F64)
+    down = transform.basis(cell(), architecture, found).down
+    assert torch.allclose(down(x), x @ factor.T, atol=1e-12)
+    assert not torch.allclose(down(x), hadamard_transform(x))
+    torch.save({"nothing": factor}, tmp_path / "odd.bin")
+    options["rotation_digest"] = file_digest(tmp_path / "odd.bin")
+    with pytest.raises(ConfigError, match=r"expected U .* in its files, got"):
+        read_rotations(create("transform", RoleSpec("subspace", options)), architecture, store(tmp_path, "other"))

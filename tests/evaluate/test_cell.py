@@ -13,7 +13,7 @@ from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
 from ptqbench.errors import ConfigError
 from ptqbench.evaluate import perplexity as perplexity_module
 from ptqbench.evaluate import records, zero_shot
-from ptqbench.evaluate.cell import CellEvaluation, averages, prepared_tasks
+from ptqbench.evaluate.cell import CellEvaluation, averages, load
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
 from ptqbench.results.compare import compare_cells
@@ -54,8 +54,8 @@ def evaluate(checkpoint, spec, folder, overlay=None):
     model = BlockwiseModel(ModelSource(checkpoint), torch.float32, torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     measure = lambda name: contextlib.nullcontext()
-    tasks = prepared_tasks(spec, folder, tokenizer)
-    return CellEvaluation(spec, folder, model, overlay, tokenizer, Silent(), measure, tasks).run()
+    ready = load(spec, folder, tokenizer, model.architecture.vocab_size)
+    return CellEvaluation(spec, folder, model, overlay, tokenizer, Silent(), measure, ready).run()
 
 
 def test_records_hold_what_the_figures_are_made_of(checkpoint, evaluation, tmp_path):

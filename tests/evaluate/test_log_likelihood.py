@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from conftest import random_checkpoint
 from transformers import AutoModelForCausalLM
 
+from conftest import random_checkpoint
 from ptqbench.evaluate.loglikelihood import log_likelihoods
 from ptqbench.evaluate.trees import Row, batches, pack
 from ptqbench.models.blockwise import BlockwiseModel
@@ -69,7 +69,7 @@ def test_batches_keep_the_budget_and_lose_no_row():
 def requests_of(seed, vocabulary):
     """Questions with four choices of one to six tokens, some with an equal beginning, behind shots that all share."""
     rng = random.Random(seed)
-    word = lambda longest: [rng.randrange(vocabulary) for _ in range(rng.randint(1, longest))]  # noqa: E731
+    word = lambda longest: [rng.randrange(vocabulary) for _ in range(rng.randint(1, longest))]
     shots, found = word(30), []
     for _ in range(6):
         question = shots + word(25)

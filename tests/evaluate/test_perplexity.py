@@ -1,5 +1,6 @@
 """Perplexity against an obviously correct implementation."""
 
+import json
 import math
 
 import pytest
@@ -80,3 +81,13 @@ def test_overflow_is_an_error_not_a_number(checkpoint):
 
     with pytest.raises(NumericalError, match="evaluation window 0"):
         perplexity(model, torch.arange(20).view(2, 10), overlay=explode)
+
+
+@pytest.mark.parametrize("loss", [690.0, 691.0, 5e3, 1e30])
+def test_a_perplexity_that_no_number_holds_is_bounded_beside_its_mean_loss(loss):
+    measured = module.Perplexity(loss, torch.tensor([0.5 * loss, 1.5 * loss], dtype=torch.float64), 2)
+    figures = {"value": measured.perplexity, "stderr": measured.standard_error, "mean_loss": measured.mean_loss}
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert measured.mean_loss == loss
+    assert measured.perplexity == (math.exp(690) if loss == 690 else module.LARGEST)
+    assert measured.standard_error is None, "690 nats give a figure, but its error is beyond all figures"

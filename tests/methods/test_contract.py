@@ -122,9 +122,6 @@ def test_impossible_combinations_say_why(checkpoint, tmp_path):
     folder = checkpoint("llama", hidden_size=56, num_attention_heads=14, num_key_value_heads=2, head_dim=8)
     assert "14" in skip_reason(cell(folder, tmp_path, "+method=quarot"))
     assert skip_reason(cell(folder, tmp_path, "+method=quarot", "method.transform.head_mix=none")) is None
-    assert "16 bits" in skip_reason(
-        cell(folder, tmp_path, "+method=coquant", "bitwidth.w_bits=16", "bitwidth.a_bits=16")
-    )
 
 
 def test_learned_factors_compose_into_a_whole_cell(checkpoint, tmp_path):

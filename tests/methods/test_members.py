@@ -19,7 +19,8 @@ from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
 from ptqbench.models.stages import STAGES, finish, staged
 from ptqbench.numerics.gptaq import repeated_damping
-from ptqbench.numerics.grid import GridSpec
+from ptqbench.numerics.grid import GridSpec, uniform_grid
+from ptqbench.numerics.null_space import refine_null_space, signal_space
 from ptqbench.numerics.report import relative_output_error
 
 WINDOWS = torch.randint(0, 100, (3, 48), generator=torch.Generator().manual_seed(5))
@@ -27,6 +28,13 @@ NAMES = [name for stage in STAGES for name in stage.linears]
 TARGETS = {"weight": Weight(), "loaq": Loaq(), "qep": Qep()}
 SOLVERS = {"rtn": RoundToNearest(), "gptq": Gptq(), "gptaq": Gptaq(), "qronos": Qronos()}
 REFINES = {"none": NoRefinement(), "null_space": NullSpace(), "scale_refit": ScaleRefit()}
+
+
+UNIFORM = uniform_grid(16, GridSpec(3))
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def open_model(folder):
@@ -221,13 +229,44 @@ def test_scale_refit_never_increases_the_output_error(run, target, solver):
     assert all(row["relative_target_error"] < 1 for row in rows)
 
 
-def test_null_space_moves_towards_the_target_if_told_to(run):
-    """From the working reference the row scales stay closer to 1: it is what was rounded."""
-    spread = {}
-    for reference in ("original", "working"):
-        rows = run(Loaq(), None, NullSpace(reference=reference, threshold=0.0, ridge=0.0)).reports(2)[7:]
-        spread[reference] = sum(abs(1 - row["row_scale_min"]) for row in rows if row["row_scale_min"] is not None)
-    assert spread["working"] < spread["original"]
+@pytest.mark.parametrize("block", [4, 16])
+def test_the_working_reference_is_the_copy_of_the_column_loop(block):
+    """A column of it holds the updates by the column blocks before its own; in one block it is the weight itself."""
+    weight, moment = randn(8, 16), randn(64, 16)
+    moment = moment.T @ moment / 64
+    statistics = Statistics(second_moment=moment, n_tokens=64)
+    result = Gptq(column_block=block).solve(Weight().aim(weight, statistics), statistics, UNIFORM, keep_working=True)
+    copy = weight.clone()
+    # GPTQ by its definition: after a block, the rest moves by -(W - Q) H_block,rest H_rest^-1 at the damped H.
+    damped = moment.double() + 0.01 * moment.diagonal().mean() * torch.eye(16)
+    for start in range(block, 16, block):
+        drift = (weight - result.dequantized).double()[:, :start] @ damped[:start, start:]
+        copy[:, start : start + block] += (drift @ torch.linalg.inv(damped[start:, start:]))[:, :block].float()
+    assert torch.allclose(result.working, copy, atol=1e-4)
+    assert torch.equal(result.working, weight) == (block == 16)
+    space = NullSpace(reference="working", threshold=0.01, ridge=0.1)
+    repaired = space.repair(weight, Weight().aim(weight, statistics), result, statistics)
+    signal = signal_space(moment, threshold=0.01)
+    expected = refine_null_space(copy, result.dequantized, signal, ridge=0.1).row_scale
+    assert torch.allclose(repaired.row_scale, expected, atol=1e-4)
+
+
+def test_the_order_of_the_projector_is_that_of_the_weights_or_the_original_one():
+    weight, moment = randn(8, 16), randn(64, 16) * torch.linspace(0.2, 3, 16)
+    moment = moment.T @ moment / 64
+    statistics = Statistics(second_moment=moment, n_tokens=64)
+    aim = Weight().aim(weight, statistics)
+    signal = signal_space(moment, threshold=0.1)
+    for act_order in (False, True):
+        result = Gptq(act_order=act_order).solve(aim, statistics, UNIFORM)
+        order = result.order if act_order else torch.arange(16)
+        for choice, columns in (("permuted", torch.arange(16)), ("as_code", order)):
+            repaired = NullSpace(projector_order=choice).repair(weight, aim, result, statistics)
+            pair = weight[:, columns], result.dequantized[:, columns]
+            expected = refine_null_space(*pair, signal, ridge=0.2).row_scale
+            assert torch.equal(repaired.row_scale, expected)
+            assert torch.allclose(repaired.result.dequantized, expected[:, None] * result.dequantized)
+        assert not act_order or not torch.equal(order, torch.arange(16))
 
 
 def test_live_channels_make_up_for_a_dead_one_if_told_to():
@@ -307,7 +346,10 @@ def test_loaq_beats_gptq_on_held_out_text_of_a_real_model(real_data, tmp_path):
 def test_registered_members_build_from_their_own_defaults(role, name):
     spec = complete(role, {"name": name})
     member = create(role, spec)
-    assert to_dict(member) == spec.options
+    assert (
+        spec.options.items() <= to_dict(member).items()
+    )  # options added later stay out of the identity at their default
+    assert complete(role, {"name": name, **to_dict(member)}) == spec
     assert isinstance(member.needs, frozenset)
 
 
@@ -318,6 +360,8 @@ def test_registered_members_build_from_their_own_defaults(role, name):
         ("target", {"name": "loaq", "rms_scale": "both"}, ["rms_scale", "'split'", "'both'"]),
         ("target", {"name": "qep", "exclude": ["down_proj"]}, ["exclude", "mlp.down_proj", "'down_proj'"]),
         ("solver", {"name": "gptaq", "strenght": 0.5}, ["strenght", "did you mean 'strength'"]),
+        ("solver", {"name": "gptq", "damping": 1e9}, ["damping", "less than or equal to 10"]),
+        ("target", {"name": "qep", "damping": 1e9}, ["damping", "less than or equal to 10"]),
         ("refine", {"name": "null_space", "ridge": -1.0}, ["ridge", "greater than or equal to 0"]),
     ],
 )
@@ -333,6 +377,8 @@ def test_members_that_act_on_rounded_weights_skip_cells_without():
 
     assert "solver none rounds nothing" in skip_reason(compose_cell(["+method=fp16", "method/target=loaq"]))
     assert "rounds nothing" in skip_reason(compose_cell(["+method=fp16", "method/refine=null_space"]))
+    low = ["+method=resq", "method.transform.high_bits=3", "bitwidth=w4a4kv4"]
+    assert "high_bits=3 is below the 4 bits of bitwidth w4a4kv4" in skip_reason(compose_cell(low))
     assert (
         skip_reason(compose_cell(["+method=gptq", "method/target=loaq", "method/refine=scale_refit", "bitwidth=w3"]))
         is None

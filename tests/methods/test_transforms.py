@@ -14,10 +14,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from ptqbench.cell.folders import conf_folder
 from ptqbench.cell.registry import complete, create
-from ptqbench.cell.spec import RoleSpec, RunSpec, build
+from ptqbench.cell.spec import RoleSpec, RunSpec, build, to_dict
 from ptqbench.engine import bases
 from ptqbench.engine.bases import Shelf, compute_bases
-from ptqbench.engine.rotations import prepare
+from ptqbench.engine.rotations import Preparation
 from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
 from ptqbench.methods.basis import FoldedBasis
 from ptqbench.models.architecture import Architecture, published
@@ -92,9 +92,19 @@ def open_model(folder, dtype=torch.float64):
     return BlockwiseModel(ModelSource(folder), dtype, torch.device("cpu"))
 
 
+class Windows:
+    """Calibration windows, shared with nobody."""
+
+    def windows(self, n_samples):
+        return WINDOWS[:n_samples]
+
+    def shelf(self, n_samples):
+        return None
+
+
 def in_basis(model, transform, spec, folder):
     """Open a model in the basis of a transform; eigenbases are computed in ``folder``."""
-    bases = prepare(transform, model, lambda n: WINDOWS[:n], spec, folder, "test", Silent())
+    bases = Preparation(model, spec, folder, "test", Silent(), Windows()).of(transform)
     return model.reopened(transform.basis(spec, model.architecture, bases))
 
 
@@ -446,7 +456,7 @@ def test_found_bases_cost_what_they_and_their_moments_took(checkpoint, tmp_path,
 
         monkeypatch.setattr(bases, name, call)
 
-    for name, seconds in {"read_moments": 10, "eigenbases": 1, "eigenbasis": 1}.items():
+    for name, seconds in {"read_moments": 10, "eigenbases": 1, "diagonalised": 1}.items():
         slow(name, seconds)
     accounts = []
     for number, (label, seed) in enumerate([("full_shared", 0), ("joint", 0), ("joint", 7), ("full_shared", 7)]):
@@ -488,15 +498,17 @@ def test_a_shared_pass_that_was_cut_short_goes_on(checkpoint, tmp_path, monkeypa
     assert all(torch.equal(resumed[key], alone[key]) for key in alone)
 
 
-def test_a_dead_head_names_its_block(checkpoint, tmp_path):
-    from safetensors.torch import load_file, save_file
+def test_a_moment_that_is_not_finite_names_its_block(checkpoint, tmp_path, monkeypatch):
+    real = bases.read_moments
 
-    folder = checkpoint()
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.self_attn.v_proj.weight"][:16] = 0
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NumericalError, match=r"block 1: .*no preferred basis"):
-        compute_bases(member("subspace"), open_model(folder), WINDOWS, cell(), tmp_path / "bases", "x")
+    def overflowing(*given):
+        moments, leaving = real(*given)
+        moments.value[1] = float("inf")
+        return moments, leaving
+
+    monkeypatch.setattr(bases, "read_moments", overflowing)
+    with pytest.raises(NumericalError, match=r"block 0: .*NaN or infinity"):
+        compute_bases(member("subspace"), open_model(checkpoint()), WINDOWS, cell(), tmp_path / "bases", "x")
 
 
 # --- grids -------------------------------------------------------------------------------------------------------------
@@ -762,11 +774,11 @@ def test_ways_out_of_a_skipped_cell():
     assert member("hadamard", r4=False).skip_reason(cell(), shape(intermediate_size=90)) is None
 
 
-def test_the_joint_objective_vanishes_without_noise():
+def test_four_bits_stand_in_where_the_joint_objective_would_vanish():
     joint = member("subspace", objective="joint", granularity="per_layer")
-    assert "vanishes" in joint.skip_reason(cell(16, 16, 4, 4), SHAPE)
-    assert joint.skip_reason(cell(16, 4), SHAPE) is None
-    assert joint.skip_reason(cell(4, 16), SHAPE) is None
+    for bits in ((16, 16, 4, 4), (16, 4), (4, 16)):
+        assert joint.skip_reason(cell(*bits), SHAPE) is None
+    assert [joint.low_bits(cell(*bits)) for bits in ((16, 16, 4, 4), (16, 3), (2, 16))] == [4, 3, 2]
 
 
 def test_iso_bits_are_for_four_bits():
@@ -820,7 +832,7 @@ def load_option(name):
 def test_files_write_out_every_option_and_keep_the_defaults(path):
     given = load_option(path.stem)
     spec = complete("transform", copy.deepcopy(given))
-    assert {"name": spec.name, **spec.options} == given
+    assert {"name": spec.name, **to_dict(create("transform", spec))} == given
     changed = {
         key for key, value in create("transform", RoleSpec(spec.name)).__dict__.items() if given.get(key) != value
     }

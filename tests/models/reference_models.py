@@ -14,7 +14,7 @@ F64 = torch.float64
 
 VARIANTS = [
     ("llama", {}),
-    ("llama", {"num_key_value_heads": 1, "attention_bias": True}),
+    ("llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
     ("llama", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     ("qwen2", {}),
     ("qwen3", {"head_dim": 8}),

@@ -1,6 +1,7 @@
 """Shapes of the supported public models."""
 
 import csv
+import math
 from importlib import resources
 
 import pytest
@@ -15,9 +16,10 @@ def rows():
     return list(csv.DictReader(text.splitlines()))
 
 
-def test_parameter_formula_reproduces_every_published_total():
+def test_shapes_reproduce_every_published_total():
     shapes = published()
-    assert {row["model"]: int(row["total_params"]) for row in rows()} == {n: s.total_params for n, s in shapes.items()}
+    totals = {name: sum(map(math.prod, shape.tensor_shapes().values())) for name, shape in shapes.items()}
+    assert {row["model"]: int(row["total_params"]) for row in rows()} == totals
     assert shapes["llama-3-8b"].linear_params == 6979321856
     assert shapes["qwen3-0.6b"].q_dim == 2048 != shapes["qwen3-0.6b"].hidden_size
 
@@ -30,5 +32,5 @@ def test_every_published_model_has_a_configuration(row):
 
 def test_head_dim_is_read_not_derived():
     base = dict(hidden_size=1024, num_hidden_layers=1, num_attention_heads=16, intermediate_size=8, vocab_size=9)
-    assert from_config(base | {"model_type": "qwen3", "head_dim": 128}).q_dim == 2048
+    assert from_config(base | {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 16}).q_dim == 2048
     assert from_config(base | {"model_type": "llama"}).head_dim == 64

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.models.outliers import FOLLOWERS, outlier_channels, rescale_norm_gains
+from ptqbench.models.outliers import FOLLOWERS, outlier_channels, rescale_block
 
 
 @pytest.fixture
@@ -29,6 +29,15 @@ def model() -> LlamaForCausalLM:
         if "norm" in name:
             parameter.data = 0.5 + torch.rand_like(parameter)
     return built
+
+
+def rescale(state: dict[str, torch.Tensor], channels: list[int], factor: float) -> dict[str, torch.Tensor]:
+    """Rescale every block of a state dict."""
+    result = dict(state)
+    for prefix in ("model.layers.0.", "model.layers.1."):
+        block = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        result |= {prefix + name: tensor for name, tensor in rescale_block(block, 32, channels, factor).items()}
+    return result
 
 
 def inputs_of_linears(model: LlamaForCausalLM, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -55,7 +64,7 @@ def spread(inputs: torch.Tensor) -> float:
 def rescaled(model: LlamaForCausalLM, channels: list[int], factor: float) -> LlamaForCausalLM:
     """Return a second model with rescaled gains."""
     other = LlamaForCausalLM(model.config).eval()
-    other.load_state_dict(rescale_norm_gains(model.state_dict(), model.config, channels, factor))
+    other.load_state_dict(rescale(model.state_dict(), channels, factor))
     return other
 
 
@@ -81,8 +90,8 @@ def test_function_is_unchanged(model: LlamaForCausalLM, factor: float) -> None:
 
 
 def test_power_of_two_is_exact_in_every_weight(model: LlamaForCausalLM) -> None:
-    there = rescale_norm_gains(model.state_dict(), model.config, [3, 7], 16.0)
-    back = rescale_norm_gains(there, model.config, [3, 7], 1 / 16.0)
+    there = rescale(model.state_dict(), [3, 7], 16.0)
+    back = rescale(there, [3, 7], 1 / 16.0)
     for name, tensor in model.state_dict().items():
         assert torch.equal(back[name], tensor), name
 
@@ -103,7 +112,7 @@ def test_exactly_the_chosen_channels_grow(model: LlamaForCausalLM) -> None:
 def test_folding_the_gains_cancels_it(model: LlamaForCausalLM) -> None:
     double = {name: tensor.double() for name, tensor in model.state_dict().items()}
     plain = folded(double)
-    changed = folded(rescale_norm_gains(double, model.config, outlier_channels(32), 30.0))
+    changed = folded(rescale(double, outlier_channels(32), 30.0))
     for name, weight in plain.items():
         torch.testing.assert_close(changed[name], weight, rtol=1e-14, atol=0.0)
     assert len(plain) == 10
@@ -112,7 +121,7 @@ def test_folding_the_gains_cancels_it(model: LlamaForCausalLM) -> None:
 def test_input_is_not_modified_and_other_weights_are_shared(model: LlamaForCausalLM) -> None:
     state = model.state_dict()
     before = {name: tensor.clone() for name, tensor in state.items()}
-    after = rescale_norm_gains(state, model.config, [1], 30.0)
+    after = rescale(state, [1], 30.0)
     assert all(torch.equal(state[name], before[name]) for name in before)
     changed = {name for name in state if after[name] is not state[name]}
     assert len(changed) == 2 * 7
@@ -130,11 +139,11 @@ def test_channels_are_seeded_and_different() -> None:
 def test_errors_name_what_is_wrong(model: LlamaForCausalLM) -> None:
     state = model.state_dict()
     with pytest.raises(ConfigError, match="32"):
-        rescale_norm_gains(state, model.config, [32], 30.0)
+        rescale(state, [32], 30.0)
     with pytest.raises(ConfigError, match="factor"):
-        rescale_norm_gains(state, model.config, [1], 0.0)
+        rescale(state, [1], 0.0)
     with pytest.raises(ConfigError, match="129"):
         outlier_channels(128, 129)
     del state["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(UnsupportedError, match=r"mlp\.up_proj"):
-        rescale_norm_gains(state, model.config, [1], 30.0)
+        rescale(state, [1], 30.0)

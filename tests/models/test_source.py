@@ -1,6 +1,7 @@
 """The identity of a checkpoint: which files it covers, when it is looked at again, what a cache of digests may be trusted with."""
 
 import dataclasses
+import io
 import os
 import shutil
 
@@ -58,6 +59,20 @@ def test_weights_are_verified(tiny):
     weights[-1] ^= 1
     (tiny / "model.safetensors").write_bytes(weights)
     with pytest.raises(ConfigError, match="has changed"):
+        verify(spec)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_unreadable_file_is_named(tiny, name, monkeypatch):
+    spec, plain = pinned(tiny), io.open
+
+    def refuse(path, *arguments, **named):
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **named)
+
+    monkeypatch.setattr("io.open", refuse)
+    with pytest.raises(ConfigError, match=f"{name} cannot be read: Permission denied"):
         verify(spec)
 
 

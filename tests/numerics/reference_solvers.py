@@ -1,18 +1,39 @@
 """Slow, obviously correct counterparts of the solvers: numpy, one row and one channel at a time, no factorisation.
 
-Nothing here is shared with the package. Every solver works on the remaining least-squares problem in its textbook
-form: rounding channel j changes the others by -e_j Hinv[j, rest] / Hinv[j, j] with Hinv the inverse of the Hessian of
-the channels that are left, recomputed from scratch.
+Nothing here is shared with the package: grids are anything with the fields below. Every solver works on the remaining
+least-squares problem in its textbook form: rounding channel j changes the others by -e_j Hinv[j, rest] / Hinv[j, j] with
+Hinv the inverse of the Hessian of the channels that are left, recomputed from scratch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 
-from ptqbench.numerics.grid import Grid, GridSpec
+
+class Spec(Protocol):
+    """How a range of columns is rounded."""
+
+    bits: int
+    scheme: str
+    group_size: int | None
+    clip_search: bool
+    sym_nonnegative_row: str
+    range_contains_zero: bool
+    zero_point: str
 
 
-def fit_row(row: np.ndarray, spec: GridSpec, shrink: float = 1.0) -> tuple[float, float]:
+class Part(Protocol):
+    """Columns [start, stop) and their grid."""
+
+    start: int
+    stop: int
+    spec: Spec
+
+
+def fit_row(row: np.ndarray, spec: Spec, shrink: float = 1.0) -> tuple[float, float]:
     """Return scale and zero point of one row, written out scheme by scheme."""
     low, high = min(0.0, float(row.min())), max(0.0, float(row.max()))
     b = spec.bits
@@ -33,17 +54,12 @@ def fit_row(row: np.ndarray, spec: GridSpec, shrink: float = 1.0) -> tuple[float
     if low == 0.0 and high == 0.0:
         low, high = -1.0, 1.0
     low, high = shrink * low, shrink * high
-    if spec.scheme == "ternary":
-        return high, low
     scale = (high - low) / (2**b - 1)
     return scale, float(2 ** (b - 1)) if spec.scheme == "sym_gptq" else float(np.round(-low / scale))
 
 
-def round_value(x: float, scale: float, zero: float, spec: GridSpec) -> tuple[int, float]:
+def round_value(x: float, scale: float, zero: float, spec: Spec) -> tuple[int, float]:
     """Return code and value of one number."""
-    if spec.scheme == "ternary":
-        code = 1 if x > scale / 2 else (-1 if x < zero / 2 else 0)
-        return code, {1: scale, -1: zero, 0: 0.0}[code]
     signed = spec.scheme == "sym_signed"
     low, high = (-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1) if signed else (0, 2**spec.bits - 1)
     steps = round(x / scale, 9) if spec.scheme == "sym_gptq" else x / scale  # a tie is met in spite of rounding errors
@@ -52,7 +68,7 @@ def round_value(x: float, scale: float, zero: float, spec: GridSpec) -> tuple[in
     return code, scale * (code - zero)
 
 
-def fit_with_search(row: np.ndarray, spec: GridSpec) -> tuple[float, float, float, float]:
+def fit_with_search(row: np.ndarray, spec: Spec) -> tuple[float, float, float, float]:
     """Return p, scale, zero point and loss of the first best shrink factor of one row."""
     best = (1.0, *fit_row(row, spec), float("inf"))
     for i in range(80 if spec.clip_search else 1):
@@ -64,12 +80,12 @@ def fit_with_search(row: np.ndarray, spec: GridSpec) -> tuple[float, float, floa
     return best
 
 
-def fit_group(row: np.ndarray, spec: GridSpec) -> tuple[float, float]:
+def fit_group(row: np.ndarray, spec: Spec) -> tuple[float, float]:
     """Return scale and zero point of one row, with the clip search where the grid asks for it."""
     return fit_with_search(row, spec)[1:3]
 
 
-def rtn(weight: np.ndarray, spec: GridSpec) -> tuple[np.ndarray, np.ndarray]:
+def rtn(weight: np.ndarray, spec: Spec) -> tuple[np.ndarray, np.ndarray]:
     """Return codes and values of rounding to nearest."""
     codes, values = np.zeros(weight.shape, dtype=int), np.zeros(weight.shape)
     size = spec.group_size or weight.shape[1]
@@ -84,7 +100,7 @@ def rtn(weight: np.ndarray, spec: GridSpec) -> tuple[np.ndarray, np.ndarray]:
 def gptq(
     weight: np.ndarray,
     moment: np.ndarray,
-    grid: Grid,
+    grid: Sequence[Part],
     damping: float = 0.01,
     order: np.ndarray | None = None,
     static: bool = False,
@@ -130,7 +146,7 @@ def gptq(
 
 
 def block_loop(
-    weight: np.ndarray, moment: np.ndarray, spec: GridSpec, block: int, drift: np.ndarray, damping: float = 0.01
+    weight: np.ndarray, moment: np.ndarray, spec: Spec, block: int, drift: np.ndarray, damping: float = 0.01
 ) -> np.ndarray:
     """Return the values of the original code's loop, quirks included.
 
@@ -172,7 +188,7 @@ def gptaq_drift(moment: np.ndarray, cross: np.ndarray, damping: float) -> np.nda
 
 
 def qronos(
-    weight: np.ndarray, xq: np.ndarray, x: np.ndarray, spec: GridSpec, damping: float = 0.01
+    weight: np.ndarray, xq: np.ndarray, x: np.ndarray, spec: Spec, damping: float = 0.01
 ) -> tuple[np.ndarray, np.ndarray]:
     """Round by solving the two least-squares problems on the data, then GPTQ on the remaining channels.
 

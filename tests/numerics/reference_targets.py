@@ -1,16 +1,18 @@
-"""Slow, obviously correct references for output-aware targets, and the toys that share them."""
+"""Slow, obviously correct references for output-aware targets in numpy, and the toys that share them.
+
+Nothing here is shared with the package; tensors are taken and given back so that tests need not convert.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ptqbench.numerics.targets import RmsScale, TargetMoments, corrected_target, token_weights
-
 EPS = 1e-5
-TOY_TARGETS: dict[tuple[RmsScale, float, float, float], list[list[float]]] = {
+TOY_TARGETS: dict[tuple[str, float, float, float], list[list[float]]] = {
     ("none", 1, 0, 0): [[1.028124, -0.359381, 0.483752, -0.920812], [0.194429, 0.847147, -0.568859, 0.046557]],
     ("none", 1, 0, 0.01): [[1.026001, -0.358899, 0.483448, -0.918486], [0.194149, 0.845297, -0.568633, 0.047748]],
     ("none", 1, 1, 0.01): [[0.886667, -0.316988, 0.564904, -0.964615], [0.277642, 0.773160, -0.539474, -0.098292]],
@@ -31,27 +33,18 @@ class Streams:
     rq: Tensor
     weight: Tensor
 
-    def scales(self, rms_scale: RmsScale) -> tuple[Tensor, Tensor]:
+    def scales(self, rms_scale: str) -> tuple[Tensor, Tensor]:
         """Return the diagonals of D and D_q, written out token by token."""
-        tokens = range(self.x.shape[0])
-        hidden, hidden_q = self.r + self.x @ self.weight.T, self.rq + self.xq @ self.weight.T
-        d = torch.stack([1 / torch.sqrt((hidden[t] ** 2).mean() + EPS) for t in tokens])
-        dq = torch.stack([1 / torch.sqrt((hidden_q[t] ** 2).mean() + EPS) for t in tokens])
-        return {"none": (torch.ones_like(d), torch.ones_like(d)), "common": (d, d), "split": (d, dq)}[rms_scale]
+        d, dq = (
+            torch.tensor([1 / np.sqrt(np.mean((r[t] + weight @ x[t]) ** 2) + EPS) for t in range(len(x))])
+            for x, r, weight in (arrays(self.x, self.r, self.weight), arrays(self.xq, self.rq, self.weight))
+        )
+        ones = torch.ones_like(d)
+        return {"none": (ones, ones), "common": (d, d), "split": (d, dq)}[rms_scale]
 
-    def moments(self, rms_scale: RmsScale = "none", *, residual: bool = True, batch: int = 3) -> TargetMoments:
-        """Stream the tokens through the accumulator in uneven batches."""
-        n, m = self.x.shape[1], self.weight.shape[0]
-        moments = TargetMoments(n, m if residual else None, dtype=torch.float64)
-        for x, xq, r, rq in zip(*(part.split(batch) for part in (self.x, self.xq, self.r, self.rq)), strict=True):
-            weights = token_weights(rms_scale, r + x @ self.weight.T, rq + xq @ self.weight.T, eps=EPS)
-            moments.add(x, xq, r if residual else None, rq if residual else None, weights)
-        return moments
 
-    def target(self, rms_scale: RmsScale = "none", alpha: float = 1, beta: float = 1, damping: float = 0.01) -> Tensor:
-        """Return the corrected target through the streaming path."""
-        moments = self.moments(rms_scale).means()
-        return corrected_target(self.weight, *moments, alpha=alpha, beta=beta, damping=damping)
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [tensor.double().numpy() for tensor in tensors]
 
 
 def random_streams(tokens: int = 40, n: int = 7, m: int = 5, seed: int = 0, drift: float = 0.3) -> Streams:
@@ -65,40 +58,38 @@ def random_streams(tokens: int = 40, n: int = 7, m: int = 5, seed: int = 0, drif
     return Streams(xq + drift * normal(tokens, n), xq, rq + drift * normal(tokens, m), rq, normal(m, n))
 
 
-def raw_target(streams: Streams, rms_scale: RmsScale, damping: float, *, residual: bool = True) -> Tensor:
+def raw_target(streams: Streams, rms_scale: str, damping: float, *, residual: bool = True) -> Tensor:
     """Solve the damped objective by least squares on the stacked raw rows: no moments, no strengths."""
-    d, dq = (s[:, None] for s in streams.scales(rms_scale))
-    left, goal = dq * streams.xq, d * (streams.x @ streams.weight.T)
+    d, dq = (s[:, None] for s in arrays(*streams.scales(rms_scale)))
+    x, xq, r, rq, weight = arrays(streams.x, streams.xq, streams.r, streams.rq, streams.weight)
+    left, goal = dq * xq, d * (x @ weight.T)
     if residual:
-        goal = goal + d * streams.r - dq * streams.rq
+        goal = goal + d * r - dq * rq
     n = left.shape[1]
-    root = (damping * (left**2).sum() / n).sqrt()
-    rows = torch.cat([left, root * torch.eye(n, dtype=left.dtype)])
-    return torch.linalg.lstsq(rows, torch.cat([goal, root * streams.weight.T])).solution.T
+    root = np.sqrt(damping * (left**2).sum() / n)
+    rows = np.vstack([left, root * np.eye(n)])
+    return torch.from_numpy(np.linalg.lstsq(rows, np.vstack([goal, root * weight.T]), rcond=None)[0].T)
 
 
 def asym_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return scale and zero point per row; the range contains 0."""
-    high, low = weight.max(1).values.clamp(min=0), weight.min(1).values.clamp(max=0)
-    scale = (high - low) / (2**bits - 1)
-    return scale, torch.round(-low / scale)
-
-
-def round_to(column: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Return the codes of one channel."""
-    return (torch.round(column / scale) + zero_point).clamp(0, 2**bits - 1)
+    rows = weight.double().tolist()
+    scale = [(max(0.0, *row) - min(0.0, *row)) / (2**bits - 1) for row in rows]
+    zero_point = [round(-min(0.0, *row) / s) for row, s in zip(rows, scale, strict=True)]
+    return torch.tensor(scale, dtype=torch.float64), torch.tensor(zero_point, dtype=torch.float64)
 
 
 def slow_gptq(weight: Tensor, second_moment: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Round channel after channel, each time minimising over all later channels with a fresh matrix inverse."""
-    rest, n, codes = weight.clone(), weight.shape[1], torch.zeros_like(weight)
-    damped = second_moment + 0.01 * second_moment.diagonal().mean() * torch.eye(n, dtype=weight.dtype)
+    """Return codes: channel after channel, each time minimising over all later ones with a fresh matrix inverse."""
+    rest, moment, step, zero = arrays(weight, second_moment, scale, zero_point)
+    rest, n, codes = rest.copy(), weight.shape[1], np.zeros(weight.shape)
+    damped = moment + 0.01 * np.diag(moment).mean() * np.eye(n)
     for j in range(n):
-        inverse = torch.linalg.inv(damped[j:, j:])
-        codes[:, j] = round_to(rest[:, j], scale, zero_point, bits)
-        error = rest[:, j] - scale * (codes[:, j] - zero_point)
-        rest[:, j:] -= torch.outer(error / inverse[0, 0], inverse[0])
-    return codes
+        inverse = np.linalg.inv(damped[j:, j:])
+        codes[:, j] = np.clip(np.round(rest[:, j] / step) + zero, 0, 2**bits - 1)
+        error = rest[:, j] - step * (codes[:, j] - zero)
+        rest[:, j:] -= np.outer(error / inverse[0, 0], inverse[0])
+    return torch.from_numpy(codes)
 
 
 def toy() -> Streams:

@@ -7,7 +7,6 @@ one channel the order is the same, and so is every bit.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import INSTALLED, obstacle
 from reference_problems import correlated_inputs, random_weight
 
 from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
@@ -36,11 +36,8 @@ from ptqbench.numerics.rtn import round_to_nearest
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-INSTALLED = importlib.util.find_spec("triton") is not None
-needs_kernel = pytest.mark.skipif(
-    not INSTALLED or not (GPU or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs triton, and a GPU or TRITON_INTERPRET=1",
-)
+OBSTACLE = obstacle()
+needs_kernel = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)
 
 D, ROWS = 45, 11
 X = correlated_inputs(200, D, seed=0)

@@ -23,11 +23,33 @@ from ptqbench.numerics.targets import (
 RMS_SCALES: list[RmsScale] = ["none", "common", "split"]
 
 
+def moments_of(
+    streams: Streams, rms_scale: RmsScale = "none", *, residual: bool = True, batch: int = 3
+) -> TargetMoments:
+    """Stream the tokens through the accumulator in uneven batches."""
+    n, m = streams.x.shape[1], streams.weight.shape[0]
+    moments = TargetMoments(n, m if residual else None, dtype=torch.float64)
+    for x, xq, r, rq in zip(
+        *(part.split(batch) for part in (streams.x, streams.xq, streams.r, streams.rq)), strict=True
+    ):
+        weights = token_weights(rms_scale, r + x @ streams.weight.T, rq + xq @ streams.weight.T, eps=EPS)
+        moments.add(x, xq, r if residual else None, rq if residual else None, weights)
+    return moments
+
+
+def target_of(
+    streams: Streams, rms_scale: RmsScale = "none", alpha: float = 1, beta: float = 1, damping: float = 0.01
+) -> Tensor:
+    """Return the corrected target through the streaming path."""
+    moments = moments_of(streams, rms_scale).means()
+    return corrected_target(streams.weight, *moments, alpha=alpha, beta=beta, damping=damping)
+
+
 class TestGolden:
     """Exact numbers of the 4-token toy."""
 
     def test_moments(self) -> None:
-        means = toy().moments().means()
+        means = moments_of(toy()).means()
         assert means.cross_moment is not None
         assert means.residual_moment is not None
         expected = [[1.29, 0.2, 0.6, 0.56], [0.1, 0.02, 0.03, -0.05], [-0.15, 0.03]]
@@ -38,25 +60,25 @@ class TestGolden:
     @pytest.mark.parametrize(("rms_scale", "alpha", "beta", "damping"), list(TOY_TARGETS))
     def test_target(self, rms_scale: RmsScale, alpha: float, beta: float, damping: float) -> None:
         rows = TOY_TARGETS[rms_scale, alpha, beta, damping]
-        target = toy().target(rms_scale, alpha, beta, damping)
+        target = target_of(toy(), rms_scale, alpha, beta, damping)
         torch.testing.assert_close(target, torch.tensor(rows, dtype=torch.float64), rtol=0, atol=6e-7)
 
     def test_codes_of_the_linear_target_on_the_grid_of_the_weight(self) -> None:
         streams = toy()
         scale, zero_point = asym_grid(streams.weight, 2)
-        moment = streams.moments().means().second_moment
+        moment = moments_of(streams).means().second_moment
         plain = slow_gptq(streams.weight, moment, scale, zero_point, 2)
-        linear = slow_gptq(streams.target(beta=0), moment, scale, zero_point, 2)
+        linear = slow_gptq(target_of(streams, beta=0), moment, scale, zero_point, 2)
         assert plain.tolist() == [[3, 1, 1, 0], [1, 3, 0, 1]]
         assert linear.tolist() == [[3, 0, 2, 0], [1, 3, 0, 1]]
 
     def test_grid_and_codes_of_the_sublayer_target(self) -> None:
         streams = toy()
-        target = streams.target()
+        target = target_of(streams)
         scale, zero_point = asym_grid(target, 2)
         assert scale.tolist() == pytest.approx([0.617094, 0.437545], abs=6e-7)
         assert zero_point.tolist() == [2, 1]
-        codes = slow_gptq(target, streams.moments().means().second_moment, scale, zero_point, 2)
+        codes = slow_gptq(target, moments_of(streams).means().second_moment, scale, zero_point, 2)
         assert codes.tolist() == [[3, 1, 3, 1], [2, 3, 0, 0]]
 
 
@@ -68,12 +90,15 @@ class TestOptimality:
     def test_equals_least_squares_on_raw_rows(self, rms_scale: RmsScale, damping: float) -> None:
         streams = random_streams()
         torch.testing.assert_close(
-            streams.target(rms_scale, damping=damping), raw_target(streams, rms_scale, damping), rtol=1e-9, atol=1e-9
+            target_of(streams, rms_scale, damping=damping),
+            raw_target(streams, rms_scale, damping),
+            rtol=1e-9,
+            atol=1e-9,
         )
 
     def test_linear_target_equals_least_squares_without_residual(self) -> None:
         streams = random_streams()
-        means = streams.moments(residual=False).means()
+        means = moments_of(streams, residual=False).means()
         assert means.residual_moment is None
         target = corrected_target(streams.weight, *means, alpha=1, beta=1, damping=0.01)
         expected = raw_target(streams, "none", 0.01, residual=False)
@@ -83,8 +108,8 @@ class TestOptimality:
     def test_objective_minus_rounding_loss_is_constant(self, rms_scale: RmsScale, beta: int) -> None:
         """Rounding the target under the returned second moment is rounding for the true objective."""
         streams = random_streams()
-        target = streams.target(rms_scale, beta=beta, damping=0)
-        moment = streams.moments(rms_scale).means().second_moment * streams.x.shape[0]
+        target = target_of(streams, rms_scale, beta=beta, damping=0)
+        moment = moments_of(streams, rms_scale).means().second_moment * streams.x.shape[0]
         d, dq = (s[:, None] for s in streams.scales(rms_scale))
         goal = d * (beta * streams.r + streams.x @ streams.weight.T)
         g = torch.Generator().manual_seed(1)
@@ -107,7 +132,7 @@ class TestOptimality:
         goal = (d * (streams.r + streams.x @ streams.weight.T) - dq * streams.rq) * gain
         rows = torch.kron(dq * streams.xq, torch.diag(gain))
         joint = torch.linalg.lstsq(rows, goal.reshape(-1, 1)).solution.reshape(4, 3).T
-        torch.testing.assert_close(streams.target(rms_scale, damping=0), joint, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(target_of(streams, rms_scale, damping=0), joint, rtol=1e-9, atol=1e-9)
 
     def test_held_out_error_falls_with_every_level(self) -> None:
         """Weight > linear > sublayer on unseen tokens of a drift that is partly predictable from the inputs."""
@@ -126,10 +151,10 @@ class TestOptimality:
             return Streams(xq + xq @ drift + 0.05 * normal(tokens, n), xq, rq + gap, rq, weight)
 
         calibration, held_out = draw(600), draw(400)
-        moment = calibration.moments(batch=200).means().second_moment
+        moment = moments_of(calibration, batch=200).means().second_moment
         errors = []
         for alpha, beta in [(0, 0), (1, 0), (1, 1)]:
-            target = calibration.target(alpha=alpha, beta=beta)
+            target = target_of(calibration, alpha=alpha, beta=beta)
             scale, zero_point = asym_grid(target, 3)
             codes = slow_gptq(target, moment, scale, zero_point, 3)
             rounded = scale[:, None] * (codes - zero_point[:, None])
@@ -147,7 +172,7 @@ class TestLaws:
         streams = random_streams()
         weight = streams.weight.to(dtype)
         weight[0, 0] = -0.0
-        means = [moment.to(dtype) for moment in streams.moments(rms_scale).means() if moment is not None]
+        means = [moment.to(dtype) for moment in moments_of(streams, rms_scale).means() if moment is not None]
         target = corrected_target(weight, *means, alpha=0, beta=0, damping=0.01)
         assert target.numpy().tobytes() == weight.numpy().tobytes()
         assert target.data_ptr() != weight.data_ptr()
@@ -157,7 +182,7 @@ class TestLaws:
     def test_equal_streams_return_the_weight_for_every_damping(self, rms_scale: RmsScale, damping: float) -> None:
         streams = random_streams(tokens=5, n=7)  # fewer tokens than channels: singular H
         same = replace(streams, x=streams.xq, r=streams.rq)
-        assert torch.equal(same.target(rms_scale, damping=damping), streams.weight)
+        assert torch.equal(target_of(same, rms_scale, damping=damping), streams.weight)
 
     def test_unit_token_weights_are_the_sublayer_target(self) -> None:
         streams = random_streams()
@@ -165,16 +190,16 @@ class TestLaws:
         moments = TargetMoments(7, 5, dtype=torch.float64)
         moments.add(streams.x, streams.xq, streams.r, streams.rq, TokenWeights(ones, ones))
         target = corrected_target(streams.weight, *moments.means(), alpha=1, beta=1, damping=0.01)
-        torch.testing.assert_close(target, streams.target(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(target, target_of(streams), rtol=1e-12, atol=1e-12)
         for rms_scale in ("common", "split"):
-            assert relative_correction(streams.target(rms_scale), target) > 1e-3
+            assert relative_correction(target_of(streams, rms_scale), target) > 1e-3
 
     @pytest.mark.parametrize("rms_scale", RMS_SCALES)
     def test_right_hand_side_is_one_moment_of_the_output_error(self, rms_scale: RmsScale) -> None:
         """C W + G = X_q^T E, with E the (weighted) drift of the sublayer output at the unrounded weight."""
         streams = random_streams()
         d, dq = (s[:, None] for s in streams.scales(rms_scale))
-        means = streams.moments(rms_scale).means()
+        means = moments_of(streams, rms_scale).means()
         assert means.cross_moment is not None
         assert means.residual_moment is not None
         error = d * (streams.r + streams.x @ streams.weight.T) - dq * (streams.rq + streams.xq @ streams.weight.T)
@@ -186,10 +211,10 @@ class TestLaws:
     @pytest.mark.parametrize("rms_scale", RMS_SCALES)
     def test_strengths_scale_the_two_corrections_separately(self, rms_scale: RmsScale) -> None:
         streams = random_streams()
-        input_part = streams.target(rms_scale, 1, 0) - streams.weight
-        residual_part = streams.target(rms_scale, 0, 1) - streams.weight
+        input_part = target_of(streams, rms_scale, 1, 0) - streams.weight
+        residual_part = target_of(streams, rms_scale, 0, 1) - streams.weight
         expected = streams.weight + 0.3 * input_part + 0.65 * residual_part
-        torch.testing.assert_close(streams.target(rms_scale, 0.3, 0.65), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(target_of(streams, rms_scale, 0.3, 0.65), expected, rtol=1e-10, atol=1e-10)
 
     def test_split_ignores_one_common_constant_but_not_two(self) -> None:
         streams = random_streams()
@@ -200,8 +225,8 @@ class TestLaws:
             moments.add(streams.x, streams.xq, streams.r, streams.rq, TokenWeights(reference, quantized))
             return corrected_target(streams.weight, *moments.means(), alpha=1, beta=1, damping=0.01)
 
-        torch.testing.assert_close(with_weights(7 * d, 7 * dq), streams.target("split"), rtol=1e-10, atol=1e-10)
-        assert relative_correction(with_weights(d / d.mean(), 1.5 * dq / dq.mean()), streams.target("split")) > 0.05
+        torch.testing.assert_close(with_weights(7 * d, 7 * dq), target_of(streams, "split"), rtol=1e-10, atol=1e-10)
+        assert relative_correction(with_weights(d / d.mean(), 1.5 * dq / dq.mean()), target_of(streams, "split")) > 0.05
 
     @pytest.mark.parametrize(("rms_scale", "cancels"), [("none", True), ("common", True), ("split", False)])
     def test_bias_cancels_only_under_equal_token_weights(self, rms_scale: RmsScale, cancels: bool) -> None:
@@ -213,9 +238,11 @@ class TestLaws:
         moments = TargetMoments(7, 5, dtype=torch.float64)
         moments.add(streams.x, streams.xq, streams.r, streams.rq, TokenWeights(d, dq))
         without = corrected_target(streams.weight, *moments.means(), alpha=1, beta=1, damping=0.01)
-        change = relative_correction(without, biased.target(rms_scale))
+        change = relative_correction(without, target_of(biased, rms_scale))
         assert change < 1e-10 if cancels else change > 0.01
-        torch.testing.assert_close(biased.target(rms_scale), raw_target(biased, rms_scale, 0.01), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            target_of(biased, rms_scale), raw_target(biased, rms_scale, 0.01), rtol=1e-9, atol=1e-9
+        )
 
     @pytest.mark.parametrize(("rms_scale", "dominated"), [("none", True), ("common", False), ("split", False)])
     def test_sink_token_loses_its_pull_under_the_norm(self, rms_scale: RmsScale, dominated: bool) -> None:
@@ -224,12 +251,12 @@ class TestLaws:
         sink[0], sink_q[0] = 1e4 * sink[0].abs() + 300, 1e4 * sink[0].abs()
         with_sink = replace(streams, r=sink, rq=sink_q)
         without = Streams(streams.x[1:], streams.xq[1:], streams.r[1:], streams.rq[1:], streams.weight)
-        change = relative_correction(with_sink.target(rms_scale), without.target(rms_scale))
+        change = relative_correction(target_of(with_sink, rms_scale), target_of(without, rms_scale))
         assert change > 1 if dominated else change < 1e-2
 
     def test_qep_is_half_a_correction_with_full_damping(self) -> None:
         streams = random_streams()
-        means = streams.moments(residual=False).means()
+        means = moments_of(streams, residual=False).means()
         h, c, w = streams.xq.T @ streams.xq, streams.xq.T @ (streams.x - streams.xq), streams.weight.T
         expected = w + 0.5 * torch.linalg.inv(h + h.diagonal().mean() * torch.eye(7, dtype=torch.float64)) @ c @ w
         target = corrected_target(streams.weight, *means, alpha=0.5, beta=0, damping=1.0)
@@ -237,7 +264,7 @@ class TestLaws:
 
     def test_linears_with_one_input_may_be_stacked(self) -> None:
         streams = random_streams()
-        means = streams.moments(residual=False).means()
+        means = moments_of(streams, residual=False).means()
         other = streams.weight.flip(0) * 2
         both = corrected_target(torch.cat([streams.weight, other]), *means, alpha=1, beta=0, damping=0.01)
         parts = [corrected_target(w, *means, alpha=1, beta=0, damping=0.01) for w in (streams.weight, other)]
@@ -245,13 +272,13 @@ class TestLaws:
 
     def test_common_scaling_of_the_moments_is_irrelevant(self) -> None:
         streams = random_streams()
-        means = [1e3 * moment for moment in streams.moments("split").means() if moment is not None]
+        means = [1e3 * moment for moment in moments_of(streams, "split").means() if moment is not None]
         target = corrected_target(streams.weight, *means, alpha=1, beta=1, damping=0.05)
-        torch.testing.assert_close(target, streams.target("split", damping=0.05), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(target, target_of(streams, "split", damping=0.05), rtol=1e-10, atol=1e-10)
 
     def test_damping_shrinks_the_correction_to_zero(self) -> None:
         streams = random_streams()
-        norms = [relative_correction(streams.target(damping=d), streams.weight) for d in (0, 0.01, 0.1, 1, 1e9)]
+        norms = [relative_correction(target_of(streams, damping=d), streams.weight) for d in (0, 0.01, 0.1, 1, 1e9)]
         assert norms == sorted(norms, reverse=True)
         assert norms[0] > 0.1
         assert norms[-1] < 1e-8
@@ -267,14 +294,14 @@ class TestEdges:
         streams.xq[:, 2] = 0  # the full-precision channel is alive: C has a column, H does not
         rest = [0, 1, 3, 4, 5, 6]
         reduced = Streams(streams.x[:, rest], streams.xq[:, rest], streams.r, streams.rq, streams.weight[:, rest])
-        target = streams.target(damping=damping)
+        target = target_of(streams, damping=damping)
         assert torch.equal(target[:, 2], streams.weight[:, 2])
-        torch.testing.assert_close(target[:, rest], reduced.target(damping=damping * 6 / 7), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(target[:, rest], target_of(reduced, damping=damping * 6 / 7), rtol=1e-9, atol=1e-9)
 
     def test_rows_of_the_cross_moments_at_a_dead_channel_are_ignored(self) -> None:
         streams = random_streams()
         streams.xq[:, 2] = 0
-        h, c, g = (moment for moment in streams.moments().means() if moment is not None)
+        h, c, g = (moment for moment in moments_of(streams).means() if moment is not None)
         clean = corrected_target(streams.weight, h, c, g, alpha=1, beta=1, damping=0.01)
         c[2], g[2] = 9.0, -9.0
         assert torch.equal(corrected_target(streams.weight, h, c, g, alpha=1, beta=1, damping=0.01), clean)
@@ -294,10 +321,10 @@ class TestEdges:
         moments.add(*shaped, token_weights("split", shaped[2] + out, shaped[3] + out_q, eps=EPS))
         target = corrected_target(narrow.weight, *moments.means(), alpha=1, beta=1, damping=0.01)
         assert target.dtype == torch.float32
-        torch.testing.assert_close(target.double(), exact.target("split"), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(target.double(), target_of(exact, "split"), rtol=1e-4, atol=1e-4)
 
     def test_batches_do_not_matter(self) -> None:
-        whole, streamed = (random_streams().moments("split", batch=batch).means() for batch in (40, 3))
+        whole, streamed = (moments_of(random_streams(), "split", batch=batch).means() for batch in (40, 3))
         for one, many in zip(whole, streamed, strict=True):
             torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-12)
 
@@ -306,7 +333,7 @@ class TestEdges:
         streams.xq[:, 2] = 0
         parts = [streams.x, streams.xq, streams.r, streams.rq, streams.weight]
         before = [part.clone() for part in parts]
-        moments = streams.moments("split").means()
+        moments = moments_of(streams, "split").means()
         frozen = [moment.clone() for moment in moments if moment is not None]
         corrected_target(streams.weight, *moments, alpha=1, beta=1, damping=0.01)
         assert all(torch.equal(a, b) for a, b in zip(parts, before, strict=True))
@@ -316,7 +343,7 @@ class TestEdges:
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_non_finite_argument_is_named(self, which: int, value: float) -> None:
         streams = random_streams()
-        means = streams.moments().means()
+        means = moments_of(streams).means()
         arguments = [streams.weight.clone(), *(moment.clone() for moment in means if moment is not None)]
         arguments[which][1, 1] = value
         name = ["weight", "second_moment", "cross_moment", "residual_moment"][which]
@@ -327,7 +354,7 @@ class TestEdges:
         streams = random_streams()
         streams.xq[3, 1] = torch.nan
         with pytest.raises(NumericalError, match="second_moment"):
-            streams.moments().means()
+            moments_of(streams).means()
 
     def test_singular_moment_names_the_damping(self) -> None:
         moment = torch.ones(3, 3, dtype=torch.float64)

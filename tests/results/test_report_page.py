@@ -363,6 +363,7 @@ def test_damaged_files_spoil_no_page(two, method, name):
 def test_a_sweep_of_which_nothing_is_done_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("name: mine\ntitle: Mine & yours\ngrids: [{method: rtn, bitwidth: [w3, w2]}]\n")
+    (tmp_path / "none").mkdir()
     assert main(["report", "mine.yaml", "model=tiny", "--runs-dir", "none"]) == 0
     assert capsys.readouterr().out == "report: report.html\n"
     page = Page((tmp_path / "report.html").read_text())
@@ -378,6 +379,7 @@ def test_a_sweep_of_which_nothing_is_done_says_so(tmp_path, monkeypatch, capsys)
 
 def test_no_cell_at_all_gives_a_page_too(tmp_path, capsys):
     output = tmp_path / "new" / "page.html"
+    (tmp_path / "none").mkdir()
     assert main(["report", "--runs-dir", str(tmp_path / "none"), "--output", str(output)]) == 0
     page = Page(output.read_text())
     assert "There is no cell to report on." in page.text
@@ -409,3 +411,13 @@ def test_a_name_that_does_not_fit_between_marks_goes_around_them():
 def test_page_needs_no_torch():
     code = "import sys, ptqbench.results.report_page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_unfinished_cell_that_cannot_be_read_does_not_spoil_the_page(tmp_path):
+    """Every change of the schema leaves such cells behind."""
+    root = tmp_path / "runs"
+    shutil.copytree(golden_store.FOLDER, root)
+    folder = store.RunFolder(next(root.glob("*-q2n-*-s2-*")))
+    store.write_json(folder.spec_path, {**json.loads(folder.spec_path.read_text()), "unknown": 1})
+    page = report_page([(store.RunFolder(path), None) for path in sorted(root.iterdir())])
+    assert folder.run_id in page

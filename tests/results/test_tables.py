@@ -251,8 +251,8 @@ def test_variants_of_one_name_get_rows_that_say_what_differs(tmp_path):
     store.write_json(other.result_path, source | {"run_id": other.run_id})
     rows = tables.comparison(frame_of(tmp_path))
     assert sorted(rows.index.get_level_values("method")) == [
-        "gptq [calibration.n_samples=128, solver.label=gptq]",
-        "gptq [calibration.n_samples=64, solver.label=other]",
+        "gptq solver.label=gptq calibration.n_samples=128",
+        "gptq solver.label=other calibration.n_samples=64",
     ]
 
 
@@ -270,9 +270,9 @@ def test_rows_of_variants_are_never_merged(tmp_path):
     found = tables.pivot(frame_of(tmp_path))
     assert found.count["wikitext2/perplexity"].tolist() == [1, 1, 1]
     assert sorted(name for _, name, _ in found.mean.index) == [
-        "same [transform=none]",
-        "same [transform=subspace, transform.objective=activation]",
-        "same [transform=subspace, transform.objective=joint]",
+        "same transform=none",
+        "same transform=subspace objective=activation",
+        "same transform=subspace objective=joint",
     ]
 
 
@@ -371,11 +371,11 @@ def test_command_refuses_a_suffix_it_does_not_know(capsys):
     assert ".md, .tex, .html, .csv" in capsys.readouterr().err
 
 
-def test_terminal_table_of_one_model_fits_80_columns(monkeypatch, capsys):
+def test_terminal_table_of_one_model_fits_80_columns(tmp_path, monkeypatch, capsys):
     from ptqbench.cli import main
 
     monkeypatch.setenv("COLUMNS", "80")
-    assert main(["table", "demo", "--runs-dir", "no/such/folder"]) == 0
+    assert main(["table", "demo", "--runs-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("│" in line for line in lines) >= 15

@@ -116,7 +116,7 @@ def test_waiting_for_another_process_is_no_cost(tmp_path, clock, monkeypatch):
         clock.seconds += 30
         yield
 
-    monkeypatch.setattr("ptqbench.runs.artefacts.FileLock", contended)
+    monkeypatch.setattr("ptqbench.runs.artefacts.file_lock", contended)
     store = Artefacts(tmp_path)
     start = store.clock()
     store.get("windows", KEY, taking(clock, 5))

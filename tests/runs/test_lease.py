@@ -29,7 +29,7 @@ def test_a_held_lease_refuses_and_a_released_one_is_gone(folder):
     assert folder.state() == PENDING
     with lease(folder) as mine:
         assert folder.state() == RUNNING
-        assert json.loads(folder.lease_path.read_text()) == mine
+        assert json.loads(folder.lease_path.read_text()) == mine.record
         with pytest.raises(CellBusy, match=f"process {os.getpid()} on "), lease(folder):
             pass
         assert folder.lease_path.exists(), "a refused process must not remove the lease of the holder"
@@ -53,7 +53,7 @@ def test_a_dead_process_of_this_machine_loses_it_at_once(folder):
 
 
 def test_a_number_that_another_process_has_now_is_a_dead_holder(folder):
-    write_json(folder.lease_path, holder(created=me()["created"] - 3600.0))
+    write_json(folder.lease_path, holder(started=me()["started"] - 3600.0))
     with lease(folder):
         pass
 
@@ -69,6 +69,13 @@ def test_a_holder_elsewhere_lives_until_it_is_silent_for_long_enough(folder):
     write_json(folder.lease_path, far)
     with lease(folder):
         pass
+
+
+@pytest.mark.parametrize("time", [time.time() + 3600, 1e300])
+def test_a_time_in_the_future_is_no_sign_of_life(folder, time):
+    write_json(folder.lease_path, holder(machine="elsewhere:boot:1", time=time))
+    write_json(folder.new_attempt() / "heartbeat.json", {"time": time})
+    assert folder.state() == INTERRUPTED
 
 
 def test_a_restarted_slurm_job_takes_over_from_its_previous_incarnation(monkeypatch):

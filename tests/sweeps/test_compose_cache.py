@@ -77,26 +77,60 @@ def test_a_damaged_memory_counts_as_empty(cache, content):
     assert Composer()(line) == expected
 
 
-def test_two_commands_lose_nothing_of_each_other(cache, tmp_path):
-    code = tmp_path / "code.py"
-    code.write_text("")
-    first, second = Compositions({}, code), Compositions({}, code)
+def test_two_commands_lose_nothing_of_each_other(cache):
+    first, second = Compositions({"code": ""}), Compositions({"code": ""})
     first.put(["a"], {"x": 1})
     second.put(["b"], {"x": 0.1})
     first.save()
     second.save()
-    both = Compositions({}, code)
+    both = Compositions({"code": ""})
     assert (both.get(["a"]), both.get(["b"]), both.get(["c"])) == ({"x": 1}, {"x": 0.1}, None)
     both.get(["a"])["x"] = 2
     assert both.get(["a"]) == {"x": 1}, "somebody's change reached the memory"
-    code.write_text("changed")
-    assert Compositions({}, code).get(["a"]) is None
+    assert Compositions({"code": "changed"}).get(["a"]) is None
 
 
-def test_what_json_cannot_say_is_not_remembered(cache, tmp_path):
-    code = tmp_path / "code.py"
-    code.write_text("")
-    memory = Compositions({}, code)
+def test_what_json_cannot_say_is_not_remembered(cache):
+    memory = Compositions({})
     for data in ({"x": (1, 2)}, {"x": object()}, {1: 2}):
         memory.put(["a"], data)
         assert memory.get(["a"]) is None
+
+
+def remembered(state):
+    memory = Compositions(state)
+    memory.put(["a"], {"damping": 0.01})
+    memory.save()
+    return memory.path
+
+
+def test_what_was_changed_in_the_cache_is_not_believed(cache):
+    path = remembered({})
+    assert Compositions({}).get(["a"]) == {"damping": 0.01}
+    path.write_text(path.read_text().replace("0.01", "0.99"))
+    assert Compositions({}).get(["a"]) is None
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_cache_that_others_may_write_is_not_believed(cache, mode):
+    path = remembered({})
+    path.chmod(mode)
+    assert Compositions({}).get(["a"]) is None
+
+
+def test_a_cache_of_somebody_else_is_not_believed(cache, monkeypatch):
+    path = remembered({})
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    theirs = Compositions({})
+    assert theirs.path != path, "each user has a file of their own"
+    theirs.path.write_bytes(path.read_bytes())  # put there by the first user
+    assert Compositions({}).get(["a"]) is None
+
+
+def test_the_cache_is_used_under_any_umask(cache):
+    before = os.umask(0o002)
+    try:
+        remembered({})
+    finally:
+        os.umask(before)
+    assert Compositions({}).get(["a"]) == {"damping": 0.01}

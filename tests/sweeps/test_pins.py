@@ -95,6 +95,23 @@ def test_a_changed_model_is_refused_before_anything_is_measured(place, monkeypat
     assert (folder.failure()["kind"], folder.result()) == ("config", None)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["evaluation.texts.file.separator=sat", "evaluation.texts.file.portion=[0,0.02]"], "fewer than one window"),
+        (["evaluation.tasks=[winogrande/acc]"], r"has no winogrande\.validation\.jsonl"),
+    ],
+)
+def test_data_that_cannot_be_measured_are_found_before_the_first_block(place, monkeypatch, more, said):
+    (place / "winogrande.train.jsonl").write_text("{}\n")
+    data = [f"evaluation.data_dir={place}"] * ("tasks" in more[0])
+    folder = store.create(compose_cell(words(place, *from_file(place), *data, *more)))
+    monkeypatch.setattr(run, "_quantize", lambda *rest: pytest.fail("it was quantized"))
+    with pytest.raises(RunFailed, match=said):
+        run.run_folder(folder)
+    assert folder.failure()["kind"] == "config"
+
+
 def test_content_that_changes_while_the_cell_runs_leaves_nothing_behind(place, monkeypatch):
     folder = store.create(compose_cell(words(place, *from_file(place))))
     evaluate, shared = run._evaluate, lambda: list((place / "runs").rglob("calibration-*.safetensors"))

@@ -11,7 +11,7 @@ import pytest
 
 from ptqbench.cell.folders import sweep_folder
 from ptqbench.errors import ConfigError, DataNotHereError
-from ptqbench.launch.report import print_plan
+from ptqbench.launch.summary import print_plan
 from ptqbench.runs.folder import DONE, FAILED, PENDING, create, write_json
 from ptqbench.runs.queue import QUEUED, Job, Queue
 from ptqbench.sweeps import plan as planning
@@ -111,7 +111,8 @@ def test_a_branch_is_looked_up_once_for_all_cells(tmp_path, monkeypatch):
     assert {cell.spec.evaluation.task_digests["race"] for cell in found} == {f"hub:EleutherAI/race@{40 * 'a'}"}
     assert len(looks) == 2
     texts = ["calibration=file", "calibration.dataset=ptb", "calibration.split=train", "evaluation=ptb"]
-    (cell,) = resolved([("texts", [*words[:1], *texts, "bitwidth=w4", words[-1]])])
+    words.append("execution.beyond_context=true")
+    (cell,) = resolved([("texts", [*words[:1], *texts, "bitwidth=w4", *words[-2:]])])
     assert cell.spec.calibration.digest == cell.spec.evaluation.texts["ptb"].digest
     assert looks[2:] == ["refs/convert/parquet"], "two splits, one look"
 
@@ -141,7 +142,9 @@ def test_states_and_groups(tmp_path, monkeypatch):
     write_json(found[0].folder.result_path, {"run_id": found[0].folder.run_id})
     write_json(found[1].folder.failure_path, {"kind": "host_memory", "message": "too little"})
     write_json(found[2].folder.submission_path, {"launcher": "slurm", "token": "t", "task": 5})
-    monkeypatch.setattr(planning, "look", lambda folders: Queue({("t", 5): Job("17_5", "PENDING", "Resources")}))
+    monkeypatch.setattr(
+        planning, "look", lambda folders, patient: Queue({("t", 5): Job("17_5", "PENDING", "Resources")})
+    )
     rows = plan(found)
     assert [row.state for row in rows] == [DONE, FAILED, QUEUED, PENDING]
     assert [row.todo for row in rows] == [False, True, False, True]
@@ -215,7 +218,7 @@ def test_the_queue_is_asked_once_and_only_if_something_was_submitted(tmp_path, m
 
     calls = []
     monkeypatch.setattr(
-        squeue, "_squeue", lambda: calls.append(1) or ["9_0|ptqbench-t|RUNNING|None", "10|other|RUNNING|None"]
+        squeue, "_squeue", lambda *_: calls.append(1) or ["9_0|ptqbench-t|RUNNING|None", "10|other|RUNNING|None"]
     )
     monkeypatch.setattr(squeue.shutil, "which", lambda name: name)
     (cell,) = resolved([("x", ["+method=rtn", f"execution.runs_dir={tmp_path}"])])

@@ -22,9 +22,13 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torture.kit import Outcome, World
 
 PARTS = ("requests", "disk", "operations", "races", "cluster", "kills")  # the last one takes all the time that is left
 
@@ -49,7 +53,13 @@ def main() -> int:
 
     folder = Path(os.environ.get("PTQBENCH_TORTURE_SHIM") or tempfile.mkdtemp(prefix="ptqbench-torture-"))
     shim.load(folder)
-    os.environ |= {"PTQBENCH_CACHE": str(folder / "cache"), "COLUMNS": "400", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    os.environ |= {
+        "PTQBENCH_CACHE": str(folder / "cache"),
+        "COLUMNS": "400",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TQDM_DISABLE": "1",
+    }
     (folder / "references").mkdir(exist_ok=True)
     warm()
     world = World(folder, options.seed, options.workers)
@@ -61,11 +71,14 @@ def main() -> int:
     for place, name in enumerate(parts):
         report = run_part(world, name, parts[place:], begun + 60 * options.minutes, options.number)
         reports.append(report)
-        print(f"{name}: {report['trials']} trials, {len(report['findings'])} findings, {report['seconds']:.0f} s", flush=True)
+        print(
+            f"{name}: {report['trials']} trials, {len(report['findings'])} findings, {report['seconds']:.0f} s",
+            flush=True,
+        )
     return conclude(world, reports, begun, options.output)
 
 
-def run_part(world: World, name: str, left: list[str], end: float, number: int | None) -> dict[str, Any]:  # noqa: F821
+def run_part(world: World, name: str, left: list[str], end: float, number: int | None) -> dict[str, Any]:
     """Run one part for its share of the time that is left; returns its report."""
     begun, counts, findings, trials = time.time(), Counter[str](), [], 0
     module = importlib.import_module(f"torture.{name}")
@@ -82,10 +95,15 @@ def run_part(world: World, name: str, left: list[str], end: float, number: int |
                 repeat = f"make torture ONLY={name} SEED={world.seed} NUMBER={at}"
                 findings.append({"check": check, "seen": seen, "repeat": repeat})
                 print(f"FOUND {name}/{check} ({repeat}): {seen}", flush=True)
-    return report | {"trials": trials, "counts": dict(counts), "findings": findings, "seconds": round(time.time() - begun, 1)}
+    return report | {
+        "trials": trials,
+        "counts": dict(counts),
+        "findings": findings,
+        "seconds": round(time.time() - begun, 1),
+    }
 
 
-def trials_of(world: World, module: ModuleType, until: float, number: int | None):  # type: ignore[no-untyped-def]  # noqa: ANN201, F821
+def trials_of(world: World, module: ModuleType, until: float, number: int | None) -> Iterator[tuple[int, Outcome]]:
     """Yield (number, outcome) of trials in forked workers until the time is over."""
     limit = module.LIMIT if hasattr(module, "LIMIT") else None
     total = min(x for x in (limit, module.total(world) if hasattr(module, "total") else None, 10**9) if x is not None)
@@ -95,7 +113,11 @@ def trials_of(world: World, module: ModuleType, until: float, number: int | None
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting: dict[Any, int] = {}
         while True:
-            while len(waiting) < workers and time.time() < until and (at := next(numbers, None)) is not None:
+            while (
+                len(waiting) < workers
+                and (number is not None or time.time() < until)
+                and (at := next(numbers, None)) is not None
+            ):
                 waiting[pool.submit(guarded, module.__name__, world, at)] = at
             if not waiting:
                 return
@@ -103,7 +125,7 @@ def trials_of(world: World, module: ModuleType, until: float, number: int | None
                 yield waiting.pop(future), future.result()
 
 
-def guarded(module: str, world: World, number: int):  # type: ignore[no-untyped-def]  # noqa: ANN201, F821
+def guarded(module: str, world: World, number: int) -> Outcome:
     """Run a trial; a defect of the torture itself is a finding too."""
     from torture.kit import Outcome
 
@@ -115,14 +137,22 @@ def guarded(module: str, world: World, number: int):  # type: ignore[no-untyped-
         return outcome
 
 
-def conclude(world: World, reports: list[dict[str, Any]], begun: float, output: Path | None) -> int:  # noqa: F821
+def conclude(world: World, reports: list[dict[str, Any]], begun: float, output: Path | None) -> int:
     """Print the table, write ``torture.json``, and return the exit status."""
     found = sum(len(report["findings"]) for report in reports)
     print(f"\n{'part':<12}{'trials':>8}{'checks':>9}{'signals':>9}{'found':>7}{'seconds':>9}  counted")
     for report in reports:
         counts = report["counts"]
-        more = report["skipped"] or ", ".join(f"{n} {name}" for name, n in sorted(counts.items()) if name not in ("checks", "signals"))
-        line = (report["trials"], counts.get("checks", 0), counts.get("signals", 0), len(report["findings"]), report["seconds"])
+        more = report["skipped"] or ", ".join(
+            f"{n} {name}" for name, n in sorted(counts.items()) if name not in ("checks", "signals")
+        )
+        line = (
+            report["trials"],
+            counts.get("checks", 0),
+            counts.get("signals", 0),
+            len(report["findings"]),
+            report["seconds"],
+        )
         print(f"{report['part']:<12}{line[0]:>8}{line[1]:>9}{line[2]:>9}{line[3]:>7}{line[4]:>9.0f}  {more}")
     for kind, n in Counter(f"{r['part']}/{f['check']}" for r in reports for f in r["findings"]).most_common():
         print(f"found {n:>5} times: {kind}")

@@ -160,9 +160,9 @@ def records(runs: Path) -> list[tuple[Path, dict[str, Any]]]:
     for path in runs.rglob("failure.json"):
         try:
             data = json.loads(path.read_text())
-        except (OSError, ValueError):
-            data = {"kind": "unreadable"}
-        found.append((path, data))
+        except (OSError, ValueError, RecursionError):
+            data = None
+        found.append((path, data if isinstance(data, dict) else {"kind": "unreadable"}))
     return found
 
 

@@ -27,7 +27,11 @@ NAME = "ptqbench-"
 
 def absent(world: World) -> str | None:
     """Why there can be no cluster here."""
-    missing = [name for name in ("sbatch", "slurmctld", "munged") if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None]
+    missing = [
+        name
+        for name in ("sbatch", "slurmctld", "munged")
+        if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None
+    ]
     if missing:
         return f"no SLURM on this machine ({', '.join(missing)}): run tests/cluster/slurm.sh install"
     return None if os.geteuid() == 0 else "SLURM's daemons start jobs for others: run as root"
@@ -44,14 +48,23 @@ def trial(world: World, number: int) -> Outcome:
         common = [word for word in cells.words("rtn")[1:] if not word.startswith("bitwidth")]
         common += ["resources.cpus=1", "resources.host_mem_gib=2", "resources.time_min=20", "resources.gpus=0"]
         sweep, runs = here / "many.yaml", here / "runs"
-        sweep.write_text(f"name: many\ncommon: {json.dumps(common)}\ngrids: [{{method: [rtn, gptq], bitwidth: w3, seed: {list(range(CELLS // 2))}}}]\n")
+        sweep.write_text(
+            f"name: many\ncommon: {json.dumps(common)}\n"
+            f"grids: [{{method: [rtn, gptq], bitwidth: w3, seed: {list(range(CELLS // 2))}}}]\n"
+        )
         words = ["sweep", str(sweep), "launcher=slurm", "--runs-dir", str(runs)]
         nodes = [f"node{n + 1}" for n in range(world.workers)]
         _drain(nodes)
         for ended in [one.end() for one in [Running(command(*words), here) for _ in range(3)]]:
-            outcome.check(ended.status == 0 and "Traceback" not in ended.text, "status", f"three sweeps at once: {ended}")
+            outcome.check(
+                ended.status == 0 and "Traceback" not in ended.text, "status", f"three sweeps at once: {ended}"
+            )
         queued = len(_queue())
-        outcome.check(queued == CELLS, "submitted once", f"{queued} tasks in the queue for {CELLS} cells after three sweeps at once")
+        outcome.check(
+            queued == CELLS,
+            "submitted once",
+            f"{queued} tasks in the queue for {CELLS} cells after three sweeps at once",
+        )
         _resume(nodes)
         begun, finished = time.time(), dict[Path, int]()
         waiting = Running(command(*words, "--wait"), here)
@@ -75,7 +88,12 @@ def trial(world: World, number: int) -> Outcome:
 @contextlib.contextmanager
 def _cluster(here: Path, nodes: int) -> Iterator[None]:
     """A cluster whose nodes claim one core each, so that no more run at once than are allowed."""
-    settings = {"CLUSTER_DIR": str(here / "cluster"), "CLUSTER_NODES": str(nodes), "CLUSTER_CPUS": "1", "CLUSTER_GPUS": "1"}
+    settings = {
+        "CLUSTER_DIR": str(here / "cluster"),
+        "CLUSTER_NODES": str(nodes),
+        "CLUSTER_CPUS": "1",
+        "CLUSTER_GPUS": "1",
+    }
     os.environ |= settings
     try:
         subprocess.run([SCRIPT, "up"], check=True, capture_output=True, timeout=300)
@@ -93,7 +111,9 @@ def _queue() -> list[str]:
 
 
 def _update(node: str, state: str) -> None:
-    subprocess.run(["scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=torture"], capture_output=True, timeout=60)
+    subprocess.run(
+        ["scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=torture"], capture_output=True, timeout=60
+    )
 
 
 def _drain(nodes: list[str]) -> None:
@@ -107,7 +127,10 @@ def _resume(nodes: list[str]) -> None:
 
 
 def _fault(outcome: Outcome, draw: Random, nodes: list[str], words: list[str], here: Path) -> None:
-    kind, tasks = draw.choice(("scancel", "scancel", "requeue", "requeue", "drain", "down", "restart", "three sweeps")), _queue()
+    kind, tasks = (
+        draw.choice(("scancel", "scancel", "requeue", "requeue", "drain", "down", "restart", "three sweeps")),
+        _queue(),
+    )
     if kind in ("scancel", "requeue") and tasks:
         how = ["scancel"] if kind == "scancel" else ["scontrol", "requeue"]
         subprocess.run([*how, draw.choice(tasks)], capture_output=True, timeout=60)
@@ -124,7 +147,11 @@ def _fault(outcome: Outcome, draw: Random, nodes: list[str], words: list[str], h
             outcome.check("Traceback" not in ended.text, "status", f"three sweeps at once: {ended}")
         left = sum(not (path.parent / "result.json").exists() for path in (here / "runs").glob("*/spec.json"))
         queued = len(_queue())
-        outcome.check(queued <= left + len(nodes), "submitted once", f"{queued} tasks in the queue for {left} cells that are not done")
+        outcome.check(
+            queued <= left + len(nodes),
+            "submitted once",
+            f"{queued} tasks in the queue for {left} cells that are not done",
+        )
     outcome.counts[kind] += 1
 
 
@@ -141,7 +168,9 @@ def _judge(outcome: Outcome, runs: Path, here: Path) -> None:
     outcome.check(len(done) == CELLS, "all", f"{len(done)} of {CELLS} cells are done")
     for folder in done:
         beats = [json.loads(path.read_text()) for path in folder.glob("attempts/*/heartbeat.json")]
-        outcome.check([beat.get("ended") for beat in beats].count("done") == 1, "once", f"attempts of {folder}: {beats}")
+        outcome.check(
+            [beat.get("ended") for beat in beats].count("done") == 1, "once", f"attempts of {folder}: {beats}"
+        )
         other = here / "again" / folder.name
         other.mkdir(parents=True)
         spec = json.loads((folder / "spec.json").read_text())

@@ -9,6 +9,7 @@ import errno
 import os
 import subprocess
 from pathlib import Path
+from random import Random
 
 from torture import cells, shim
 from torture.kit import Ended, Outcome, Running, World, command
@@ -43,7 +44,9 @@ def trial(world: World, number: int) -> Outcome:
             return outcome
         try:
             ended = Running(command(*given), here).end()
-            outcome.check(ended.status == 0 and "Traceback" not in ended.text, "resume", f"{method} with space again: {ended}")
+            outcome.check(
+                ended.status == 0 and "Traceback" not in ended.text, "resume", f"{method} with space again: {ended}"
+            )
             cells.check_end(outcome, runs / reference.name, reference)
         finally:
             if real:
@@ -52,7 +55,7 @@ def trial(world: World, number: int) -> Outcome:
     return outcome
 
 
-def _small_disk(outcome: Outcome, draw, given: list[str], runs: Path, here: Path) -> None:  # type: ignore[no-untyped-def]
+def _small_disk(outcome: Outcome, draw: Random, given: list[str], runs: Path, here: Path) -> None:
     size = draw.choice([4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384])
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", runs], check=True)
     ended = Running(command(*given), here).end()
@@ -61,7 +64,7 @@ def _small_disk(outcome: Outcome, draw, given: list[str], runs: Path, here: Path
     subprocess.run(["mount", "-o", "remount,size=64m", runs], check=True)
 
 
-def _errors(outcome: Outcome, draw, given: list[str], runs: Path, here: Path) -> None:  # type: ignore[no-untyped-def]
+def _errors(outcome: Outcome, draw: Random, given: list[str], runs: Path, here: Path) -> None:
     code, how = draw.choice(CODES), draw.choice([shim.FAIL_ONCE, shim.FAIL_ON, shim.FAIL_ON])
     operation = draw.randint(1, 160)
     ended = Running(shim.armed(command(*given), runs, operation, how, code), here).end()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
+from random import Random
 
 from torture import cells
 from torture.kit import CELL_S, Ended, Outcome, Running, World, command, job
@@ -32,7 +33,11 @@ def trial(world: World, number: int) -> Outcome:
     reference, keep = cells.refer(world, method), draw.random() > 0.15
     with world.trial_folder(number, outcome) as here:
         folder = here / "runs" / reference.name
-        given = [*cells.words(method), f"execution.runs_dir={here / 'runs'}", *([] if keep else ["execution.keep_codes=false"])]
+        given = [
+            *cells.words(method),
+            f"execution.runs_dir={here / 'runs'}",
+            *([] if keep else ["execution.keep_codes=false"]),
+        ]
         for _ in range(PER_TRIAL):
             before = cells.finished(folder)
             door = job(folder) if (folder / "spec.json").exists() and draw.random() < 0.6 else command(*given)
@@ -45,14 +50,18 @@ def trial(world: World, number: int) -> Outcome:
         before = cells.finished(folder)
         for _ in range(2):  # the second one shows what is done, and tidies
             ended = Running(command(*given), here).end()
-            outcome.check(ended.status == 0 and "Traceback" not in ended.text, "status", f"{method} does not go on: {ended}")
+            outcome.check(
+                ended.status == 0 and "Traceback" not in ended.text, "status", f"{method} does not go on: {ended}"
+            )
         cells.check_kept(outcome, before, folder, may_go=not keep)
         cells.check_end(outcome, folder, reference, keep)
         outcome.counts["cells"] += 1
     return outcome
 
 
-def _strike(outcome: Outcome, draw, running: Running, seconds: float, folder: Path, here: Path) -> signal.Signals | None:  # type: ignore[no-untyped-def]
+def _strike(
+    outcome: Outcome, draw: Random, running: Running, seconds: float, folder: Path, here: Path
+) -> signal.Signals | None:
     """Send a signal at a random moment; None where the cell was faster."""
     number = draw.choices(list(SIGNALS), list(SIGNALS.values()))[0]
     if running.over(draw.uniform(0.0, 1.1 * seconds)) or not running.signal(number):
@@ -65,14 +74,15 @@ def _strike(outcome: Outcome, draw, running: Running, seconds: float, folder: Pa
     return number
 
 
-def _stopped(outcome: Outcome, draw, folder: Path, here: Path) -> None:  # type: ignore[no-untyped-def]
+def _stopped(outcome: Outcome, draw: Random, folder: Path, here: Path) -> None:
     """A frozen holder keeps its cell: a second process leaves it alone."""
+    time.sleep(0.02)  # the signal needs a moment
     held = (folder / "lease.json").exists() and not (folder / "result.json").exists()
     if not held or draw.random() < 0.5:
         time.sleep(draw.uniform(0.0, 0.2))
         return
     second = Running(job(folder), here).end()
-    right = second.status == 0 and "being worked on" in second.text
+    right = second.status == 0 and ("being worked on" in second.text or "hanging process" in second.text)
     outcome.check(right, "frozen", f"a second process beside a stopped one: {second}")
 
 

@@ -21,7 +21,9 @@ from pathlib import Path
 
 HANG_S = 30.0  # a refusal may not take longer
 CELL_S = 300.0  # nor may a cell of this size, on a busy machine
-THROUGH = 97  # exit status of a child whose function let an exception through, which a user would have seen as a traceback
+THROUGH = (
+    97  # exit status of a child whose function let an exception through, which a user would have seen as a traceback
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +94,31 @@ class Ended:
         return [line for line in self.err.splitlines() if line.strip()]
 
     def __str__(self) -> str:
-        return f"status {self.status} after {self.seconds:.1f} s; " + " / ".join((self.said or self.out.splitlines())[-3:])
+        return f"status {self.status} after {self.seconds:.1f} s; " + " / ".join(
+            (self.said or self.out.splitlines())[-3:]
+        )
 
 
 def warm() -> None:
     """Import what a cell needs, once: processes are forked from here."""
     from ptqbench.launch.worker import PRELOADED
 
-    names = ("cli", "hydra_app", "foreground", "sweeps.compose", "results.tables", "results.terminal", "results.report_page")
-    for name in (*PRELOADED, *(f"ptqbench.{name}" for name in names), "ptqbench.launch.dispatch", "pydantic", "matplotlib.figure"):
+    names = (
+        "cli",
+        "hydra_app",
+        "foreground",
+        "sweeps.compose",
+        "results.tables",
+        "results.terminal",
+        "results.report_page",
+    )
+    for name in (
+        *PRELOADED,
+        *(f"ptqbench.{name}" for name in names),
+        "ptqbench.launch.dispatch",
+        "pydantic",
+        "matplotlib.figure",
+    ):
         importlib.import_module(name)
 
 
@@ -108,7 +126,7 @@ class Running:
     """A forked process at work on a function that returns an exit status."""
 
     def __init__(self, function: Callable[[], int], cwd: Path, env: dict[str, str] | None = None) -> None:
-        self._files = [tempfile.TemporaryFile() for _ in range(2)]
+        self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 - closed in end()
         self.started = time.monotonic()
         sys.stdout.flush()
         self.pid = os.fork()

@@ -44,10 +44,15 @@ def trial(world: World, number: int) -> Outcome:
     reference = cells.refer(world, method)
     with world.trial_folder(number, outcome) as here:
         folder, given = here / "runs" / reference.name, _words(method, here)
-        strikes = [(operation, how), *([(draw.randint(1, operation + 20), draw.choice([1, 2, 3]))] if draw.random() < 0.3 else [])]
+        strikes = [
+            (operation, how),
+            *([(draw.randint(1, operation + 20), draw.choice([1, 2, 3]))] if draw.random() < 0.3 else []),
+        ]
         for at, mode in strikes:
             before = cells.finished(folder)
-            ended = Running(shim.armed(command(*given), here, at, mode), here, {"PTQBENCH_CACHE": str(here / "cache")}).end()
+            ended = Running(
+                shim.armed(command(*given), here, at, mode), here, {"PTQBENCH_CACHE": str(here / "cache")}
+            ).end()
             outcome.counts["signals"] += ended.status == -9
             outcome.counts[f"killed {shim.NAMES[mode]}"] += ended.status == -9
             outcome.check(ended.status in (-9, 0), "status", f"{method}, {shim.NAMES[mode]} {what}: {ended}")
@@ -55,11 +60,18 @@ def trial(world: World, number: int) -> Outcome:
         before = cells.finished(folder)
         for _ in range(2):
             ended = Running(command(*given), here, {"PTQBENCH_CACHE": str(here / "cache")}).end()
-            outcome.check(ended.status == 0 and "Traceback" not in ended.text, "status", f"after a kill {shim.NAMES[how]} {what}: {ended}")
+            outcome.check(
+                ended.status == 0 and "Traceback" not in ended.text,
+                "status",
+                f"after a kill {shim.NAMES[how]} {what}: {ended}",
+            )
         cells.check_kept(outcome, before, folder)
         cells.check_end(outcome, folder, reference)
         cells.check_records(outcome, here / "runs", ())
-        outcome.findings = [(name, f"{method}, kill {shim.NAMES[how]} operation {operation} ({what}): {seen}") for name, seen in outcome.findings]
+        outcome.findings = [
+            (name, f"{method}, kill {shim.NAMES[how]} operation {operation} ({what}): {seen}")
+            for name, seen in outcome.findings
+        ]
     return outcome
 
 

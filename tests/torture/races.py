@@ -88,7 +88,9 @@ def _pools(outcome: Outcome, draw: Random, world: World, here: Path, pools: int,
     runs, sweep = here / "runs", here / "many.yaml"
     common = [word for word in cells.words("rtn")[1:] if not word.startswith("bitwidth")]
     seeds = list(range(count // 2))
-    sweep.write_text(f"name: many\ncommon: {json.dumps(common)}\ngrids:\n  - {{method: [rtn, gptq], bitwidth: w3, seed: {seeds}}}\n")
+    sweep.write_text(
+        f"name: many\ncommon: {json.dumps(common)}\ngrids:\n  - {{method: [rtn, gptq], bitwidth: w3, seed: {seeds}}}\n"
+    )
     words = ["sweep", str(sweep), "launcher=local", "launcher.workers=1", "--runs-dir", str(runs)]
     limit = 60.0 + 10.0 * count
     running = [Running(command(*words), here) for _ in range(pools)]

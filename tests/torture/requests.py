@@ -13,6 +13,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 from torture import cells
 from torture.kit import HANG_S, Outcome, Running, World, command
@@ -20,6 +21,7 @@ from torture.kit import HANG_S, Outcome, Running, World, command
 SHARE, LIMIT = 12.0, 500
 MEMORY = 6 << 30
 RAW = (
+    "a defect of ptqbench",
     "object has no attribute", "NoneType", "indices must be", "unsupported operand", "[Errno", "Error executing job",
     "list index out of range", "not JSON serializable", "invalid literal for", "object is not", "KeyError",
 )  # fmt: skip
@@ -126,7 +128,9 @@ def trial(world: World, number: int) -> Outcome:
         if whole and request.says and not any(word.lower() in ended.text.lower() for word in request.says):
             outcome.check(False, f"{layer}: words", f"expected one of {request.says}: {shown}")
         for path, record in cells.records(here):
-            outcome.check(record.get("kind") != "code", f"{layer}: kind", f"{record.get('message')} in {path.name}: {shown}")
+            outcome.check(
+                record.get("kind") != "code", f"{layer}: kind", f"{record.get('message')} in {path.name}: {shown}"
+            )
         wrong = request.after()
         outcome.check(not wrong, f"{layer}: after", f"{wrong}: {shown}")
     return outcome
@@ -138,7 +142,7 @@ def _begin(request: Request) -> None:
     request.before()
 
 
-def typo(draw, word: str) -> str:  # type: ignore[no-untyped-def]
+def typo(draw: Random, word: str) -> str:
     """Misspell a word: one letter lost, doubled, changed, or two exchanged."""
     at = draw.randrange(len(word))
     kind = draw.randrange(4)

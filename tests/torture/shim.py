@@ -50,7 +50,9 @@ def armed(
 
     def go() -> int:
         trace = -1 if log is None else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        ctypes.CDLL(None).torture_arm(os.fsencode(folder), ctypes.c_long(operation), how if operation else 0, error, trace)
+        ctypes.CDLL(None).torture_arm(
+            os.fsencode(folder), ctypes.c_long(operation), how if operation else 0, error, trace
+        )
         return function()
 
     return go

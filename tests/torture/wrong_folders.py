@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +20,19 @@ JUNK: tuple[Any, ...] = (None, [], {}, 3, -1, "x", "[/x]", True, 1e300, -1e300, 
 FIELDS = {
     "lease.json": ("pid", "time", "created", "machine", "host", "token", "slurm_job", "slurm_restart"),
     "heartbeat.json": ("time", "stage", "done", "total", "ended"),
-    "result.json": ("metrics", "bits", "timings", "averages", "model", "method", "flop", "run_id", "format", "shared", "n_tokens"),
+    "result.json": (
+        "metrics",
+        "bits",
+        "timings",
+        "averages",
+        "model",
+        "method",
+        "flop",
+        "run_id",
+        "format",
+        "shared",
+        "n_tokens",
+    ),
     "spec.json": ("model", "method", "bitwidth", "seed", "evaluation", "calibration", "execution", "nosuch"),
     "submission.json": ("job", "task", "time", "token", "array", "cluster"),
     "failure.json": ("kind", "message", "class", "attempt", "stage", "time", "traceback", "log_tail"),
@@ -28,8 +41,10 @@ FIELDS = {
     "synced.json": ("result", "time", "url"),
 }
 WHOLE = {
-    "empty": b"", "cut off": b'{"time": 17', "binary": bytes(range(256)), "nested deep": b"[" * 2000 + b"]" * 2000, "not UTF-8": b'{"a": "\xff"}',
-    "nested deep in a field": b'{"time": ' + b"[" * 1500 + b"]" * 1500 + b', "pid": 1}', "zeros": b"\0" * 64, "NaN": b'{"time": NaN, "pid": NaN}',
+    "empty": b"", "cut off": b'{"time": 17', "binary": bytes(range(256)), "nested deep": b"[" * 2000 + b"]" * 2000,
+    "not UTF-8": b'{"a": "\xff"}',
+    "nested deep in a field": b'{"time": ' + b"[" * 1500 + b"]" * 1500 + b', "pid": 1}', "zeros": b"\0" * 64,
+    "NaN": b'{"time": NaN, "pid": NaN}',
     "Infinity": b'{"time": Infinity, "pid": 1e400}', "huge number": b'{"time": ' + b"9" * 5000 + b', "pid": ' + b"9" * 5000 + b"}",
 }  # fmt: skip
 WHOLE_VALUES = (None, [], {}, 3, "x", True, [1, 2], {"a": 1})
@@ -40,19 +55,26 @@ SWEEPERS = (["plan"], ["sweep"], ["retry"], ["cancel"], ["status"], ["table"], [
 def _begin(folder: Path, name: str) -> tuple[Path, Any]:
     """Path of a record and what it sensibly holds."""
     now = time.time()
-    if name in ("heartbeat.json", "meta.json"):
-        path = folder / "attempts" / "001" / name
-    else:
-        path = folder / name
+    path = folder / "attempts" / "001" / name if name in ("heartbeat.json", "meta.json") else folder / name
     if path.exists():
         return path, json.loads(path.read_text())
     return path, {
-        "lease.json": {"pid": 1, "time": now, "created": now, "machine": "m", "host": "elsewhere", "token": "t", "slurm_job": None, "slurm_restart": 0},
+        "lease.json": _lease(now),
         "submission.json": {"job": "1_0", "task": 0, "time": now, "token": "t"},
-        "failure.json": {"kind": "disk", "message": "m", "class": "OSError", "attempt": "001", "stage": "load", "time": now, "traceback": "", "log_tail": []},
+        "failure.json": {"kind": "disk", "message": "m", "class": "OSError", "attempt": "001", "stage": "load", "time": now,
+        "traceback": "", "log_tail": []},
         "cancel.json": {"time": now, "by": {}},
         "synced.json": {"result": "x", "time": now},
     }.get(name, {})  # fmt: skip
+
+
+def _lease(now: float) -> dict[str, Any]:
+    """The lease of a process of this machine that has ended."""
+    from ptqbench.runs.liveness import me
+
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    return {"token": "t", "time": now, **me(), "pid": ended.pid}
 
 
 def record(draw: Random, place: Place) -> Request:
@@ -74,14 +96,25 @@ def record(draw: Random, place: Place) -> Request:
         data = {key: value for key, value in data.items() if key != field} if gone else data | {field: new}
         title, content = f"{field} {'removed' if gone else '= ' + json.dumps(new)}", json.dumps(data).encode()
     path.write_bytes(content)
+    if name == "heartbeat.json" and method == "gptq":  # looked at where a lease is held elsewhere
+        (folder / "lease.json").write_text(
+            json.dumps(_lease(time.time() - 60) | {"machine": "elsewhere", "host": "elsewhere"})
+        )
     if draw.random() < 0.6:
         words = [*draw.choice(READERS), "--runs-dir", str(runs)]
         shows = words[0] in ("status", "table") and words[1:2] != ["--check"]
     else:
         given = "[" + ", ".join(f"'{word}'" for word in place.cell()[1:-1] if "bitwidth" not in word) + "]"
         cal = "calibration.n_samples: 8, calibration.seq_len: 32"
-        sweep = place.write("three.yaml", f"name: three\ncommon: {given}\ngrids: [{{method: fp16, bitwidth: fp16}}, {{method: [rtn, gptq], bitwidth: w3, {cal}}}]\n")
-        words, shows = [*draw.choice(SWEEPERS), str(sweep), "--runs-dir", str(runs)], False
+        sweep = place.write(
+            "three.yaml",
+            f"name: three\ncommon: {given}\ngrids:\n"
+            f"  - {{method: fp16, bitwidth: fp16}}\n  - {{method: [rtn, gptq], bitwidth: w3, {cal}}}\n",
+        )
+        chosen = draw.choice(
+            SWEEPERS if name != "lease.json" else [way for way in SWEEPERS if way != ["cancel"]]
+        )  # it may signal
+        words, shows = [*chosen, str(sweep), "--runs-dir", str(runs)], False
         if words[0] in ("sweep", "retry"):
             words.append("launcher=inline")
     status = (0, 1) if words[0] in ("sweep", "retry") else (0,)
@@ -94,13 +127,35 @@ def record(draw: Random, place: Place) -> Request:
 def output(draw: Random, place: Place) -> Request:
     """Where a table, a page or a picture is written."""
     runs, here = place.runs, place.here
-    command, option, suffix = draw.choice((("table", "--output", draw.choice((".md", ".tex", ".html", ".csv"))), ("report", "--output", ".html"), ("table", "--picture", draw.choice((".png", ".pdf")))))
+    command, option, suffix = draw.choice(
+        (
+            ("table", "--output", draw.choice((".md", ".tex", ".html", ".csv"))),
+            ("report", "--output", ".html"),
+            ("table", "--picture", draw.choice((".png", ".pdf"))),
+        )
+    )
 
     def request(title: str, target: object, status: tuple[int, ...], after: Callable[[], str] = lambda: "") -> Request:
         words = [command, "--runs-dir", str(runs), option, str(target)]
         return Request(f"{command} {option}: {title}", words, status=status, after=after)
 
-    title = draw.choice(("folder", "below a file", "empty", "too long", "device", "full device", "link", "link to nothing", "new folder", "unwritable", "unknown suffix", "pipe", "plain"))
+    title = draw.choice(
+        (
+            "folder",
+            "below a file",
+            "empty",
+            "too long",
+            "device",
+            "full device",
+            "link",
+            "link to nothing",
+            "new folder",
+            "unwritable",
+            "unknown suffix",
+            "pipe",
+            "plain",
+        )
+    )
     target = here / f"out{suffix}"
     if title == "folder":
         target.mkdir()
@@ -118,14 +173,20 @@ def output(draw: Random, place: Place) -> Request:
         if title == "link":
             real.write_text("old")
         target.symlink_to(real)
-        kept = lambda: "" if target.is_symlink() and real.is_file() and real.stat().st_size > 3 else "the link was replaced, not followed"  # noqa: E731
+        kept = lambda: (
+            ""
+            if target.is_symlink() and real.is_file() and real.stat().st_size > 3
+            else "the link was replaced, not followed"
+        )
         return request(title, target, (0,), kept)
     if title == "unknown suffix":
         strange = here / f"x.{draw.choice(('docx', 'nosuch', 'p'))}"
         return request(title, strange, (2,) if command == "table" else (0, 2))
-    if title == "pipe":
+    if title == "pipe" and command == "table":
         os.mkfifo(target)
-        return request(title, target, (1, 2))
+        made = request(title, target, (0, 1, 2), lambda: "" if target.is_fifo() else "the pipe was replaced by a file")
+        made.before = lambda: [None, os.open(target, os.O_RDWR)][0]  # somebody reads it
+        return made
     if title == "unwritable":
         made = request(title, _unwritable(here / "closed") / f"a{suffix}", (1, 2))
         made.before = _nobody
@@ -139,7 +200,7 @@ def _device(title: str, target: Path, request: Callable[..., Request]) -> Reques
     if os.geteuid() != 0:
         return request("a folder", target.parent, (1, 2))
     os.mknod(target, 0o666 | 0o020000, os.makedev(1, 3 if title == "device" else 7))
-    kept = lambda: "" if target.is_char_device() else "the device was replaced by a file"  # noqa: E731
+    kept = lambda: "" if target.is_char_device() else "the device was replaced by a file"
     return request(title, target, (0, 1, 2) if title == "device" else (1, 2), kept)
 
 
@@ -164,27 +225,55 @@ def terminal(draw: Random, place: Place) -> Request:
     moved = place.here / odd
     moved.parent.mkdir(exist_ok=True)
     runs.rename(moved)
-    words = draw.choice((["status", "--all"], ["status"], ["table"], ["table", "--format", "md"], ["report", "--output", "x.html"], ["doctor"], ["--help"], ["cell"], ["plan"]))
+    words = draw.choice(
+        (
+            ["status", "--all"],
+            ["status"],
+            ["table"],
+            ["table", "--format", "md"],
+            ["report", "--output", "x.html"],
+            ["doctor"],
+            ["--help"],
+            ["cell"],
+            ["plan"],
+        )
+    )
     if words == ["cell"]:
         words = [*place.cell(method="fp16")[:-1], f"execution.runs_dir='{moved}'"]
     elif words == ["plan"]:
-        words = ["plan", str(place.write("s.yaml", f"name: s\ntitle: '{odd} ∑'\ncommon: [model=tiny]\ngrids: [{{method: rtn, bitwidth: [w3, w4]}}]\n")), "--runs-dir", str(moved)]
+        words = [
+            "plan",
+            str(
+                place.write(
+                    "s.yaml",
+                    f"name: s\ntitle: '{odd} ∑'\ncommon: [model=tiny]\ngrids: [{{method: rtn, bitwidth: [w3, w4]}}]\n",
+                )
+            ),
+            "--runs-dir",
+            str(moved),
+        ]
     elif words != ["--help"]:
         words = [*words, "--runs-dir", str(moved)]
     kind = draw.choice(("ascii", "latin-1", "cp1252", "ascii", "latin-1", "full", "closed", "narrow"))
     status = (0,) if kind in ("ascii", "latin-1", "cp1252", "narrow") else (0, 1, 2)
-    return Request(f"terminal {kind}, folder {odd}", words, status=status, before=lambda: _terminal(kind), one_line=kind != "closed")
+    return Request(
+        f"terminal {kind}, folder {odd}",
+        words,
+        status=status,
+        before=lambda: _terminal(kind),
+        one_line=kind != "closed",
+    )
 
 
 def _terminal(kind: str) -> None:
     if kind in ("ascii", "latin-1", "cp1252"):
         os.environ |= {"LC_ALL": "C", "PYTHONIOENCODING": kind, "PYTHONUTF8": "0"}
-        sys.stdout.reconfigure(encoding=kind)  # type: ignore[union-attr]
-        sys.stderr.reconfigure(encoding=kind, errors="backslashreplace")  # type: ignore[union-attr]
+        sys.stdout.reconfigure(encoding=kind)
+        sys.stderr.reconfigure(encoding=kind, errors="backslashreplace")
     elif kind == "full":
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     elif kind == "closed":
-        sys.stdout = None  # type: ignore[assignment]  # what the interpreter does when it starts without one
+        sys.stdout = None  # what the interpreter does when it starts without one
         with contextlib.suppress(OSError):
             os.close(1)
     else:
@@ -196,13 +285,33 @@ def unwritable(draw: Random, place: Place) -> Request:
     here = place.here
     file, closed = place.write("file", "x"), _unwritable(here / "closed")
     here.chmod(0o755)
-    kind = draw.choice(("runs below a file", "runs are a file", "runs closed", "runs inside closed", "cell folder is a file", "working folder closed", "cache is a file", "cache closed", "no home", "run folder closed"))
+    kind = draw.choice(
+        (
+            "runs below a file",
+            "runs are a file",
+            "runs closed",
+            "runs inside closed",
+            "cell folder is a file",
+            "working folder closed",
+            "cache is a file",
+            "cache closed",
+            "no home",
+            "run folder closed",
+        )
+    )
     base = place.cell()[:-1]
-    runs = {"runs below a file": file / "runs", "runs are a file": file, "runs closed": closed, "runs inside closed": closed / "new"}.get(kind)
+    runs = {
+        "runs below a file": file / "runs",
+        "runs are a file": file,
+        "runs closed": closed,
+        "runs inside closed": closed / "new",
+    }.get(kind)
     door = draw.choice(("cell", "sweep", "multirun"))
     if runs is not None:
-        refused = kind.startswith("runs are") or kind.startswith("runs below")
-        return _by(door, place, kind, base, runs, (2, 1) if refused else (1, 2), _nobody if "closed" in kind else lambda: None)
+        refused = kind.startswith(("runs are", "runs below"))
+        return _by(
+            door, place, kind, base, runs, (2, 1) if refused else (1, 2), _nobody if "closed" in kind else lambda: None
+        )
     if kind in ("cell folder is a file", "run folder closed"):
         return _one_bad_cell(kind, place, base, door)
     sound = here / "sound"
@@ -210,21 +319,35 @@ def unwritable(draw: Random, place: Place) -> Request:
     sound.chmod(0o777)
     request = _by(door, place, kind, base, sound, (0,), _nobody)
     if kind == "working folder closed":
-        request.before = lambda: (os.chdir(closed), _nobody())[1]  # type: ignore[func-returns-value]
+        request.before = lambda: (os.chdir(closed), _nobody())[1]
     elif kind in ("cache is a file", "cache closed"):
         request.env = {"PTQBENCH_CACHE": str(file if kind == "cache is a file" else closed / "cache")}
         request.before = _nobody
     return request
 
 
-def _by(door: str, place: Place, title: str, base: list[str], runs: Path, status: tuple[int, ...], before: Callable[[], Any]) -> Request:
+def _by(
+    door: str, place: Place, title: str, base: list[str], runs: Path, status: tuple[int, ...], before: Callable[[], Any]
+) -> Request:
     if door == "cell":
         return Request(title, [*base, f"execution.runs_dir='{runs}'"], status=status, before=before)
     if door == "multirun":
-        return Request(f"{title}, -m", [*base, f"execution.runs_dir='{runs}'", "launcher=inline", "-m"], status=status, before=before, one_line=False)
+        return Request(
+            f"{title}, -m",
+            [*base, f"execution.runs_dir='{runs}'", "launcher=inline", "-m"],
+            status=status,
+            before=before,
+            one_line=False,
+        )
     given = "[" + ", ".join(f"'{word}'" for word in base[1:] if "bitwidth" not in word) + "]"
     sweep = place.write("s.yaml", f"name: s\ncommon: {given}\ngrids: [{{method: rtn, bitwidth: [w3, w4]}}]\n")
-    return Request(f"{title}, sweep", ["sweep", str(sweep), "launcher=inline", "--runs-dir", str(runs)], status=status, before=before, one_line=False)
+    return Request(
+        f"{title}, sweep",
+        ["sweep", str(sweep), "launcher=inline", "--runs-dir", str(runs)],
+        status=status,
+        before=before,
+        one_line=False,
+    )
 
 
 def _one_bad_cell(kind: str, place: Place, base: list[str], door: str) -> Request:
@@ -237,7 +360,9 @@ def _one_bad_cell(kind: str, place: Place, base: list[str], door: str) -> Reques
         (runs / name).write_text("x")
     else:
         _unwritable(runs / name)
-    request = _by("cell" if door == "cell" else "sweep", place, kind, base, runs, (1, 2) if door == "cell" else (1,), _nobody)
+    request = _by(
+        "cell" if door == "cell" else "sweep", place, kind, base, runs, (1, 2) if door == "cell" else (1,), _nobody
+    )
     if door != "cell":
         request.after = lambda: "" if list(runs.glob("*w4*/result.json")) else "the other cell was not done"
     return request

@@ -31,9 +31,12 @@ def _model(place: Place) -> Path:
     return folder
 
 
-def _request(place: Place, title: str, model: Path, calibration: Path, evaluation: Path, status: tuple[int, ...], *more: str) -> Request:
+def _request(
+    place: Place, title: str, model: Path, calibration: Path, evaluation: Path, status: tuple[int, ...], *more: str
+) -> Request:
     words = [
-        "+method=rtn", "bitwidth=w3", "model=local", f"model.path='{model}'", "calibration=file", f"calibration.path='{calibration}'",
+        "+method=rtn", "bitwidth=w3", "model=local", f"model.path='{model}'", "calibration=file",
+        f"calibration.path='{calibration}'",
         "calibration.seq_len=32", "calibration.n_samples=4", "evaluation=file", f"evaluation.texts.file.path='{evaluation}'",
         "evaluation.texts.file.seq_len=64", f"execution.runs_dir='{place.here / 'new'}'", "execution.progress=false",
         "execution.threads=1", *more,
@@ -53,7 +56,8 @@ CONFIG: dict[str, list[Any]] = {
     "vocab_size": [0, -1, 1000, "1024", None, DELETE, 1.5, 10**9],
     "rms_norm_eps": ["x", None, -1, [1], True],
     "hidden_act": ["gelu", "nosuch", 7, None, "relu"],
-    "rope_parameters": [7, "x", [], {"rope_type": "nosuch", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": "x"}, {"rope_type": "default", "rope_theta": -1}],
+    "rope_parameters": [7, "x", [], {"rope_type": "nosuch", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": "x"},
+    {"rope_type": "default", "rope_theta": -1}],
     "max_position_embeddings": [0, -1, "x", 1.5],
     "attention_bias": [True, "x", 7],
     "mlp_bias": [True, "x"],
@@ -125,7 +129,7 @@ def weights(draw: Random, place: Place) -> Request:
         "a tensor renamed": lambda: packed({k + "x" * (k == name): v for k, v in header.items()}),
         "unknown dtype": lambda: changed(dtype="F7"),
         "integer dtype": lambda: changed(dtype=draw.choice(("I32", "U32"))),
-        "8-bit dtype": lambda: changed(dtype=draw.choice(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")), shape=[*shape[:-1], shape[-1] * 4]),
+        "a dtype that cannot be": lambda: _cast(data, [name] if draw.random() < 0.5 else names, draw.choice(SMALL)),
         "a shape of other size": lambda: changed(shape=[*shape[:-1], shape[-1] + 1]),
         "a negative shape": lambda: changed(shape=[-1]),
         "a flat shape": lambda: changed(shape=[(end - begin) // 4, 1]),
@@ -136,7 +140,17 @@ def weights(draw: Random, place: Place) -> Request:
         "an HTML page": lambda: b"<html><body>404</body></html>" * 20,
         "NaN in a tensor": lambda: packed(header, body[:begin] + hole + body[end:]),
     }  # fmt: skip
-    others = ("missing", "only .bin", "a folder", "an index without shards", "an index outside", "an index cut off", "an index of a list", "an adapter beside", "link to nothing")
+    others = (
+        "missing",
+        "only .bin",
+        "a folder",
+        "an index without shards",
+        "an index outside",
+        "an index cut off",
+        "an index of a list",
+        "an adapter beside",
+        "link to nothing",
+    )
     title = draw.choice([*ways, *others])
     status = FAILED_OR_REFUSED if title == "NaN in a tensor" else REFUSED
     if title in ways:
@@ -144,6 +158,21 @@ def weights(draw: Random, place: Place) -> Request:
     else:
         _other_weights(title, model, path, names)
     return _request(place, f"model.safetensors: {title} ({name})", model, text, text, status)
+
+
+SMALL = ("float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool", "complex64", "int32")
+
+
+def _cast(data: bytes, names: list[str], dtype: str) -> bytes:
+    """The checkpoint with some tensors of another type, as other tools store quantized ones."""
+    import torch
+    from safetensors.torch import load, save
+
+    tensors = load(data)
+    changed = {
+        name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items() if name in names and tensor.ndim == 2
+    }
+    return save(tensors | (changed or {names[0]: tensors[names[0]].to(getattr(torch, dtype))}), {"format": "pt"})
 
 
 def _other_weights(title: str, model: Path, path: Path, names: list[str]) -> None:
@@ -182,13 +211,18 @@ def tokenizer(draw: Random, place: Place) -> Request:
 
     ways: dict[str, Any] = {
         "empty": lambda: b"", "cut off": lambda: path.read_bytes()[: draw.randint(1, 50000)], "empty mapping": lambda: b"{}",
-        "a list": lambda: b"[]", "null": lambda: b"null", "not UTF-8": lambda: b"\xff\xfe" * 500, "random bytes": lambda: os.urandom(3000),
+        "a list": lambda: b"[]", "null": lambda: b"null", "not UTF-8": lambda: b"\xff\xfe" * 500,
+        "random bytes": lambda: os.urandom(3000),
         "no model": lambda: json.dumps({k: v for k, v in data.items() if k != "model"}).encode(),
         "unknown model type": lambda: json.dumps(data | {"model": data["model"] | {"type": "Nosuch"}}).encode(),
         "empty vocabulary": lambda: json.dumps(data | {"model": data["model"] | {"vocab": {}, "merges": []}}).encode(),
         "an id beyond the embedding": large,
     }  # fmt: skip
-    configs = {"class that is not there": '{"tokenizer_class": "NosuchTokenizer"}', "config cut off": '{"tokenizer_cl', "config a list": "[]"}
+    configs = {
+        "class that is not there": '{"tokenizer_class": "NosuchTokenizer"}',
+        "config cut off": '{"tokenizer_cl',
+        "config a list": "[]",
+    }
     title = draw.choice([*ways, "missing", "a folder", "only tokenizer.model", *configs])
     status = (0, *FAILED_OR_REFUSED) if title in ("class that is not there", "an id beyond the embedding") else REFUSED
     if title in configs:
@@ -210,8 +244,10 @@ def text(draw: Random, place: Place) -> Request:
     sound, path = _text(place), place.here / "bad.txt"
     story = sound.read_bytes()
     ways: dict[str, Any] = {
-        "empty": b"", "white space": b" \n\t" * 500, "one word": b"Once", "not UTF-8": story[:3000] + b"\xff\xfe\xfa" + story[3000:],
-        "UTF-16": story.decode().encode("utf-16"), "binary": bytes(range(256)) * 100, "Latin-1": ("Größe é " * 2000).encode("latin-1"),
+        "empty": b"", "white space": b" \n\t" * 500, "one word": b"Once",
+        "not UTF-8": story[:3000] + b"\xff\xfe\xfa" + story[3000:],
+        "UTF-16": story.decode().encode("utf-16"), "binary": bytes(range(256)) * 100,
+        "Latin-1": ("Größe é " * 2000).encode("latin-1"),
         "zip": b"PK\x03\x04" + os.urandom(9000), "gzip under another name": gzip.compress(story),
     }  # fmt: skip
     others = ("missing", "a folder", "a pipe", "a device without an end", "link to nothing", "link to itself")
@@ -234,7 +270,12 @@ def text(draw: Random, place: Place) -> Request:
     return request
 
 
-LINE = {"question": "What is it?", "choices": {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}, "answerKey": "A", "id": "1"}
+LINE = {
+    "question": "What is it?",
+    "choices": {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]},
+    "answerKey": "A",
+    "id": "1",
+}
 
 
 def task(draw: Random, place: Place) -> Request:
@@ -244,20 +285,39 @@ def task(draw: Random, place: Place) -> Request:
     good = "\n".join(json.dumps(LINE | {"id": str(n)}) for n in range(20)).encode() + b"\n"
     ways: dict[str, bytes | None] = {
         "empty": b"", "cut off": good[:-40], "not JSON": b"question: x\n" * 9, "not UTF-8": good.replace(b"What", b"\xff\xfe"),
-        "a list per line": b"[1, 2]\n" * 9, "a number per line": b"7\n" * 9, "null per line": b"null\n" * 9, "fields missing": b'{"id": "1"}\n' * 9,
+        "a list per line": b"[1, 2]\n" * 9, "a number per line": b"7\n" * 9, "null per line": b"null\n" * 9,
+        "fields missing": b'{"id": "1"}\n' * 9,
         "choices a word": good.replace(b'{"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}', b'"abcd"'),
         "answer that is no choice": good.replace(b'"answerKey": "A"', b'"answerKey": "Z"'), "no file": None,
     }  # fmt: skip
-    title = draw.choice([*ways, "misspelled", "no metric", "unknown metric", "data folder missing", "data folder a file", "twice"])
+    title = draw.choice(
+        [*ways, "misspelled", "no metric", "unknown metric", "data folder missing", "data folder a file", "twice"]
+    )
     content, tasks, where, status = ways.get(title), "arc_easy/acc", folder, FAILED_OR_REFUSED
     if content is not None:
         (folder / "arc_easy.test.jsonl").write_bytes(content)
     elif title not in ("no file",):
         (folder / "arc_easy.test.jsonl").write_bytes(good)
         status = REFUSED
-    tasks = {"misspelled": "arc_esy/acc", "no metric": "arc_easy", "unknown metric": "arc_easy/accc", "twice": "arc_easy/acc,arc_easy/acc"}.get(title, tasks)
-    where = {"data folder missing": place.here / "nosuch", "data folder a file": folder / "arc_easy.test.jsonl"}.get(title, folder)
+    tasks = {
+        "misspelled": "arc_esy/acc",
+        "no metric": "arc_easy",
+        "unknown metric": "arc_easy/accc",
+        "twice": "arc_easy/acc,arc_easy/acc",
+    }.get(title, tasks)
+    where = {"data folder missing": place.here / "nosuch", "data folder a file": folder / "arc_easy.test.jsonl"}.get(
+        title, folder
+    )
     if title == "twice":
         status = (0, 2)
     model, sound = _model(place), _text(place)
-    return _request(place, f"task: {title}", model, sound, sound, status, f"evaluation.tasks=[{tasks}]", f"evaluation.data_dir='{where}'")
+    return _request(
+        place,
+        f"task: {title}",
+        model,
+        sound,
+        sound,
+        status,
+        f"evaluation.tasks=[{tasks}]",
+        f"evaluation.data_dir='{where}'",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from random import Random
 
@@ -74,6 +75,12 @@ CHANGES: dict[str, tuple[str, str]] = {  # what is wrong: (old text, new text)
     "a grammar slip in a common word": ("calibration.n_samples=8", "'seed=['"),
 }
 COUNTED = {"expect_cells does not fit", "expect_cells is a word", "expect_cells is negative"}
+MANY = (
+    "common: [model=tiny]\ngrids: [{" + ", ".join(f"a{i}: {list(range(30))}" for i in range(8)) + "}]"
+)  # 30 ** 8 cells
+ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in itertools.pairwise("abcdefgh")
+)
 WHOLE: dict[str, Callable[[], str | bytes]] = {
     "empty": lambda: "",
     "a number": lambda: "7",
@@ -86,9 +93,9 @@ WHOLE: dict[str, Callable[[], str | bytes]] = {
     "zeros": lambda: b"\0" * 400,
     "nested deep": lambda: "name: x\ngrids: " + "[" * 3000 + "]" * 3000,
     "nested deep in a value": lambda: "name: x\ngrids: [{method: rtn, seed: " + "[" * 900 + "]" * 900 + "}]",
-    "too many cells": lambda: "name: x\ncommon: [model=tiny]\nexpect_cells: 2\ngrids: [{" + ", ".join(f"a{i}: {list(range(30))}" for i in range(8)) + "}]",
-    "too many cells, not counted": lambda: "name: x\ncommon: [model=tiny]\ngrids: [{" + ", ".join(f"a{i}: {list(range(30))}" for i in range(8)) + "}]",
-    "aliases of aliases": lambda: "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefg", "bcdefgh", strict=True)) + "name: x\ngrids: [*h]\n",
+    "too many cells": lambda: "name: x\nexpect_cells: 2\n" + MANY,
+    "too many cells, not counted": lambda: "name: x\n" + MANY,
+    "aliases of aliases": lambda: ALIASES + "name: x\ngrids: [*h]\n",
     "an alias of itself": lambda: "name: x\ngrids: &g [*g]\n",
     "JSON cut off": lambda: '{"name": "x", "grids": [{"method": "rt',
 }  # fmt: skip
@@ -104,6 +111,7 @@ ODD: dict[str, tuple[str, str]] = {  # sound, whatever it looks like
 def sweep_file(draw: Random, place: Place) -> Request:
     """A sweep file and a command that reads it."""
     kind = draw.random()
+    (place.here / "new").mkdir()  # else that would be what is refused
     command = draw.choice(("plan", "plan", "status", "table", "report", "sweep", "retry", "cancel", "prefetch"))
     if kind < 0.1:
         title, (old, new) = draw.choice(list(ODD.items()))
@@ -127,7 +135,7 @@ def sweep_file(draw: Random, place: Place) -> Request:
         words.append("launcher=print")
     lenient = title in CELLS_ONLY
     if not lenient:
-        return Request(f"sweep file: {title}", words)
+        return Request(f"sweep file: {title}", words, says=(path.name, "sound"))
     if command not in ("plan", "sweep"):
         words[0] = "plan"
     return Request(f"sweep file: {title}", words, status=(0, 1, 2), says=("invalid", "ptqbench: "), one_line=False)

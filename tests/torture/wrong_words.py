@@ -9,14 +9,16 @@ from torture.requests import Place, Request, typo
 COMMANDS = ("plan", "sweep", "retry", "cancel", "status", "table", "report", "sync", "prefetch", "gc", "doctor")
 NEED_SWEEP = ("plan", "sweep", "retry", "cancel")
 SWEEPS = ("demo", "composition", "gptq_llama", "resq_table1", "coquant_table1", "q2n_weight_only")
+NO_FILES = ("nosuch.yaml", "/nosuch/x.yml", "a" * 300 + ".yaml", "", " ", ".yaml")
+HYDRA = ("--cfg", "--package", "--config-name", "--config-dir", "--info", "--experimental-rerun")
 GROUPS = {
-    "+method": "rtn gptq gptaq qronos qep loaq q2n quarot resq coquant spinquant".split(),
-    "model": "tiny llama-2-7b qwen3-0.6b tiny-outlier".split(),
-    "bitwidth": "w2 w3 w4 w8 w4a4kv4 w3g128".split(),
-    "calibration": "auto c4 file tiny wikitext2".split(),
-    "evaluation": "auto c4 file tiny wikitext2 paper_6 mmlu".split(),
-    "launcher": "auto inline local print slurm".split(),
-    "tracking": "none offline online".split(),
+    "+method": ["rtn", "gptq", "gptaq", "qronos", "qep", "loaq", "q2n", "quarot", "resq", "coquant", "spinquant"],
+    "model": ["tiny", "llama-2-7b", "qwen3-0.6b", "tiny-outlier"],
+    "bitwidth": ["w2", "w3", "w4", "w8", "w4a4kv4", "w3g128"],
+    "calibration": ["auto", "c4", "file", "tiny", "wikitext2"],
+    "evaluation": ["auto", "c4", "file", "tiny", "wikitext2", "paper_6", "mmlu"],
+    "launcher": ["auto", "inline", "local", "print", "slurm"],
+    "tracking": ["none", "offline", "online"],
     "execution": ["default"],
     "resources": ["derived"],
     "method/solver": ["gptq"],
@@ -28,14 +30,35 @@ NONSENSE: dict[str, list[str]] = {
     "seed": ["x", "1.5", "-1", "[1,2]", "{a:1}", "null", "true", "1e400", "nan", "''", "'[/x]'"],
     "calibration.n_samples": [*NOT_POSITIVE, "100000000000"],
     "calibration.seq_len": [*NOT_POSITIVE, "1", "100000000"],
-    "calibration.portion": ["[0.5,0.2]", "[2,3]", "[0]", "[nan,1]", "[-1,1]", "x", "0.5", "[0,1,2]", "[0.5,0.5]", "[a,b]", "{a:1}"],
+    "calibration.portion": [
+        "[0.5,0.2]",
+        "[2,3]",
+        "[0]",
+        "[nan,1]",
+        "[-1,1]",
+        "x",
+        "0.5",
+        "[0,1,2]",
+        "[0.5,0.5]",
+        "[a,b]",
+        "{a:1}",
+    ],
     "calibration.sampling": ["joint_random", "7", "[]", "''"],
     "calibration.dataset": ["tinyy", "wikitext3", "7", "[tiny]"],
     "calibration.split": ["calibratio", "nosuch"],
     "evaluation.batch_size": NOT_POSITIVE,
     "evaluation.limit": ["0", "-5", "x", "1.5", "nan", "true"],
     "evaluation.ppl_dtype": ["int8", "float64", "float", "7"],
-    "evaluation.tasks": ["[arc_esy/acc]", "[tiny_questions/f1]", "[tiny_questions/ac]", "[x]", "['[/acc]']", "[3]", "tiny_questions/acc", "{a:b}"],
+    "evaluation.tasks": [
+        "[arc_esy/acc]",
+        "[tiny_questions/f1]",
+        "[tiny_questions/ac]",
+        "[x]",
+        "['[/acc]']",
+        "[3]",
+        "tiny_questions/acc",
+        "{a:b}",
+    ],
     "evaluation.texts.tiny.seq_len": [*NOT_POSITIVE, "1"],
     "bitwidth.w_bits": ["0", "-1", "17", "33", "3.5", "x", "null", "1e20", "[3]", "true"],
     "bitwidth.a_bits": ["0", "-4", "17", "x", "null", "4.5"],
@@ -75,12 +98,15 @@ NOT_READ = {  # sound for a cell that reads them, without effect in this one
     "calibration.path": "FILE", "evaluation.texts.tiny.path": "FILE", "evaluation.data_dir": "FOLDER",
 }  # fmt: skip
 GRAMMAR = (
-    "seed=[", "seed={a:", "seed='x", 'seed="x', "seed=(1", "seed=1]", "seed=$(x", "seed=${nosuch}", "seed=${oc.env:NO_SUCH_VARIABLE}",
+    "seed=[", "seed={a:", "seed='x", 'seed="x', "seed=(1", "seed=1]", "seed=$(x", "seed=${nosuch}",
+    "seed=${oc.env:NO_SUCH_VARIABLE}",
     "=", "=1", "seed", "+seed=1", "~seed", "~method", "++", "+", "~", "seed.x=1", "a.b.c.d=1", "seed@x=1", "method@=gptq",
     "seed=1,2", "seed=range(1,3)", "seed=choice(1,2)", "bitwidth=w3,w4", "evaluation.texts={}", "evaluation=null", "model=null",
-    "bitwidth=[w3,w4]", "hydra.run.dir=x", "hydra.mode=nosuch", "hydra/launcher=nosuch", "hydra/launcher=submitit_slurm",
-    "defaults=[]", "method.solver=null", "method=null", "bitwidth=", "model=", "model.path=", "--seed=1", "-x", "seed:1", "seed = 1",
-    "calibration.n_samples=8 seed=1", "seed=\x01", "seed=é", "é=1", "evaluation.tasks=[a,", "evaluation.tasks=[,]", "**=1", "[/x]=1",
+    "bitwidth=[w3,w4]", "hydra.mode=nosuch", "hydra/launcher=nosuch", "hydra/launcher=submitit_slurm",
+    "defaults=[]", "method.solver=null", "method=null", "bitwidth=", "model=", "model.path=", "--seed=1", "-x", "seed:1",
+    "seed = 1",
+    "calibration.n_samples=8 seed=1", "seed=\x01", "seed=é", "é=1", "evaluation.tasks=[a,", "evaluation.tasks=[,]", "**=1",
+    "[/x]=1",
     "method.solver.damping=0.01.2", "evaluation.few_shot.tiny_questions=-1", "evaluation.few_shot.nosuch=3",
 )  # fmt: skip
 KEYS = (
@@ -103,7 +129,7 @@ def command_line(draw: Random, place: Place) -> Request:
         lambda: ("unknown option", [name, "demo", draw.choice(("--nosuch", "--al", "-q", "--runs_dir=x", "--output"))]),
         lambda: ("no sweep", [draw.choice((*NEED_SWEEP, "prefetch"))]),
         lambda: ("misspelled sweep", [sweep, typo(draw, draw.choice(SWEEPS))]),
-        lambda: ("missing sweep file", [sweep, draw.choice(("nosuch.yaml", "/nosuch/x.yml", "a" * 300 + ".yaml", "", " ", ".yaml"))]),
+        lambda: ("missing sweep file", [sweep, draw.choice(NO_FILES)]),
         lambda: ("budget", ["gc", "--budget-gib", budget, "--runs-dir", str(place.runs)]),
         lambda: ("no budget", ["gc"]),
         lambda: ("unknown format", ["table", "--format", draw.choice(("tex", "pdf", "", "MD"))]),
@@ -112,8 +138,7 @@ def command_line(draw: Random, place: Place) -> Request:
         lambda: ("runs folder is a file", [draw.choice(("status", "table", "report", "prefetch", "gc")), "--runs-dir", file]),
         lambda: ("words without a command", [draw.choice(("gptq", "rtn", "yes", "[/x]", "é", "", " ", "plan demo", "7"))]),
         lambda: ("no method", [draw.choice(("-m", "model=tiny", "--cfg=job", "bitwidth=w3", "+method=", "method", "--"))]),
-        lambda: ("Hydra's options", ["+method=rtn", *draw.choice((["--cfg", "nosuch"], ["--package", "nosuch"], ["--config-name", "nosuch"],
-                                                                ["--config-dir", nothing], ["--info", "nosuch"], ["--experimental-rerun", file]))]),
+        lambda: ("Hydra's options", ["+method=rtn", draw.choice(HYDRA), "nosuch"]),
         lambda: ("extra word", ["doctor", "extra"]),
         lambda: ("sweep and cell", ["plan", "demo", "+method"]),
     ]  # fmt: skip
@@ -159,16 +184,25 @@ MULTIRUN = ("seed=1,2", "seed=range(1,3)", "seed=choice(1,2)", "bitwidth=w3,w4")
 def _through(draw: Random, place: Place, wrong: str) -> Request:
     """Give a wrong word with one cell, a multirun, or a sweep."""
     title, method = f"wrong word {wrong!r}", "gptq"
-    if wrong in ("~method", "method=null", "method@=gptq") or wrong.startswith(("-", "+method=")):
-        way = 0
-    else:
-        way = draw.randrange(4)
+    way = (
+        0
+        if wrong in ("~method", "method=null", "method@=gptq") or wrong.startswith(("-", "+method="))
+        else draw.randrange(4)
+    )
     if way == 0 or (way == 1 and wrong in MULTIRUN):
         base = [w for w in place.cell(method=method) if not (wrong.startswith("+method=") and w.startswith("+method="))]
         return Request(title, [*base, wrong])
     if way == 1:
-        return Request(title, [*place.cell(method=method), wrong, "-m", "launcher=inline"], status=(1, 2), one_line=False)
-    sweep = place.write("one.yaml", f"name: one\ncommon: [model=tiny, 'execution.runs_dir={place.here / 'new'}']\ngrids: [{{method: {method}, bitwidth: w3}}]\n")
+        return Request(
+            title, [*place.cell(method=method), wrong, "-m", "launcher=inline"], status=(1, 2), one_line=False
+        )
+    sweep = place.write(
+        "one.yaml",
+        f"name: one\ncommon: [model=tiny, 'execution.runs_dir={place.here / 'new'}']\n"
+        f"grids: [{{method: {method}, bitwidth: w3}}]\n",
+    )
     if way == 2:
-        return Request(title, ["plan", str(sweep), wrong], status=(0, 1, 2), says=("invalid", "ptqbench: "), one_line=False)
+        return Request(
+            title, ["plan", str(sweep), wrong], status=(0, 1, 2), says=("invalid", "ptqbench: "), one_line=False
+        )
     return Request(title, ["sweep", str(sweep), "launcher=inline", wrong], status=(1, 2), one_line=False)

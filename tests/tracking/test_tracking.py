@@ -118,7 +118,7 @@ def test_offline_file_holds_the_whole_cell(done):
     found = records(path)
     run = next(record.run for record in found if record.WhichOneof("record_type") == "run")
     assert (run.run_id, run.run_group, run.job_type, run.project) == (done.folder.run_id, "a group", "gptq", "ptqbench")
-    assert list(run.tags) == ["local", "w3", "mine"]
+    assert list(run.tags) == ["local path=model", "w3", "mine"]
     assert run.display_name == "local-gptq-w3-s0"
     config = items(run.config.update)
     assert config["method"]["solver"] == json.loads(json.dumps(identity_fields(done.spec.method.solver)))

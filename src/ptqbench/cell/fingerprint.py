@@ -24,8 +24,14 @@ def _rounds_to_sym_gptq(spec: RunSpec) -> bool:
     return spec.bitwidth.w_bits < UNTOUCHED_BITS and spec.method.grid.scheme == "sym_gptq"
 
 
+def _refines_towards_working_copy(spec: RunSpec) -> bool:
+    refine = spec.method.refine
+    return refine.name == "null_space" and refine.options.get("reference") == "working"
+
+
 REVISIONS: dict[str, tuple[int, Callable[[RunSpec], bool]]] = {
     "sym_gptq_ties": (1, _rounds_to_sym_gptq),  # a weight half a step between two codes goes to the even one
+    "null_space_working": (1, _refines_towards_working_copy),  # the working copy of the column loop, not the target
 }
 """Parts of the code that have changed their numbers since ``FORMAT`` was raised: name -> (revision, which cells use the part).
 
@@ -104,9 +110,3 @@ def identity_id(texts: Mapping[str, str]) -> str:
     """Hash what ``identity_texts`` returned for a cell, to its run id."""
     payload = joined({"format": canonical_json(FORMAT), "spec": joined(texts)})
     return hashlib.sha256(payload.encode()).hexdigest()[:RUN_ID_LENGTH]
-
-
-def slug(spec: RunSpec) -> str:
-    """Name a cell for people: ``model-method-bitwidth-sSEED``. Not an identifier."""
-    parts = (spec.model.name, spec.method.name, spec.bitwidth.name, f"s{spec.seed}")
-    return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)

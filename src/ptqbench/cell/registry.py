@@ -40,8 +40,8 @@ MEMBERS: dict[Role, dict[str, str]] = {
 }
 
 
-def member_class(role: Role, name: str) -> type:
-    """Import the dataclass registered under a name.
+def member_class(role: Role, name: str) -> Any:
+    """Import the dataclass registered under a name (a ``methods.base.Member``).
 
     Raises:
         ConfigError: The name is not registered for this role.
@@ -50,8 +50,7 @@ def member_class(role: Role, name: str) -> type:
     if name not in known:
         raise ConfigError(f"unknown method.{role} {name!r}; {nearest(name, known)}")
     module, attribute = known[name].split(":")
-    cls: type = getattr(importlib.import_module(module), attribute)
-    return cls
+    return getattr(importlib.import_module(module), attribute)
 
 
 def create(role: Role, spec: RoleSpec) -> Any:
@@ -61,7 +60,7 @@ def create(role: Role, spec: RoleSpec) -> Any:
 
 def file_options(role: Role, name: str) -> dict[str, str]:
     """Options of a member that name a file -> options that hold the digest of its content."""
-    found: dict[str, str] = getattr(member_class(role, name), "FILES", {})
+    found: dict[str, str] = dict(member_class(role, name).FILES)
     return found
 
 
@@ -78,8 +77,8 @@ def complete(role: Role, options: Mapping[str, Any]) -> RoleSpec:
             f"method.{role}: expected a mapping with a name, got {dict(options)!r}; {nearest('', MEMBERS[role])}"
         )
     member: Any = build(member_class(role, name), given, f"method.{role}")
-    options = to_dict(member)
+    kept: dict[str, Any] = to_dict(member)
     for field in dataclasses.fields(member):
         if left_at_default(field, getattr(member, field.name)):
-            del options[field.name]
-    return RoleSpec(name=name, options=options)
+            del kept[field.name]
+    return RoleSpec(name=name, options=kept)

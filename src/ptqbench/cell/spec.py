@@ -211,7 +211,8 @@ class EvaluationSpec:
     ``few_shot`` gives the number of examples in the prompt of a task where lm-eval's own number is not wanted; ``limit`` takes
     only the first examples of every task (to try things out). ``data_dir`` holds task data as JSON lines, read instead of the
     hub; ``task_digests`` identifies what was read. ``ppl_dtype`` is the type of the logits and of the loss per token behind
-    perplexities, whatever the type of the model.
+    perplexities, whatever the type of the model. ``engine: blocks`` scores tasks block by block, for models that the device does
+    not hold; ``whole`` is lm-eval's own class on the whole model in memory.
     """
 
     name: str = execution()
@@ -223,6 +224,7 @@ class EvaluationSpec:
     limit: Positive | None = identity(default=None)
     data_dir: str | None = execution(default=None)
     task_digests: dict[str, str] = identity(default_factory=dict)
+    engine: Literal["whole", "blocks"] = added("whole")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -292,7 +294,10 @@ class TrackingSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class RunSpec:
-    """One cell: model x method x bitwidth x calibration x evaluation x seed."""
+    """One cell: model x method x bitwidth x calibration x evaluation x seed.
+
+    ``changed`` lists what in it is not as in the files that its parts are named after (see ``cell.labels``).
+    """
 
     model: ModelSpec = identity()
     method: MethodSpec = identity()
@@ -303,6 +308,7 @@ class RunSpec:
     resources: ResourcesSpec = execution(default_factory=ResourcesSpec)
     launcher: LauncherSpec = execution(default_factory=LauncherSpec)
     tracking: TrackingSpec = execution(default_factory=TrackingSpec)
+    changed: tuple[str, ...] = execution(default=())
     execution: ExecutionSpec = execution(default_factory=ExecutionSpec)  # last: from here on the name means the field
 
     @property
@@ -310,6 +316,11 @@ class RunSpec:
         """Tell whether anything at all is below 16 bits."""
         bits = self.bitwidth
         return min(bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits) < UNTOUCHED_BITS
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration can matter: something is rounded, or a transform is applied."""
+        return self.quantizes or self.method.transform.name != "none"
 
 
 def to_dict(value: Any) -> Any:

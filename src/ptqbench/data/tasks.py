@@ -1,7 +1,7 @@
 """Zero-shot tasks: where lm-eval defines them, which metrics they have, and which revision of which data they read.
 
-Prompts, splits and scoring are lm-eval's own, read from its installed task files and nowhere copied. This table only says
-which of its folders to index and pins the data. A task that is not listed is looked up in all of lm-eval; its data are not
+Prompts, splits and scoring are lm-eval's own; they are read from its installed task files and not copied. This table only says
+which of its folders to index, and pins the data. A task that is not listed is looked up in all of lm-eval; its data are not
 pinned beforehand, but their commit is recorded with the result.
 
 Local data lies in one folder as JSON lines: ``TASK.SPLIT.jsonl`` or ``TASK.jsonl``, with the columns of the hub data set, or

@@ -60,7 +60,7 @@ def load_text(spec: TextSpec) -> Text:
     if longest > MAX_CHARACTERS:
         raise ConfigError(
             f"{_name(spec)} has {longest} characters that are tokenized in one piece, expected at most {MAX_CHARACTERS}: "
-            f"give a separator between its documents, or a smaller portion"
+            f"give a separator between its documents (dataset=file), or a smaller portion"
         )
     return text
 
@@ -146,13 +146,14 @@ def _prose(path: Path, content: bytes, separator: str | None) -> list[Document]:
         raise ConfigError(f"text file {path} holds JSON, expected prose: write the texts out, or {JSON_LINES}")
     if not separator:
         return [(0, len(text), text)] if text.strip() else []
-    found, start = [], 0
+    found: list[tuple[int, int, str]] = []
+    begin = 0
     for piece in text.split(separator):
         document = piece.strip()
         if document:
-            first = start + piece.index(document[0])
+            first = begin + piece.index(document[0])
             found.append((first, first + len(document), document))
-        start += len(piece) + len(separator)
+        begin += len(piece) + len(separator)
     return found
 
 

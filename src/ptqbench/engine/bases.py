@@ -24,12 +24,11 @@ from torch import Tensor
 
 from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.methods.basis import FoldedBasis
-from ptqbench.methods.eigenbases import eigenbases
+from ptqbench.methods.eigenbases import COLUMNS_OF, FACTS, diagonalised, eigenbases, facts
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.capture import BlockMoments, read_moments
 from ptqbench.models.stages import Positions, forward
-from ptqbench.numerics.subspace import eigenbasis
-from ptqbench.runs.folder import replacing
+from ptqbench.runs.files import is_readable, replacing
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -62,12 +61,15 @@ class StoredBases(Mapping[str, Tensor]):
 
         Raises:
             ConfigError: The file belongs to something else.
+            StorageError: The file cannot be read now.
         """
         path = self._path(part)
+        if not is_readable(path):
+            return False
         try:
             with safe_open(path, framework="pt") as stored:
                 owner = (stored.metadata() or {}).get("identity")
-        except (SafetensorError, FileNotFoundError):
+        except SafetensorError:
             return False
         if owner != self.identity:
             raise ConfigError(f"{path} belongs to {owner}, not {self.identity}; remove the folder to start anew")
@@ -141,10 +143,10 @@ class Shelf:
         return {**self.key, "center_embedding": transform.center_embedding, "part": part}
 
     def bases_key(self, transform: Subspace, spec: RunSpec, part: str) -> dict[str, Any]:
-        """What the bases of a block, or the one that all blocks share, depend on."""
+        """What the bases of a block, or the one that all blocks share, depend on; bases from before facts were kept differ."""
         options = {k: v for k, v in dataclasses.asdict(transform).items() if k not in transform.without_effect_on_bases}
         low_bits = transform.low_bits(spec) if transform.objective == "joint" else None
-        return {**self.key, "transform": options, "low_bits": low_bits, "part": part}
+        return {**self.key, "transform": options, "low_bits": low_bits, "part": part, "facts": True}
 
 
 @torch.no_grad()
@@ -178,7 +180,7 @@ def compute_bases(
         The stored bases.
 
     Raises:
-        NumericalError: A moment is zero or not finite; names the block.
+        NumericalError: A moment is not finite; names the block.
     """
     computation = _Computation(transform, model, spec, StoredBases(folder, identity, model.device), shelf)
     if computation.missing():
@@ -190,6 +192,49 @@ def compute_bases(
                 if computation.missing():
                     computation.compute(windows, on_block)
     return computation.stored
+
+
+def missing_parts(transform: Any, n_blocks: int, stored: StoredBases) -> list[str]:
+    """Name the parts of the eigenbases of a transform that are not stored: blocks by index, the basis that all share."""
+    parts = [str(index) for index in range(n_blocks)] + [SHARED] * (transform.granularity == "full_shared")
+    return [part for part in parts if not stored.has(part)]
+
+
+def recorded_facts(stored: StoredBases) -> dict[str, Any]:
+    """Read what is worth keeping of the bases of a cell.
+
+    Args:
+        stored: The bases.
+
+    Returns:
+        Plain data: index of a block, or ``shared`` -> what ``eigenbases.facts`` says; empty where there is nothing to say.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in stored:
+        part, _, key = name.rpartition(".")
+        if key.endswith(FACTS):
+            found.setdefault(part or SHARED, {})[key] = stored[name].cpu()
+    return {part: facts(bases) for part, bases in found.items()}
+
+
+def left_at_identity(said: Mapping[str, Any], index: int) -> dict[str, str]:
+    """Say which bases of a block are the identity because their moment is zero.
+
+    Args:
+        said: What `recorded_facts` returned.
+        index: The block.
+
+    Returns:
+        Name of a linear -> remark for its row of ``layers.parquet``.
+    """
+    remarks: dict[str, list[str]] = {}
+    for part in (SHARED, str(index)):
+        for name, its in said.get(part, {}).items():
+            heads = its.get("identity", [])
+            which = f" of head {', '.join(map(str, heads))}" if name in ("value", "key") else ""
+            for linear in COLUMNS_OF[name] if heads else ():
+                remarks.setdefault(linear, []).append(f"{name} basis{which} is the identity: its moment is zero")
+    return {linear: "; ".join(found) for linear, found in remarks.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +252,7 @@ class _Computation:
         return self.transform.granularity == "full_shared"
 
     def missing(self) -> list[str]:
-        parts = [str(index) for index in range(self.model.n_blocks)] + [SHARED] * self.one_for_all
-        return [part for part in parts if not self.stored.has(part)]
+        return missing_parts(self.transform, self.model.n_blocks, self.stored)
 
     def find(self) -> None:
         """Take what another cell has computed."""
@@ -232,7 +276,7 @@ class _Computation:
                     total = both if total is None else total + both
             on_block(index)
         if total is not None:
-            self._save(SHARED, {"residual": eigenbasis(total / (2 * self.model.n_blocks))}, start)
+            self._save(SHARED, diagonalised("residual", total / (2 * self.model.n_blocks)), start)
 
     def _moments(self, index: int, stream: _Stream) -> BlockMoments:
         if self.shelf is None:

@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ptqbench.errors import ConfigError
+from ptqbench.errors import ConfigError, StorageError
 from ptqbench.numerics.grid import LinearResult
-from ptqbench.runs.folder import block_path, replacing
+from ptqbench.runs.files import errno_of, is_readable, replacing
+from ptqbench.runs.folder import block_path
 
 PARTS = ("codes", "scale", "zero_point", "group_index")
 
@@ -58,12 +59,14 @@ class BlockState:
 
     def _metadata(self, index: int) -> dict[str, str] | None:
         path = self._path(index)
-        if not path.is_file():
+        if not is_readable(path):
             return None
         try:
             with safe_open(path, framework="pt") as stored:
                 metadata: dict[str, str] = stored.metadata() or {}
-        except SafetensorError:
+        except SafetensorError as error:
+            if errno_of(error) is not None:
+                raise StorageError(f"{path} cannot be read: {error}") from error
             return None
         if metadata.get("run_id") != self.run_id:
             raise ConfigError(

@@ -52,12 +52,13 @@ def work(spec: RunSpec, architecture: Architecture, evaluated: Mapping[str, int]
     """
     flop: dict[str, float] = {}
     n_tokens = {"evaluation": sum(evaluated.values())}
-    if spec.quantizes and spec.calibration is not None:
-        n_tokens["calibration"] = spec.calibration.n_samples * spec.calibration.seq_len
-        flop |= _calibration(spec, architecture, n_tokens["calibration"], spec.calibration.seq_len)
+    if spec.calibrates and spec.calibration is not None:
+        length = spec.calibration.seq_len
+        if spec.quantizes:
+            n_tokens["calibration"] = spec.calibration.n_samples * length
+            flop |= _calibration(spec, architecture, n_tokens["calibration"], length)
         transform = create("transform", spec.method.transform)
         if transform.needs_statistics:
-            length = spec.calibration.seq_len
             n_tokens["bases"] = transform.n_samples * length
             flop["bases"] = _bases(architecture, n_tokens["bases"], length)
     head = 2.0 * architecture.vocab_size * architecture.hidden_size

@@ -169,12 +169,12 @@ class _Loop:
         rows: Rows = []
         if self.method.true_sequential:
             for stage in STAGES:
-                (statistics,) = self._collect(windows, (stage,), block, reference)
+                (statistics,) = self._collect(index, windows, (stage,), block, reference)
                 self._round(index, block, stage, statistics, results, rows)
             with self.timings.measure("forward_s"):
                 quantized = [finish(window.quantized).to(self.home) for window in windows]
             return Streams(quantized, self._leave(windows)), results, rows
-        together = self._collect(windows, STAGES, block, reference)
+        together = self._collect(index, windows, STAGES, block, reference)
         behind = self._leave(windows)
         for stage, statistics in zip(STAGES, together, strict=True):
             self._round(index, block, stage, statistics, results, rows)
@@ -186,11 +186,16 @@ class _Loop:
         return Lockstep(block, streams.quantized[i].to(device), reference, beside, self.positions, self.park)
 
     def _collect(
-        self, windows: list[Lockstep], stages: Sequence[Stage], block: nn.Module, reference: nn.Module | None
+        self,
+        index: int,
+        windows: list[Lockstep],
+        stages: Sequence[Stage],
+        block: nn.Module,
+        reference: nn.Module | None,
     ) -> list[Statistics]:
         """Advance every window through the next stages, one window after the other, and sum what is found there."""
         eps = float(self.model.config.rms_norm_eps)
-        wanted = [Wanted(self.method.needs(stage), self.method.rms_scale, eps) for stage in stages]
+        wanted = [Wanted(self.method.needs(stage), self.method.target.rms_scale, eps) for stage in stages]
         collectors = [Collector(*pair, block, reference) for pair in zip(stages, wanted, strict=True)]
         for window in windows:
             for collector in collectors:
@@ -203,7 +208,20 @@ class _Loop:
                     collector.add(quantized, beside)
                 del quantized, beside
                 window.park()
-        return [collector.statistics() for collector in collectors]
+        return [self._statistics(index, collector) for collector in collectors]
+
+    def _statistics(self, index: int, collector: Collector) -> Statistics:
+        try:
+            return collector.statistics()
+        except NumericalError as error:
+            linears = "/".join(name.rpartition(".")[2] for name in collector.stage.linears)
+            raise NumericalError(f"block {index}, input of {linears}: {error}{self._way_out()}") from error
+
+    def _way_out(self) -> str:
+        """What to do about numbers that are not finite, where the data type may be the reason."""
+        if self.model.dtype != torch.float16:
+            return ""
+        return "; the model runs in float16, whose largest number is 65504: give model.dtype=bfloat16 or model.dtype=float32"
 
     def _round(
         self, index: int, block: nn.Module, stage: Stage, statistics: Statistics, results: Results, rows: Rows
@@ -212,7 +230,7 @@ class _Loop:
             with self.timings.measure("round_s"):
                 linears = round_stage(block, stage, self.method, statistics)
         except NumericalError as error:
-            raise NumericalError(f"block {index}, {error}") from error
+            raise NumericalError(f"block {index}, {error}{self._way_out()}") from error
         grid = self.method.grid_of(stage.name, len(statistics.second_moment))
         results |= {linear.name: linear.repaired.result for linear in linears}
         with self.timings.measure("report_s"):

@@ -1,58 +1,59 @@
-"""Rotations given in a file: R1 and R2 as SpinQuant's code writes them (``R.bin``), or in safetensors with the same names.
+"""Rotations and eigenbases given in files: those of SpinQuant's, ResQ's and CoQuant's codes, or safetensors with their names.
 
-Source of the names: facebookresearch/SpinQuant@8f47aa3. Deviation: a matrix is replaced by the nearest orthogonal one in
-float64, so that it cancels exactly; the code uses it as it was learned and stored.
+A transform says with ``from_files`` which names mean what. Sources of the names: facebookresearch/SpinQuant@8f47aa3,
+utkarsh-dmx/project-resq@cb87d0d, Zachary5895/CoQuant@0e2e343. Deviation: a matrix is replaced by the nearest orthogonal one in
+float64, so that it cancels exactly; the codes use it as it was stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ptqbench.engine.bases import SHARED, StoredBases
+from ptqbench.engine.bases import StoredBases
 from ptqbench.errors import ConfigError
 from ptqbench.models.source import file_digest
 from ptqbench.numerics.orthogonal import nearest_orthogonal
 
 if TYPE_CHECKING:
+    from ptqbench.methods.transform import FileMatrix, Transform
     from ptqbench.models.architecture import Architecture
 
 OFF_ORTHOGONAL = 1e-2
 """Largest entry of |R^T R - I| accepted from a file: matrices stored in bfloat16 pass, others do not."""
-HEADS_IN_FILE = "model.layers.{}.self_attn.R2"
+READ = "files"
+"""Part that is stored, without tensors, once the files have been read."""
 
 
-def read_rotations(transform: Any, architecture: Architecture, stored: StoredBases) -> StoredBases:
-    """Read R1 and R2 from a file of SpinQuant's code (``R.bin``) or from safetensors with the same names, or find them stored.
-
-    What is read is replaced by the nearest orthogonal matrix in float64, so that it cancels exactly.
+def read_rotations(transform: Transform, architecture: Architecture, stored: StoredBases) -> StoredBases:
+    """Read what the files of a transform hold, or find it stored.
 
     Args:
-        transform: Says which of ``r1`` and ``r2`` is wanted, where the file lies, and what it must contain.
+        transform: Says where the files lie, what they must contain, and which matrices are wanted.
         architecture: Dimensions to check against.
-        stored: Where the rotations go.
+        stored: Where the matrices go, under the names of ``transform.from_files``.
 
     Returns:
-        ``residual`` (d, d) and ``l.heads`` (e, e), as far as they are wanted.
+        ``stored``.
 
     Raises:
-        ConfigError: The file is missing, damaged or another than the cell was resolved with; a matrix is missing, has
-            another shape, or is not orthogonal.
+        ConfigError: A file is missing, damaged or another than the cell was resolved with; a matrix is missing, has another
+            shape, or is not orthogonal.
     """
-    places: dict[str, tuple[str, int]] = {}
-    if transform.r1 == "file":
-        places["residual"] = ("R1", architecture.hidden_size)
-    if transform.r2 == "file":
-        for index in range(architecture.n_blocks):
-            places[f"{index}.heads"] = (HEADS_IN_FILE.format(index), architecture.head_dim)
-    if all(stored.has(name.rpartition(".")[0] or SHARED) for name in places):
+    if stored.has(READ):
         return stored
-    tensors, path = _read_file(transform.rotation_file, transform.rotation_digest), transform.rotation_file
-    stored.save_named({name: _checked(tensors, *place, path) for name, place in places.items()})
+    held: dict[str, Any] = {}
+    for digest, path in transform.files.items():
+        held |= {name.removesuffix(".weight"): value for name, value in _read_file(path, digest).items()}
+    where = " and ".join(str(path) for path in transform.files.values())
+    wanted = transform.from_files(architecture, held)
+    stored.save_named({name: _checked(held, matrix, where) for name, matrix in wanted.items()})
+    stored.save(READ, {})
     return stored
 
 
@@ -70,6 +71,11 @@ def _read_file(given: str | None, digest: str) -> dict[str, Any]:
 
             return dict(load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise ConfigError(
+            f"rotation_file {path} cannot be read: it is no pickle of tensors alone, and nothing else is unpickled because that "
+            f"can run code; save a mapping of names to tensors, best with safetensors"
+        ) from None
     except Exception as error:  # both readers raise many types for one fact
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"rotation_file {path} cannot be read: {reason}") from None
@@ -78,23 +84,28 @@ def _read_file(given: str | None, digest: str) -> dict[str, Any]:
     return loaded
 
 
-def _checked(tensors: Mapping[str, Any], name: str, width: int, path: str) -> Tensor:
-    matrix = tensors.get(name, tensors.get(f"{name}.weight"))
+def _checked(held: Mapping[str, Any], wanted: FileMatrix, where: str) -> Tensor:
+    matrix, name = held.get(wanted.name), wanted.name
     if not isinstance(matrix, Tensor):
         raise ConfigError(
-            f"rotation_file {path}: expected a matrix {name!r}, got {sorted(tensors)[:5]} ({len(tensors)} names)"
+            f"rotation_file {where}: expected a matrix {name!r}, got {sorted(held)[:5]} ({len(held)} names)"
         )
-    if tuple(matrix.shape) != (width, width) or not matrix.is_floating_point():
+    if tuple(matrix.shape) != wanted.shape or not matrix.is_floating_point():
         raise ConfigError(
-            f"rotation_file {path}: expected {name!r} of shape {(width, width)}, got {tuple(matrix.shape)} of "
+            f"rotation_file {where}: expected {name!r} of shape {wanted.shape}, got {tuple(matrix.shape)} of "
             f"{matrix.dtype}; it belongs to another model"
         )
     if not bool(torch.isfinite(matrix).all()):
-        raise ConfigError(f"rotation_file {path}: {name!r} holds NaN or infinity")
+        raise ConfigError(f"rotation_file {where}: {name!r} holds NaN or infinity")
+    single = [_orthogonal(one, name, where) for one in matrix.reshape(-1, *matrix.shape[-2:])]
+    return torch.stack(single).reshape(matrix.shape)
+
+
+def _orthogonal(matrix: Tensor, name: str, where: str) -> Tensor:
     rotation, deviation = nearest_orthogonal(matrix)
     if deviation > OFF_ORTHOGONAL:
         raise ConfigError(
-            f"rotation_file {path}: expected {name!r} to be orthogonal, got R^T R off the identity by {deviation:.2g} "
+            f"rotation_file {where}: expected {name!r} to be orthogonal, got R^T R off the identity by {deviation:.2g} "
             f"(accepted: {OFF_ORTHOGONAL:g})"
         )
     return rotation

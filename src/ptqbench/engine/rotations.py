@@ -6,15 +6,16 @@ of the whole quantized network (``network_loss``) by Cayley steps in float64 (``
 
 from __future__ import annotations
 
+import dataclasses
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ptqbench.engine.bases import SHARED, Shelf, StoredBases, compute_bases
+from ptqbench.engine.bases import SHARED, Shelf, StoredBases, compute_bases, missing_parts
 from ptqbench.engine.network_loss import Rotations, opened
 from ptqbench.engine.rotation_files import read_rotations
 from ptqbench.errors import ConfigError, NumericalError
@@ -23,6 +24,7 @@ from ptqbench.numerics.cayley import cayley_step, cosine_rate
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
+    from ptqbench.methods.transform import Transform
     from ptqbench.runs.attempt import Observer
 
 PROGRESS = "progress"
@@ -30,49 +32,65 @@ SAVE_EVERY = 10
 """Steps of learning that a killed run repeats at most."""
 
 
-def prepare(
-    transform: Any,
-    model: BlockwiseModel,
-    draw: Callable[[int], Tensor],
-    spec: RunSpec,
-    folder: Path,
-    identity: str,
-    observer: Observer,
-    shelf: Callable[[int], Shelf] | None = None,
-) -> Mapping[str, Tensor] | None:
-    """Compute, learn or read whatever a transform needs before a model can be opened in its basis, or find it stored.
+class Calibration(Protocol):
+    """Calibration windows by their number, and where cells leave each other what they computed from them."""
 
-    Args:
-        transform: The member.
+    def windows(self, n_samples: int) -> Tensor:
+        """Draw (n_samples, seq_len) int64."""
+
+    def shelf(self, n_samples: int) -> Shelf | None:
+        """Where moments and bases over so many windows are shared; None for nowhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """Computes, learns or reads what a transform needs before a model can be opened in its basis, or finds it stored.
+
+    Attributes:
         model: The checkpoint.
-        draw: Calibration windows by their number, (n, seq_len) int64.
         spec: The cell.
         folder: Where results are stored.
         identity: What they belong to, e.g. the run id.
         observer: Shown the progress.
-        shelf: Where other cells leave moments and bases of so many windows.
-
-    Returns:
-        Tensors by name, for ``transform.basis``; None if it needs none.
-
-    Raises:
-        ConfigError: A file of rotations is missing, damaged, changed, or does not fit the model.
-        NumericalError: A moment or a gradient is zero or not finite.
+        calibration: Where windows come from.
     """
-    stored, advance = StoredBases(folder, identity, model.device), lambda _: observer.advance()
-    learning = getattr(transform, "learning", None)
-    if transform.needs_statistics:
-        observer.stage("bases", model.n_blocks)
-        shared = None if shelf is None else shelf(transform.n_samples)
-        compute_bases(transform, model, draw(transform.n_samples), spec, folder, identity, advance, shared)
-    if learning is not None:
-        observer.stage("rotations", learning.steps)
-        learn_rotations(transform, model, draw(learning.n_samples), spec, stored, advance)
-    if getattr(transform, "rotation_digest", None) is not None:
-        read_rotations(transform, model.architecture, stored)
-    elif not transform.needs_statistics and learning is None:
-        return None
-    return stored
+
+    model: BlockwiseModel
+    spec: RunSpec
+    folder: Path
+    identity: str
+    observer: Observer
+    calibration: Calibration
+
+    def of(self, transform: Transform) -> StoredBases | None:
+        """Prepare a transform.
+
+        Returns:
+            Tensors by name, for ``transform.basis``; None if it needs none.
+
+        Raises:
+            ConfigError: A file of rotations is missing, damaged, changed, or does not fit the model.
+            NumericalError: A moment or a gradient is not finite.
+        """
+        stored = StoredBases(self.folder, self.identity, self.model.device)
+        learning = transform.learning
+        if transform.files:
+            read_rotations(transform, self.model.architecture, stored)
+        if transform.needs_statistics and missing_parts(transform, self.model.n_blocks, stored):
+            self._eigenbases(transform)
+        if learning is not None:
+            self.observer.stage("rotations", learning.steps)
+            windows = self.calibration.windows(learning.n_samples)
+            learn_rotations(transform, self.model, windows, self.spec, stored, self._advance)
+        return stored if transform.files or transform.needs_statistics or learning is not None else None
+
+    def _eigenbases(self, transform: Any) -> None:
+        self.observer.stage("bases", self.model.n_blocks)
+        windows, shelf = self.calibration.windows(transform.n_samples), self.calibration.shelf(transform.n_samples)
+        compute_bases(transform, self.model, windows, self.spec, self.folder, self.identity, self._advance, shelf)
+
+    def _advance(self, _: int) -> None:
+        self.observer.advance()
 
 
 def learn_rotations(
@@ -132,7 +150,7 @@ def learn_rotations(
                     _save_progress(stored, step + 1, rotations, velocities)
                 on_step(step)
         stored.save_named(rotations)
-        stored.drop(PROGRESS)
+    stored.drop(PROGRESS)  # also that of a process killed right here
     return stored
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from ptqbench.engine.blocks_on_disk import stored_weight
 from ptqbench.errors import NumericalError, UnsupportedError
 from ptqbench.methods.base import REFERENCE, Aim, Refine, Repaired, Solver, Statistic, Statistics, Target
 from ptqbench.methods.refinements import NoRefinement
+from ptqbench.methods.solvers import RoundToNearest
 from ptqbench.methods.targets import Weight
 from ptqbench.models.stages import STAGES, Stage
 from ptqbench.numerics.grid import Grid, LinearResult, effective_bits, uniform_grid
 from ptqbench.numerics.grid_spec import GridSpec
 from ptqbench.numerics.groups import split_rows
 from ptqbench.numerics.report import relative_output_error, relative_weight_error
-from ptqbench.numerics.targets import RmsScale, relative_correction
+from ptqbench.numerics.targets import relative_correction
 
 GridOf = Callable[[str, int], Grid]
 """Grid of a stage, by its name and its number of input channels."""
@@ -57,32 +58,21 @@ class Method:
 
     def needs(self, stage: Stage) -> frozenset[Statistic]:
         """Return what has to be collected at a stage: the union over the members that act there, and what reports need."""
-        members = (self.target, self.solver, self.refine)
-        acting = (member for member in members if not set(stage.linears) <= set(_excluded(member)))
-        return frozenset({Statistic.SECOND_MOMENT}).union(*(member.needs for member in acting))
+        scoped = (member for member in (self.target, self.refine) if not set(stage.linears) <= set(member.exclude))
+        return frozenset({Statistic.SECOND_MOMENT}).union(self.solver.needs, *(member.needs for member in scoped))
 
     @property
     def needs_reference(self) -> bool:
         """Whether the full-precision stream must be run at all."""
         return any(self.needs(stage) & REFERENCE for stage in STAGES)
 
-    @property
-    def rms_scale(self) -> RmsScale:
-        """Which token weights the target asks for."""
-        scale: RmsScale = getattr(self.target, "rms_scale", "none")
-        return scale
-
     def groups(self, stage: Stage) -> list[tuple[str, ...]]:
         """Split the linears of a stage into those that are treated alike."""
         groups: dict[tuple[bool, bool, str], list[str]] = {}
         for name in stage.linears:
-            own = name if getattr(self.solver, "one_by_one", False) else ""
-            groups.setdefault((name in _excluded(self.target), name in _excluded(self.refine), own), []).append(name)
+            own = name if self.solver.one_by_one else ""
+            groups.setdefault((name in self.target.exclude, name in self.refine.exclude, own), []).append(name)
         return [tuple(names) for names in groups.values()]
-
-
-def _excluded(member: object) -> Sequence[str]:
-    return getattr(member, "exclude", ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +84,7 @@ class Rounded:
         weight: (out, in) float32 original weight.
         aim: What the solver was asked for.
         repaired: What came of it, after refinement.
+        degenerate: What is missing about its inputs, and what was done; None for a sound one.
         quantize_s: Seconds spent on it.
     """
 
@@ -101,6 +92,7 @@ class Rounded:
     weight: Tensor
     aim: Aim
     repaired: Repaired
+    degenerate: str | None
     quantize_s: float
 
 
@@ -144,18 +136,36 @@ def _round_group(
         raise UnsupportedError(
             f"stage {stage.name}: expected a grid that rounds all columns or none, got a mixture with 16 bits"
         )
+    dead = statistics.second_moment.diagonal() == 0
     if all(untouched):
         aim = Weight().aim(stacked, statistics)
         repaired = Repaired(method.solver.solve(aim, statistics, grid))
+    elif bool(dead.all()):  # no input: every rounding has the same error, and no moment can be factored
+        aim = Weight().aim(stacked, statistics)
+        repaired = Repaired(RoundToNearest().solve(aim, statistics, grid))
     else:
-        target = Weight() if names[0] in _excluded(method.target) else method.target
-        refine = NoRefinement() if names[0] in _excluded(method.refine) else method.refine
+        target = Weight() if names[0] in method.target.exclude else method.target
+        refine = NoRefinement() if names[0] in method.refine.exclude else method.refine
         aim = target.aim(stacked, statistics)
-        repaired = refine.repair(stacked, aim, method.solver.solve(aim, statistics, grid), statistics)
+        result = method.solver.solve(aim, statistics, grid, refine.reads_working)
+        repaired = refine.repair(stacked, aim, result, statistics)
+        repaired = dataclasses.replace(repaired, result=dataclasses.replace(repaired.result, working=None))
     rows = [len(weight) for weight in weights]
     per_row = (time.perf_counter() - start) / len(stacked)
     parts = zip(names, weights, _split_aim(aim, rows), _split_repaired(repaired, rows), strict=True)
-    return [Rounded(*part, quantize_s=per_row * len(part[1])) for part in parts]
+    remark = None if all(untouched) else _degenerate(dead, repaired.result)
+    return [Rounded(*part, degenerate=remark, quantize_s=per_row * len(part[1])) for part in parts]
+
+
+def _degenerate(dead: Tensor, result: LinearResult) -> str | None:
+    """Say which inputs (in,) bool of a rounded linear are always zero, and what became of their columns."""
+    n_dead = int(dead.sum())
+    if n_dead == 0:
+        return None
+    if n_dead == len(dead):
+        return "no input: rounded to nearest"
+    kept = bool(result.dequantized[:, dead].any())
+    return f"{n_dead} of {len(dead)} inputs are zero: their columns are {'rounded to nearest' if kept else 'zero'}"
 
 
 def _split_aim(aim: Aim, rows: list[int]) -> list[Aim]:
@@ -199,6 +209,7 @@ def report(index: int, linear: Rounded, statistics: Statistics, grid: Grid) -> d
         "effective_w_bits": effective_bits(grid),
         "damping_used": result.damping_used,
         "damping_retries": result.damping_retries,
+        "degenerate": linear.degenerate,
         "null_space_rank": linear.repaired.null_space_rank,
         "row_scale_min": None if row_scale is None else float(row_scale.min()),
         "row_scale_max": None if row_scale is None else float(row_scale.max()),

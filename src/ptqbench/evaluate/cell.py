@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ from ptqbench.data.tasks import requested
 from ptqbench.evaluate.records import DIGEST_LENGTH, read_summary, write_records
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
@@ -22,6 +26,19 @@ if TYPE_CHECKING:
     from ptqbench.models.blockwise import BlockwiseModel, Overlay
     from ptqbench.runs.attempt import Observer
     from ptqbench.runs.folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """What is loaded before the model is quantized, so that data that are missing or unfit cost no work.
+
+    Attributes:
+        windows: Label -> (n_windows, seq_len) int64, of the texts that are not measured yet.
+        tasks: All tasks, as ``zero_shot.prepare`` returns them.
+    """
+
+    windows: dict[str, Tensor]
+    tasks: Prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +53,7 @@ class CellEvaluation:
         tokenizer: Its tokenizer.
         observer: Told of progress.
         measure: Context that adds the seconds inside it to a named timing.
-        tasks: The tasks, as ``prepared_tasks`` loaded them before the model was quantized.
-        engine: ``blocks``, or ``whole`` for lm-eval's own class on the whole model in memory.
+        ready: What ``load`` found before the model was quantized.
     """
 
     spec: EvaluationSpec
@@ -47,8 +63,7 @@ class CellEvaluation:
     tokenizer: Any
     observer: Observer
     measure: Callable[[str], AbstractContextManager[None]]
-    tasks: Prepared
-    engine: str = "blocks"
+    ready: Ready
 
     def run(self) -> dict[str, Any]:
         """Measure what is not measured yet and return all metrics: name -> value, stderr and the facts behind them."""
@@ -62,10 +77,9 @@ class CellEvaluation:
     def _perplexity(self, label: str, text: PerplexitySpec) -> dict[str, Any]:
         import torch
 
-        from ptqbench.data.windows import evaluation_windows
         from ptqbench.evaluate.perplexity import perplexity
 
-        windows = evaluation_windows(text, self.tokenizer, self.model.architecture.vocab_size)
+        windows = self.ready.windows[label]
         dtype: torch.dtype = getattr(torch, self.spec.ppl_dtype)
         self.observer.stage(f"perplexity {label}", self.model.n_blocks)
         with self.measure("perplexity_s"):
@@ -93,14 +107,15 @@ class CellEvaluation:
 
     def _tasks(self) -> dict[str, Any]:
         """Score all requests in one pass over the blocks, then let lm-eval make figures of them, task by task."""
-        if not self.tasks:
+        if not self.ready.tasks:
             return {}
         from ptqbench.evaluate.zero_shot import metrics_of
 
         self._score_by_blocks()
-        asked, metrics = requested(self.spec.tasks), {}
-        self.observer.stage("zero-shot", sum(len(members) for members in self.tasks.values()))
-        for request, members in self.tasks.items():
+        asked = requested(self.spec.tasks)
+        self.observer.stage("zero-shot", sum(len(members) for members in self.ready.tasks.values()))
+        metrics: dict[str, Any] = {}
+        for request, members in self.ready.tasks.items():
             summaries = []
             for name, task in members.items():
                 path = self.folder.examples_path(name)
@@ -113,11 +128,13 @@ class CellEvaluation:
                 summaries.append(summary)
                 self.observer.advance()
             metrics |= metrics_of(request, asked[request], summaries)
-        self._scores.forget()
+        shutil.rmtree(self._scores_path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # finished blocks stay
+            self.folder.state_path.rmdir()
         return metrics
 
     def _score_by_blocks(self) -> None:
-        waiting = [task for members in self.tasks.values() for task in members.values() if task is not None]
+        waiting = [task for members in self.ready.tasks.values() for task in members.values() if task is not None]
         waiting = [task for task in waiting if not self._needs_whole(task)]
         if waiting:
             with self.measure("zero_shot_s"):
@@ -126,7 +143,7 @@ class CellEvaluation:
     def _needs_whole(self, task: Any) -> bool:
         from ptqbench.evaluate.zero_shot import generates
 
-        return self.engine == "whole" or generates(task)
+        return self.spec.engine == "whole" or generates(task)
 
     @functools.cached_property
     def _by_blocks(self) -> Harness:
@@ -152,21 +169,43 @@ class CellEvaluation:
             self.observer.stage("log-likelihoods", self.model.n_blocks)
             return log_likelihoods(self.model, requests, longest, self.overlay, None, lambda _: self.observer.advance())
 
-        return Scores(compute, self.folder.state_path / "scores", self.folder.run_id, chunk_tokens(self.model))
+        return Scores(compute, self._scores_path, self.folder.run_id, chunk_tokens(self.model))
+
+    @property
+    def _scores_path(self) -> Path:
+        """Finished chunks of log-likelihoods, until every task has its records."""
+        return self.folder.state_path / "scores"
 
 
-def prepared_tasks(spec: EvaluationSpec, folder: RunFolder, tokenizer: Any) -> Prepared:
-    """Load the tasks of a cell that are not measured yet, before anything is computed.
+def load(spec: EvaluationSpec, folder: RunFolder, tokenizer: Any, vocab_size: int) -> Ready:
+    """Load the texts and tasks of a cell that are not measured yet, before anything is computed.
+
+    Args:
+        spec: What is measured.
+        folder: Where records are.
+        tokenizer: The tokenizer of the model.
+        vocab_size: Rows of the model's embedding.
 
     Raises:
-        ConfigError: A task, its metric or its data are not to be had.
+        ConfigError: A text, a task, its metric or its data are not to be had.
+        CalibrationError: A text is shorter than one window, or has tokens that the model does not have.
         UnsupportedError: The tokenizer lacks a token that a task needs.
     """
+    from ptqbench.data.windows import evaluation_windows
+
+    def done(path: Path) -> bool:
+        return read_summary(path, folder.run_id) is not None
+
+    windows = {
+        label: evaluation_windows(text, tokenizer, vocab_size)
+        for label, text in spec.texts.items()
+        if not done(folder.windows_path(label))
+    }
     if not spec.tasks:
-        return {}
+        return Ready(windows, {})
     from ptqbench.evaluate.zero_shot import prepare
 
-    return prepare(spec, tokenizer, lambda name: read_summary(folder.examples_path(name), folder.run_id) is not None)
+    return Ready(windows, prepare(spec, tokenizer, lambda name: done(folder.examples_path(name))))
 
 
 def averages(tasks: tuple[str, ...], metrics: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 def local_changes(name: str, request: str, config: dict[str, Any], shots: int, folder: Path) -> dict[str, Any]:
-    """Make the changes of an lm-eval task that read its splits from JSON lines; splits without a file are taken away.
+    """Make the changes of an lm-eval task that read its splits from JSON lines; splits without a file are left out.
 
     Args:
         name: The task, no group.

@@ -2,10 +2,10 @@
 
 Protocol (GPTQ code): the text is cut into windows of ``seq_len`` tokens, the remainder dropped; each window predicts its
 last ``seq_len - 1`` tokens from those before them; windows count equally, which is the mean over all predicted tokens.
-The loss is computed from logits in chunks, so that (tokens x vocabulary) never exists as a whole: in float32, or on request
-with logits and losses per token rounded to bfloat16, as the codes of QuaRot, ResQ and CoQuant have them. Sums over tokens are
-float64 either way. The model is
-run block by block over all windows: memory is one block and the residual stream, whatever the size of the model.
+The loss is computed from logits in chunks, so that (tokens x vocabulary) never exists as a whole. It is float32; on request,
+logits and losses per token are rounded to bfloat16, as in the codes of QuaRot, ResQ and CoQuant. Sums over tokens are float64
+either way. The model runs block by block over all windows: memory is one block and the residual stream, whatever the size of
+the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ptqbench.models.stages import forward
 CHUNK_ELEMENTS = 1 << 26
 """Logits held at once, in float32 elements (256 MiB)."""
 LARGEST = 1e300
-"""What is reported for perplexities above it (a mean loss of 690.8 nats): exp of them would soon be infinite."""
+"""Reported in place of any larger perplexity (a mean loss above 690.8 nats), which a float would soon not hold."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ the same chunks, whatever was interrupted.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,10 +47,6 @@ class Scores:
             if any(key not in self._known for key in chunk):
                 self._score(chunk)
         return [self._known[key] for key in keys]
-
-    def forget(self) -> None:
-        """Remove the files, once every task has its records."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _chunks(self, requests: dict[bytes, Request]) -> list[dict[bytes, Request]]:
         chunks: list[dict[bytes, Request]] = []

@@ -1,6 +1,6 @@
 """Tasks through lm-eval. The only importer of lm_eval.
 
-Prompts, splits, metrics and filters are lm-eval's own task definitions, of which only the folders in use are indexed. lm-eval
+Prompts, splits, metrics and filters are lm-eval's own task definitions. Only the folders in use are indexed. lm-eval
 scores each choice of a question by its log-likelihood given the context; ``acc`` takes the largest, ``acc_norm`` the largest
 per byte of the choice. Nothing is cached: lm-eval's caches are not keyed by the model, so two cells would share scores.
 
@@ -147,7 +147,7 @@ class Harness:
         from lm_eval.models.huggingface import HFLM
 
         class Quiet(HFLM):  # type: ignore[misc]
-            """The lm-eval model without progress bars of its own (they do not listen to TQDM_DISABLE)."""
+            """The lm-eval model without its progress bars, which ignore TQDM_DISABLE."""
 
             def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
                 return super().loglikelihood(requests, disable_tqdm=True)

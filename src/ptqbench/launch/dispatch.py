@@ -1,4 +1,4 @@
-"""From composed cells to finished ones: plan, announce, prepare the folders, hand over to a launcher, report."""
+"""From composed cells to finished ones: plan, announce, prepare the folders, hand over to a launcher, sum up."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import time
 from collections.abc import Sequence
 
 from ptqbench.cell.spec import LauncherSpec
-from ptqbench.errors import ConfigError
+from ptqbench.errors import CellBusy, ConfigError, PtqbenchError, RunFailed, StorageError
 from ptqbench.launch import local, slurm
-from ptqbench.launch.report import Report, print_plan
-from ptqbench.runs.folder import FAILED, RUNNING, create, read_json, write_json
-from ptqbench.runs.liveness import alive, me
-from ptqbench.runs.queue import QUEUED
+from ptqbench.launch.summary import Summary, print_plan
+from ptqbench.runs.failures import classify
+from ptqbench.runs.files import read_record, write_json
+from ptqbench.runs.folder import DONE, FAILED, RUNNING, create
+from ptqbench.runs.lease import drop_stale
+from ptqbench.runs.liveness import local_process, me
+from ptqbench.runs.queue import QUEUED, look, submission
 from ptqbench.sweeps.cells import Cell
-from ptqbench.sweeps.plan import Row, plan
+from ptqbench.sweeps.plan import Row, describe, plan
 
 
 def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False) -> int:
@@ -28,28 +31,52 @@ def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False)
         only_failed: Leave everything alone but failed cells.
 
     Returns:
-        Exit status: 1 if a cell failed or could not be composed, 130 if cells were cancelled, else 0.
+        Exit status: 1 if a cell failed, could not be composed, or waits for a job that can never start; 130 if cells were
+        cancelled; else 0.
+
+    Raises:
+        ConfigError: Cells are to run on a GPU of this machine, which has none.
     """
     launcher = next((cell.spec.launcher for cell in cells if cell.spec is not None), LauncherSpec())
     kind = choose(launcher)
-    rows = plan(cells)
-    if only_failed:
-        rows = [row for row in rows if row.state == FAILED]
-    todo = [row for row in rows if row.todo]
-    if kind == "print":
-        print_plan(rows)
-        return 0
-    progress = all(cell.spec.execution.progress for cell in cells if cell.spec is not None)
-    with Report(rows, live=progress) as report:
-        if todo:
-            report.announce(_how(kind, launcher))
-        for row in todo:
-            if row.cell.spec is not None and row.cell.folder is not None:
-                create(row.cell.spec, row.cell.folder)
-                row.cell.folder.cancel_path.unlink(missing_ok=True)
-        elsewhere = [row for row in rows if row.state in (RUNNING, QUEUED)]
-        _run(kind, launcher, todo, elsewhere, wait or launcher.wait, report)
-    return report.finish()
+    with contextlib.ExitStack() as lock:
+        if kind == "slurm":  # others that submit the same cells plan when these are in the queue
+            lock.enter_context(slurm.submitting(cell.folder for cell in cells if cell.folder is not None))
+        rows = plan(cells, patient=kind == "slurm")
+        if only_failed:
+            rows = [row for row in rows if row.state == FAILED]
+        todo = [row for row in rows if row.todo]
+        if kind == "print":
+            print_plan(rows)
+            return 0
+        progress = all(cell.spec.execution.progress for cell in cells if cell.spec is not None)
+        with Summary(rows, live=progress) as summary:
+            if todo:
+                summary.announce(_how(kind, launcher))
+            _check_devices(kind, todo)
+            todo = [row for row in todo if _prepared(row.cell, summary)]
+            if kind == "slurm" and todo:
+                slurm.submit(todo, launcher, summary)
+            lock.close()
+            for row in rows:
+                if row.state == DONE and row.cell.folder is not None:
+                    drop_stale(row.cell.folder)
+            elsewhere = [row for row in rows if row.state in (RUNNING, QUEUED)]
+            _run(kind, launcher, todo, elsewhere, wait or launcher.wait, summary)
+    return summary.finish()
+
+
+def _prepared(cell: Cell, summary: Summary) -> bool:
+    """Make the folder of a cell; a cell whose folder cannot be made fails alone."""
+    assert cell.spec is not None
+    assert cell.folder is not None
+    try:
+        create(cell.spec, cell.folder)
+        cell.folder.cancel_path.unlink(missing_ok=True)
+    except (OSError, StorageError) as error:
+        summary.failed(cell, classify(error).name, " ".join(str(error).split()), "")
+        return False
+    return True
 
 
 def cancel(cells: Sequence[Cell]) -> str:
@@ -58,17 +85,27 @@ def cancel(cells: Sequence[Cell]) -> str:
     Returns:
         A sentence about what was stopped.
     """
-    rows = [row for row in plan(cells) if row.state in (RUNNING, QUEUED)]
-    folders = [row.cell.folder for row in rows if row.cell.folder is not None]
+    folders = [cell.folder for cell in cells if cell.folder is not None and cell.skipped is None]
+    queue, asked, silent = look(folders), [], 0
     for folder in folders:
-        write_json(folder.cancel_path, {"time": time.time(), "by": me()})
-    jobs = slurm.cancel(folders)
-    for folder in folders:
-        held = read_json(folder.lease_path)
-        if isinstance(held, dict) and held.get("machine") == me()["machine"] and alive(held, None):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(int(held["pid"]), signal.SIGINT)
-    return f"asked {len(folders)} cells to stop ({jobs} jobs taken out of the queue)"
+        state, _ = describe(folder, queue)
+        if state not in (RUNNING, QUEUED) and not (queue.problem and state != DONE and submission(folder)):
+            continue
+        try:
+            write_json(folder.cancel_path, {"time": time.time(), "by": me()})
+        except OSError:
+            silent += 1
+            continue
+        asked.append(folder)
+    jobs = slurm.cancel(asked, queue)
+    for folder in asked:
+        with contextlib.suppress(ProcessLookupError, PermissionError, StorageError):
+            pid = local_process(read_record(folder.lease_path))
+            if pid is not None:
+                os.kill(pid, signal.SIGINT)
+    said = f"asked {len(asked)} cells to stop ({jobs} jobs taken out of the queue)"
+    said += f"; {queue.problem}: their jobs stop soon after they start" if queue.problem else ""
+    return f"{said}; {silent} run folders cannot be written" if silent else said
 
 
 def choose(launcher: LauncherSpec) -> str:
@@ -78,33 +115,42 @@ def choose(launcher: LauncherSpec) -> str:
     return "slurm" if slurm.available() and "SLURM_JOB_ID" not in os.environ else "local"
 
 
+def _check_devices(kind: str, todo: list[Row]) -> None:
+    """Refuse cells that are to run on a GPU of this machine where it has none, before any has a run folder."""
+    asked = [row.cell.spec for row in todo if row.cell.spec is not None and row.cell.spec.execution.device == "cuda"]
+    if asked and kind in ("local", "inline"):
+        from ptqbench.run import device_of
+
+        device_of(asked[0])
+
+
 def _how(kind: str, launcher: LauncherSpec) -> str:
     if kind == "slurm":
         return f"on SLURM (partition {launcher.partition or 'default'}), one array per line:"
     return "on this machine, one process per cell:" if kind == "local" else "one after another in this process:"
 
 
-def _run(kind: str, launcher: LauncherSpec, todo: list[Row], elsewhere: list[Row], wait: bool, report: Report) -> None:
-    if kind == "slurm":
+def _run(
+    kind: str, launcher: LauncherSpec, todo: list[Row], elsewhere: list[Row], wait: bool, summary: Summary
+) -> None:
+    if kind == "slurm" and wait:
+        slurm.follow([*todo, *elsewhere], launcher, summary)
+    elif kind == "slurm":
+        for row in [*todo, *elsewhere]:
+            summary.counts["submitted" if row.state != RUNNING else RUNNING] += 1
+            if row.job is not None and row.job.obstacle is not None:
+                summary.say(f"{row.cell.name}: {row.detail}", QUEUED, "yellow")
         if todo:
-            slurm.submit(todo, launcher, report)
-        if wait:
-            slurm.follow([*todo, *elsewhere], launcher, report)
-        else:
-            for row in [*todo, *elsewhere]:
-                report.counts["submitted" if row.state != RUNNING else RUNNING] += 1
-            if todo:
-                report.say("follow with: python -m ptqbench status, or the same command with --wait")
+            summary.say("follow with: python -m ptqbench status, or the same command with --wait")
     elif kind == "local":
-        local.run_pool([*todo, *[row for row in elsewhere if row.state == RUNNING]], report, launcher.workers)
+        local.run_pool([*todo, *[row for row in elsewhere if row.state == RUNNING]], summary, launcher.workers)
     elif kind == "inline":
-        _run_inline(todo, report)
+        _run_inline(todo, summary)
     else:
         raise ConfigError(f"unknown launcher {kind!r}")
 
 
-def _run_inline(todo: list[Row], report: Report) -> None:
-    from ptqbench.errors import CellBusy, RunFailed
+def _run_inline(todo: list[Row], summary: Summary) -> None:
     from ptqbench.foreground import Bar
     from ptqbench.run import run_cell
 
@@ -113,10 +159,12 @@ def _run_inline(todo: list[Row], report: Report) -> None:
         if cell.spec is None or cell.folder is None:
             continue
         try:
-            with Bar(report.errors, cell.name, cell.spec.execution.progress and report.errors.is_terminal) as bar:
+            with Bar(summary.errors, cell.name, cell.spec.execution.progress and summary.errors.is_terminal) as bar:
                 run_cell(cell.spec, cell.folder, bar)
-            report.finished(cell)
+            summary.finished(cell)
         except CellBusy as busy:
-            report.note("running elsewhere", cell, str(busy))
-        except RunFailed:
-            report.failed_on_record(cell)
+            summary.note("running elsewhere", cell, str(busy))
+        except RunFailed as failed:
+            summary.failed_on_record(cell, str(failed))
+        except PtqbenchError as error:
+            summary.failed(cell, classify(error).name, str(error), "")

@@ -75,14 +75,14 @@ def stalled(folder: RunFolder, work_s: float, job: str | None) -> bool:
     Returns:
         True where the last two attempts of this job both used up their time and no file of finished work appeared.
     """
-    from ptqbench.runs.folder import read_json
+    from ptqbench.runs.files import read_record
 
     last = folder.attempts[-2:]
     if job is None or len(last) < 2:
         return False
     for path in last:
-        meta = read_json(path / "meta.json") or {}
-        if meta.get("slurm", {}).get("SLURM_JOB_ID") != job or _duration(path) < USED_UP * work_s:
+        slurm = read_record(path / "meta.json").get("slurm")
+        if not isinstance(slurm, dict) or slurm.get("SLURM_JOB_ID") != job or _duration(path) < USED_UP * work_s:
             return False
     began = (last[0] / "meta.json").stat().st_mtime
     finished = [path for root in (folder.state_path, folder.records_path) for path in root.rglob("*") if path.is_file()]
@@ -93,5 +93,5 @@ def _duration(attempt: Path) -> float:
     """Seconds from the beginning of an attempt to its last sign of life, by the clock of the file system."""
     try:
         return (attempt / "heartbeat.json").stat().st_mtime - (attempt / "meta.json").stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return 0.0

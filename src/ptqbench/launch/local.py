@@ -18,11 +18,12 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptqbench.launch.report import Report
+from ptqbench.errors import StorageError
+from ptqbench.launch.summary import Summary
 from ptqbench.launch.worker import Child, Slot, start
-from ptqbench.runs.attempt import record_death
-from ptqbench.runs.failures import KINDS
-from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, RunFolder
+from ptqbench.runs.attempt import log_lines, record_death
+from ptqbench.runs.failures import KINDS, classify
+from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE, RunFolder
 from ptqbench.sweeps.cells import Cell
 from ptqbench.sweeps.plan import Row
 from ptqbench.sweeps.resources import GIB
@@ -31,6 +32,8 @@ POLL_S = 0.1
 ELSEWHERE_S = 2.0
 GRACE_S = 15.0
 CPU_SHARE = 4
+REFUSED = 2
+"""Exit status of a worker whose cell could not even begin, and which could not record that in the run folder."""
 
 
 @dataclasses.dataclass
@@ -53,15 +56,15 @@ class Worker:
     log: Path
 
 
-def run_pool(rows: Sequence[Row], report: Report, workers: int | None = None) -> None:
+def run_pool(rows: Sequence[Row], summary: Summary, workers: int | None = None) -> None:
     """Run cells until every one is done, has failed, or was cancelled.
 
     Args:
         rows: Cells to run; their folders exist.
-        report: Told of everything.
+        summary: Told of everything.
         workers: Processes at once; None is one per GPU or, without, by cores and memory.
     """
-    Pool([Task(row.cell, row.cell.folder) for row in rows if row.cell.folder], slots(rows, workers), report).run()
+    Pool([Task(row.cell, row.cell.folder) for row in rows if row.cell.folder], slots(rows, workers), summary).run()
 
 
 def slots(rows: Sequence[Row], workers: int | None) -> list[Slot]:
@@ -93,9 +96,8 @@ def visible_gpus() -> list[str]:
 class Pool:
     """The event loop over workers."""
 
-    def __init__(self, tasks: Sequence[Task], slots: Sequence[Slot], report: Report) -> None:
-        """Prepare; nothing starts yet."""
-        self._waiting, self._free, self._report = deque(tasks), list(slots), report
+    def __init__(self, tasks: Sequence[Task], slots: Sequence[Slot], summary: Summary) -> None:
+        self._waiting, self._free, self._summary = deque(tasks), list(slots), summary
         self._running: list[tuple[Slot, Worker]] = []
         self._elsewhere: list[Task] = []
         self._looked = 0.0
@@ -108,7 +110,7 @@ class Pool:
                     self._start(self._waiting.popleft(), self._free.pop(0))
                 self._reap()
                 self._look_elsewhere()
-                self._report.draw([w.task.cell for _, w in self._running], len(self._waiting) + len(self._elsewhere))
+                self._summary.draw([w.task.cell for _, w in self._running], len(self._waiting) + len(self._elsewhere))
                 time.sleep(POLL_S)
         except BaseException:
             self._stop()
@@ -116,14 +118,19 @@ class Pool:
 
     def _start(self, task: Task, slot: Slot) -> None:
         if task.folder.cancel_path.exists():
-            self._report.note(CANCELLED, task.cell, "not started")
+            self._summary.note(CANCELLED, task.cell, "not started")
             self._free.append(slot)
             return
         log = (
             task.folder.path / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{task.tries}-{task.deaths}.log"
         )
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._running.append((slot, Worker(task, start(task.folder.path, log, slot), log)))
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.touch()
+            self._running.append((slot, Worker(task, start(task.folder.path, log, slot), log)))
+        except OSError as error:
+            self._summary.failed(task.cell, classify(error).name, f"no worker could be started: {error}", "")
+            self._free.append(slot)
 
     def _reap(self) -> None:
         for slot, worker in [pair for pair in self._running if pair[1].process.status() is not None]:
@@ -134,14 +141,18 @@ class Pool:
     def _ended(self, worker: Worker) -> None:
         task, state, status = worker.task, worker.task.folder.state(), worker.process.status() or 0
         if state == DONE:
-            self._report.finished(task.cell)
+            self._summary.finished(task.cell)
         elif state == RUNNING:
-            self._report.say(f"[yellow]elsewhere[/] {task.cell.name}: another process works on it; waiting for it")
+            self._summary.say(f"{task.cell.name}: another process works on it; waiting for it", "elsewhere", "yellow")
             self._elsewhere.append(task)
         elif state == CANCELLED or task.folder.cancel_path.exists():
-            self._report.note(CANCELLED, task.cell, "stopped; what is finished stays")
+            self._summary.note(CANCELLED, task.cell, "stopped; what is finished stays")
         elif state == FAILED:
             self._failed(task)
+        elif state == UNREADABLE or status == REFUSED:
+            said = [line for line in log_lines(worker.log) if line.strip()]
+            message = task.folder.examined()[1] or (said[-1] if said else _describe(status))
+            self._summary.failed(task.cell, "config", message, str(worker.log))
         else:
             self._died(worker, status)
 
@@ -150,10 +161,10 @@ class Pool:
         kind = KINDS.get(str(failure.get("kind")), KINDS["code"])
         if kind.retries > task.tries and not kind.more_memory:  # this machine will not have more memory the next time
             task.tries += 1
-            self._report.say(f"[yellow]again[/] {task.cell.name}: {kind.name}: {failure.get('message')}")
+            self._summary.say(f"{task.cell.name}: {kind.name}: {failure.get('message')}", "again", "yellow")
             self._waiting.append(task)
             return
-        self._report.failed_on_record(task.cell)
+        self._summary.failed_on_record(task.cell)
 
     def _died(self, worker: Worker, status: int) -> None:
         task, name = worker.task, _describe(status)
@@ -161,10 +172,11 @@ class Pool:
         task.deaths = 1 if finished > task.progress else task.deaths + 1
         task.progress = max(finished, task.progress)
         if task.deaths > KINDS["killed"].retries:
-            record_death(task.folder, name, worker.log)
-            self._report.failed(task.cell, "killed", name, str(worker.log))
+            with contextlib.suppress(OSError, StorageError):
+                record_death(task.folder, name, worker.log)
+            self._summary.failed(task.cell, "killed", name, str(worker.log))
             return
-        self._report.say(f"[yellow]again[/] {task.cell.name}: {name}; goes on behind its last finished block")
+        self._summary.say(f"{task.cell.name}: {name}; goes on behind its last finished block", "again", "yellow")
         self._waiting.appendleft(task)
 
     def _look_elsewhere(self) -> None:
@@ -177,7 +189,7 @@ class Pool:
                 continue
             self._elsewhere.remove(task)
             if state == DONE:
-                self._report.finished(task.cell)
+                self._summary.finished(task.cell)
             elif state == FAILED:
                 self._failed(task)
             else:

@@ -2,6 +2,8 @@
 
 Every array is prepared before the first is submitted. The token of an array is written into its run folders before the
 submission and the job's number after it, so that a process killed in between submits nothing twice (``ptqbench.runs.queue``).
+Where ``sbatch`` fails, the queue is asked for that token before anything is believed, and commands that submit into one
+folder of runs take turns.
 The state of a cell is never asked of submitit or of SLURM's accounting: it is in the run folder.
 """
 
@@ -15,17 +17,19 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptqbench.cell.spec import LauncherSpec
-from ptqbench.errors import ConfigError
+from ptqbench.errors import ConfigError, StorageError
 from ptqbench.launch.job import CellJob
-from ptqbench.launch.report import Report
+from ptqbench.launch.summary import Summary
 from ptqbench.runs.failures import KINDS
-from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, RunFolder, write_json
-from ptqbench.runs.queue import JOB_NAME, QUEUED
+from ptqbench.runs.files import file_lock, write_json
+from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE, RunFolder
+from ptqbench.runs.queue import JOB_NAME, QUEUED, Queue, ask
 from ptqbench.sweeps.plan import Row, groups, plan
 from ptqbench.sweeps.resolve import Known
 
@@ -33,8 +37,19 @@ if TYPE_CHECKING:
     from ptqbench.sweeps.resources import Needs
 
 JOBS_FOLDER = ".slurm"
+LOCK = ".submit.lock"
 DEFAULT_ARRAY = 1000
 FOLLOW_S = 3.0
+STUCK_S = 30.0
+"""How long a job has a reason that it can never start before a waiting command gives it up; SLURM shows some for a moment."""
+LOOKS, LOOK_S = 4, 3.0
+"""How often, and seconds between, the queue is asked for a submission whose outcome is not known."""
+REFUSED = re.compile(r"^sbatch: (?:error|fatal)", re.MULTILINE)
+UNKNOWN = re.compile(
+    r"time|contact|connect|communicat|transmit|receiv|zero bytes|socket|unexpected|slurmctld", re.IGNORECASE
+)
+REPLACED = "%\\\n"
+"""Characters that SLURM does not take as they are in the names of output files."""
 WARNING_SHARE = 4  # the warning comes in the last quarter of a short job at the earliest, else it would never work
 KEPT = ("SLURM_CONF",)
 
@@ -57,80 +72,149 @@ def available() -> bool:
         return False
 
 
-def submit(rows: Sequence[Row], launcher: LauncherSpec, report: Report) -> list[str]:
+@contextlib.contextmanager
+def submitting(folders: Iterable[RunFolder]) -> Iterator[None]:
+    """Keep other commands from planning and submitting cells of the same folders of runs meanwhile.
+
+    Raises:
+        StorageError: The lock cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        for root in sorted({folder.path.parent.resolve() for folder in folders}):
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(file_lock(root / LOCK))
+            except OSError as error:
+                raise StorageError.of(error, f"{root / LOCK} cannot be locked") from error
+        yield
+
+
+def submit(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> list[str]:
     """Submit cells.
 
     Args:
         rows: Cells to run; their folders exist.
         launcher: Partition, account and the like.
-        report: Told of every array.
+        summary: Told of every array.
 
     Returns:
         Numbers of the submitted arrays.
 
     Raises:
-        ConfigError: ``sbatch`` refuses; says what it said. Arrays submitted before stay.
+        ConfigError: ``sbatch`` refuses, or SLURM cannot write into the folder; says why. Arrays submitted before stay.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError("launcher=slurm: no sbatch on PATH; use launcher=local, or load the module of SLURM")
+    for root in {row.cell.folder.path.parent.resolve() for row in rows if row.cell.folder is not None}:
+        if set(REPLACED) & set(str(root)):
+            raise ConfigError(
+                f"launcher=slurm: SLURM replaces % and \\ in the names of output files, got {str(root)!r}; choose another "
+                "execution.runs_dir, or launcher=local"
+            )
     size, arrays = _largest_array(), []
     for amount, members in groups(rows).items():
         for start in range(0, len(members), size):
             arrays.append((amount, members[start : start + size], uuid.uuid4().hex[:12]))
-    return [_submit_array(amount, members, token, launcher, report) for amount, members, token in arrays]
+    return [_submit_array(amount, members, token, launcher, summary) for amount, members, token in arrays]
 
 
-def follow(rows: Sequence[Row], launcher: LauncherSpec, report: Report) -> None:
-    """Wait until every submitted cell is done, failed or cancelled; a cell that vanished from the queue is submitted again."""
-    left, deaths, known = [row.cell for row in rows], dict[str, int](), Known()
+def follow(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> None:
+    """Wait until every submitted cell is done, failed or cancelled, or its job can never start.
+
+    A cell that vanished from the queue is submitted again. While SLURM does not answer, nothing is concluded.
+    """
+    left, deaths, known = [row.cell for row in rows], Counter[str](), Known()
+    waiting = _Waiting(summary)
     while left:
-        now = plan(left, known)
+        try:
+            now = plan(left, known, patient=True)
+        except ConfigError as problem:
+            summary.say(str(problem), "waiting", "yellow")
+            continue
         again = []
         for row in now:
             folder = row.cell.folder
-            if folder is None or row.state in (RUNNING, QUEUED):
+            if folder is None or row.state == RUNNING or (row.state == QUEUED and not waiting.in_vain(row)):
                 continue
-            if row.state not in (DONE, FAILED, CANCELLED) and deaths.get(folder.run_id, 0) < KINDS["killed"].retries:
-                deaths[folder.run_id] = deaths.get(folder.run_id, 0) + 1
+            over = row.state in (DONE, FAILED, CANCELLED, UNREADABLE, QUEUED)
+            if not over and deaths[folder.run_id] < KINDS["killed"].retries:
+                deaths[folder.run_id] += 1
                 again.append(row)
                 continue
             left.remove(row.cell)
-            _settle(row, folder, report)
+            _settle(row, folder, summary)
         if again:
-            report.say(f"[yellow]again[/] {len(again)} cells whose jobs ended without a result")
-            submit(again, launcher, report)
+            _submit_again(again, launcher, summary, known)
+        waiting.say(now)
         running = [row.cell for row in now if row.state == RUNNING]
-        report.draw(running, len(left) - len(running))
-        time.sleep(FOLLOW_S)
+        summary.draw(running, len(left) - len(running))
+        time.sleep(FOLLOW_S if left else 0)
 
 
-def cancel(folders: Sequence[RunFolder]) -> int:
+def _submit_again(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary, known: Known) -> None:
+    """Submit cells whose jobs vanished, unless another command has done so meanwhile."""
+    with submitting(row.cell.folder for row in rows if row.cell.folder is not None):
+        todo = [row for row in plan([row.cell for row in rows], known, patient=True) if row.todo]
+        if todo:
+            summary.say(f"{len(todo)} cells whose jobs ended without a result", "again", "yellow")
+            submit(todo, launcher, summary)
+
+
+class _Waiting:
+    """What is said of jobs that wait, and since when they wait in vain."""
+
+    def __init__(self, summary: Summary) -> None:
+        self._summary, self._said = summary, set[str]()
+        self._stuck: dict[str, float] = {}
+
+    def in_vain(self, row: Row) -> bool:
+        """Whether the job of a queued cell has had a reason that it can never start for ``STUCK_S``."""
+        assert row.cell.folder is not None
+        if row.job is None or row.job.obstacle is None:
+            self._stuck.pop(row.cell.folder.run_id, None)
+            return False
+        return time.time() - self._stuck.setdefault(row.cell.folder.run_id, time.time()) >= STUCK_S
+
+    def say(self, rows: Sequence[Row]) -> None:
+        """Print every reason for which jobs wait, once."""
+        reasons = Counter(row.job.reason for row in rows if row.job is not None and row.job.state == "PENDING")
+        for reason, count in reasons.items():
+            if reason not in self._said:
+                example = next(row.detail for row in rows if row.job is not None and row.job.reason == reason)
+                self._summary.say(
+                    f"{count} {'cell' if count == 1 else 'cells'} in the queue, e.g. {example}", "waiting", "yellow"
+                )
+        self._said |= reasons.keys()
+
+
+def cancel(folders: Sequence[RunFolder], queue: Queue) -> int:
     """Take the living jobs of cells out of the queue; returns how many."""
-    from ptqbench.runs.queue import look
-
-    queue = look(folders)
     jobs = [job.job_id for folder in folders if (job := queue.job_of(folder)) is not None]
     for start in range(0, len(jobs), 500):
         subprocess.run(["scancel", *jobs[start : start + 500]], check=False)
     return len(jobs)
 
 
-def _settle(row: Row, folder: RunFolder, report: Report) -> None:
+def _settle(row: Row, folder: RunFolder, summary: Summary) -> None:
     if row.state == DONE:
-        report.finished(row.cell)
+        summary.finished(row.cell)
     elif row.state == CANCELLED:
-        report.note(CANCELLED, row.cell, "stopped; what is finished stays")
+        summary.note(CANCELLED, row.cell, "stopped; what is finished stays")
     elif row.state == FAILED:
-        report.failed_on_record(row.cell)
+        summary.failed_on_record(row.cell)
+    elif row.state in (QUEUED, UNREADABLE):
+        summary.failed(row.cell, "config", row.detail, str(folder.path))
     else:
-        report.failed(row.cell, "killed", "its jobs ended again and again without a result", str(folder.path))
+        summary.failed(row.cell, "killed", "its jobs ended again and again without a result", str(folder.path))
 
 
-def _submit_array(amount: Needs, members: Sequence[Row], token: str, launcher: LauncherSpec, report: Report) -> str:
+def _submit_array(amount: Needs, members: Sequence[Row], token: str, launcher: LauncherSpec, summary: Summary) -> str:
     import submitit
 
     folders = [row.cell.folder for row in members if row.cell.folder is not None]
     logs = folders[0].path.parent.resolve() / JOBS_FOLDER / token
+    work_s = amount.time_min * 60 - _signal_delay_s(amount, launcher)
+    tasks = [CellJob(str(folder.path.resolve()), work_s) for folder in folders]
     for task, folder in enumerate(folders):
         _record(folder, token, task, None, logs)
     try:
@@ -138,17 +222,54 @@ def _submit_array(amount: Needs, members: Sequence[Row], token: str, launcher: L
             executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=launcher.max_requeues)
             executor.update_parameters(**_parameters(amount, token, launcher))
             with executor.batch():
-                work_s = amount.time_min * 60 - _signal_delay_s(amount, launcher)
-                jobs = [executor.submit(CellJob(str(folder.path.resolve()), work_s)) for folder in folders]
+                jobs = [executor.submit(task) for task in tasks]
             number = str(jobs[0].job_id).partition("_")[0]
     except (submitit.core.utils.FailedJobError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
-        for folder in folders:
-            folder.submission_path.unlink(missing_ok=True)
-        raise ConfigError(f"sbatch refused {len(folders)} cells ({amount.describe()}): {_last_line(error)}") from None
+        number = _taken(error, token, folders, f"{len(folders)} cells ({amount.describe()})")
+        _hand_over(number, tasks, logs, amount.time_min, launcher.max_requeues)
     for task, folder in enumerate(folders):
         _record(folder, token, task, number, logs)
-    report.say(f"submitted job {number}: {len(folders)} cells, {amount.describe()}; output in {logs}")
+    summary.say(f"submitted job {number}: {len(folders)} cells, {amount.describe()}; output in {logs}")
     return number
+
+
+def _taken(error: BaseException, token: str, folders: Sequence[RunFolder], what: str) -> str:
+    """Find the job that SLURM took although ``sbatch`` failed.
+
+    Returns:
+        The number of the array.
+
+    Raises:
+        ConfigError: SLURM did not take it. Where even that is not known the token stays in the run folders, by which every
+            later command recognises the job.
+    """
+    said, sure = _last_line(error), bool(REFUSED.search(str(error))) and not UNKNOWN.search(_last_line(error))
+    for look in range(1 if sure else LOOKS):
+        time.sleep(LOOK_S if look else 0)
+        try:
+            number = ask().number_of(token)
+        except ConfigError as problem:
+            raise ConfigError(
+                f"sbatch failed for {what}: {said}; it is not known whether SLURM has taken them: {problem}; "
+                "the same command looks for them before it submits"
+            ) from None
+        if number is not None:
+            return number
+    if sure:
+        for folder in folders:
+            folder.submission_path.unlink(missing_ok=True)
+    raise ConfigError(f"sbatch refused {what}: {said}") from None
+
+
+def _hand_over(number: str, tasks: Sequence[CellJob], logs: Path, time_min: int, max_requeues: int) -> None:
+    """Put the tasks of an array where its jobs look for them, which submitit does once it has the number from ``sbatch``."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    for index, task in enumerate(tasks):
+        delayed = DelayedSubmission(task)
+        delayed.set_timeout(time_min, max_requeues)
+        name = number if len(tasks) == 1 else f"{number}_{index}"
+        delayed.dump(JobPaths(logs, job_id=name).submitted_pickle)
 
 
 def _record(folder: RunFolder, token: str, task: int, number: str | None, logs: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the four roles are given and what they give back.
+"""What the four roles are given and what they give back; the role of the transform itself is in ``methods.transform``.
 
 A member of a role is a frozen dataclass of plain hyper-parameters plus one method. It keeps no state between linears, does
 no I/O and moves no tensor between devices. The pipeline collects the union of the statistics that the members of a method
@@ -7,28 +7,27 @@ no I/O and moves no tensor between devices. The pipeline collects the union of t
     transform -> target.aim -> solver.solve -> refine.repair
 
 for every group of linears that share an input. Rows are independent given the statistics of the input, so a group (q, k, v)
-arrives stacked along its rows and shares one factorisation. A member with an attribute ``exclude`` (names of linears) is
-passed over for those: they keep the weight as their target, or the solver's result.
+arrives stacked along its rows and shares one factorisation. A linear without any input is rounded to nearest and meets no
+member.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from ptqbench.cell.spec import RunSpec
-    from ptqbench.methods.precision import Precision
     from ptqbench.models.architecture import Architecture
-    from ptqbench.models.fuse import Basis
     from ptqbench.numerics.grid import Grid, LinearResult
+    from ptqbench.numerics.targets import RmsScale
 
 LinearName = Literal[
     "self_attn.q_proj",
@@ -117,56 +116,80 @@ class Repaired:
     null_space_rank: int | None = None
 
 
-class Member(Protocol):
-    """What every member of every role has."""
+class Member:
+    """What every member of every role has, with the defaults that most members keep."""
+
+    FILES: ClassVar[Mapping[str, str]] = {}
+    """Options that name a file -> options that hold the digest of its content."""
 
     @property
     def needs(self) -> frozenset[Statistic]:
         """Statistics to collect for it; a constant of the class, or a consequence of its options."""
+        return frozenset()
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        """Digest of every file that it reads -> where the file lies; None where only the content is known."""
+        given = {getattr(self, digest): getattr(self, path) for path, digest in self.FILES.items()}
+        return {digest: path for digest, path in given.items() if digest is not None}
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
         """Say why this member makes no sense in a cell, or None."""
+        return None
 
 
-class Transform(Member, Protocol):
-    """In which basis do we quantize?"""
+class Target(Member, ABC):
+    """Which weight should rounding aim at?"""
 
     @property
-    def needs_statistics(self) -> bool:
-        """Whether eigenbases must be computed first (``ptqbench.engine.bases``)."""
+    def exclude(self) -> tuple[LinearName, ...]:
+        """Linears that keep their weight as the target."""
+        return ()
 
-    def precision(self, spec: RunSpec, architecture: Architecture) -> Precision:
-        """Return the grids of weights, inputs, keys and values in this basis."""
+    @property
+    def rms_scale(self) -> RmsScale:
+        """Which token weights, for a target that needs ``TOKEN_WEIGHTS`` (see ``numerics.targets``)."""
+        return "none"
 
-    def basis(
-        self, spec: RunSpec, architecture: Architecture, bases: Mapping[str, Tensor] | None = None
-    ) -> Basis | None:
-        """Return how tensors are fused and blocks are planned; None for the checkpoint as it is."""
-
-
-class Target(Member, Protocol):
-    """Which weight should rounding aim at?
-
-    A target that needs ``TOKEN_WEIGHTS`` has an attribute ``rms_scale`` that says which (see ``numerics.targets``).
-    """
-
+    @abstractmethod
     def aim(self, weight: Tensor, statistics: Statistics) -> Aim:
         """Return what to aim at for ``weight`` (out, in), which is not modified."""
 
 
-class Solver(Member, Protocol):
-    """How is a linear rounded?
+class Solver(Member, ABC):
+    """How is a linear rounded?"""
 
-    A solver with an attribute ``one_by_one`` that is true gets every linear by itself instead of stacked groups.
-    """
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every linear is rounded by itself instead of in stacked groups."""
+        return False
 
-    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
-        """Round ``aim.weight`` (out, in) to the grid; it is not modified."""
+    @abstractmethod
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid, keep_working: bool = False) -> LinearResult:
+        """Round ``aim.weight`` (out, in) to the grid; it is not modified.
+
+        Args:
+            aim: What to reproduce.
+            statistics: Statistics of the inputs, not modified.
+            grid: The grid of every column.
+            keep_working: Return the working copy as well, where the solver has one (``LinearResult.working``).
+        """
 
 
-class Refine(Member, Protocol):
+class Refine(Member, ABC):
     """What is repaired after rounding?"""
 
+    @property
+    def exclude(self) -> tuple[LinearName, ...]:
+        """Linears that keep the solver's result."""
+        return ()
+
+    @property
+    def reads_working(self) -> bool:
+        """Whether it reads the solver's working copy."""
+        return False
+
+    @abstractmethod
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         """Return a better result on the same codes; ``weight`` is the original one. ``result.codes`` is not None."""
 

@@ -3,13 +3,16 @@
 Shapes: d hidden size; G key/value heads; e head_dim; bases (d, d), (G, e, e) or (e, e), float64, columns from low to high
 importance. The mathematics is in ``numerics.subspace``; this module says which moment meets which weight.
 
+A pruned model has heads or inputs that are always zero. Such a moment prefers no basis: it gets the identity, and a mark.
+
 Sources: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d; arXiv 2604.26378 (CoQuant), code
 Zachary5895/CoQuant@0e2e343.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT
 
@@ -20,6 +23,19 @@ if TYPE_CHECKING:
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.capture import BlockMoments
     from ptqbench.models.fuse import Tensors
+
+FACTS = (IDENTITY, COEFFICIENTS) = "_identity", "_coefficients"
+"""Suffixes of what is stored beside a basis: which of its matrices are the identity for want of a moment, and what weighed
+the two moments of the joint objective."""
+
+COLUMNS_OF = {
+    "attention": ATTENTION_INPUT,
+    "mlp": MLP_INPUT,
+    "residual": (*ATTENTION_INPUT, *MLP_INPUT),
+    "value": ATTENTION_INPUT[2:],
+    "key": ATTENTION_INPUT[1:2],
+}
+"""Basis -> linears whose rows of the layer report tell of it: those that read it, or write the heads that it turns."""
 
 
 def eigenbases(
@@ -36,13 +52,15 @@ def eigenbases(
 
     Returns:
         ``value`` and ``key``; with them ``attention`` and ``mlp`` (``per_layer``), ``residual`` (``one_per_decoder``), or
-        nothing more (``full_shared``, whose one basis needs all blocks).
+        nothing more (``full_shared``, whose one basis needs all blocks). Beside a basis ``NAME_identity``, 1 where a matrix
+        is the identity because its moment is zero (left out where none is), and for ``joint`` ``NAME_coefficients`` (..., 3):
+        lambda_x, lambda_w and gamma_low.
 
     Raises:
-        NumericalError: A moment is zero or not finite.
+        NumericalError: A moment is not finite.
         UnsupportedError: ``joint`` with low_bits of 16.
     """
-    from ptqbench.numerics.subspace import activation_objective, eigenbasis, selection_basis
+    from ptqbench.numerics.subspace import activation_objective, selection_basis
 
     if transform.objective == "outlier":
         sizes = moments.largest if transform.outlier_norm == "linf" else moments.mean_abs
@@ -50,45 +68,104 @@ def eigenbases(
     if transform.objective == "joint":
         bases = _joint_residual(transform, moments, tensors, low_bits)
     elif transform.granularity == "per_layer":
-        bases = {"attention": eigenbasis(moments.attention), "mlp": eigenbasis(moments.mlp)}
+        bases = diagonalised("attention", moments.attention) | diagonalised("mlp", moments.mlp)
     elif transform.granularity == "one_per_decoder":
-        bases = {"residual": eigenbasis(activation_objective([moments.attention, moments.mlp]))}
+        bases = diagonalised("residual", activation_objective([moments.attention, moments.mlp]))
     else:
         bases = {}
     if transform.kv_joint:
         return bases | _joint_heads(transform, moments, tensors, architecture, low_bits)
     key = moments.key.mean(0) if transform.granularity == "full_shared" else moments.key
-    return bases | {"value": eigenbasis(moments.value), "key": eigenbasis(key)}
+    return bases | diagonalised("value", moments.value) | diagonalised("key", key)
+
+
+def diagonalised(name: str, moment: Tensor) -> dict[str, Tensor]:
+    """Diagonalise a moment (..., n, n); a zero one gets the identity and is marked.
+
+    Args:
+        name: Name of the basis.
+        moment: Not modified.
+
+    Returns:
+        ``name`` (..., n, n), and ``name_identity`` (...) uint8 where some matrix is zero.
+
+    Raises:
+        NumericalError: The moment is not finite.
+    """
+    import torch
+
+    from ptqbench.numerics.subspace import eigenbasis
+
+    zero = moment.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
+    if not bool(zero.any()):
+        return {name: eigenbasis(moment)}
+    identity = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
+    basis = torch.where(
+        zero[..., None, None], identity, eigenbasis(torch.where(zero[..., None, None], identity, moment))
+    )
+    return {name: basis, f"{name}{IDENTITY}": zero.to(torch.uint8)}
+
+
+def facts(bases: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What is worth keeping beside the bases of one block.
+
+    Args:
+        bases: What `eigenbases` returned.
+
+    Returns:
+        Plain data: name of a basis -> ``identity``, the indices of matrices that are the identity for want of a moment, and
+        ``lambda_x``, ``lambda_w``, ``gamma_low`` (one number, or one per head). Names without such facts are left out.
+    """
+    found: dict[str, Any] = {}
+    for key, value in bases.items():
+        if key.endswith(IDENTITY):
+            found.setdefault(key.removesuffix(IDENTITY), {})["identity"] = (
+                value.reshape(-1).nonzero().flatten().tolist()
+            )
+        if key.endswith(COEFFICIENTS):
+            numbers = dict(zip(("lambda_x", "lambda_w", "gamma_low"), value.movedim(-1, 0).tolist(), strict=True))
+            found.setdefault(key.removesuffix(COEFFICIENTS), {}).update(numbers)
+    return found
 
 
 def _joint_residual(transform: Subspace, moments: BlockMoments, tensors: Tensors, low_bits: int) -> dict[str, Tensor]:
     from ptqbench.models.fuse import fold_norms
-    from ptqbench.numerics.subspace import eigenbasis, joint_objective, pre_fuse_basis, weight_moment
+    from ptqbench.numerics.subspace import pre_fuse_basis, weight_moment
 
-    folded, bases = fold_norms(tensors), {}
+    folded = fold_norms(tensors)
+    bases: dict[str, Tensor] = {}
     for name, linears, norm, moment in (
         ("attention", ATTENTION_INPUT, "input_layernorm", moments.attention),
         ("mlp", MLP_INPUT, "post_attention_layernorm", moments.mlp),
     ):
         weights = weight_moment(folded[f"{linear}.weight"] for linear in linears)
         n_high = transform.layout().parts(len(moment))[2]
-        if transform.pre_fuse_compensation:
+        bases |= _joint(name, moment, weights, low_bits, n_high)
+        if transform.pre_fuse_compensation and f"{name}{IDENTITY}" not in bases:
             bases[name] = pre_fuse_basis(moment, weights, tensors[f"{norm}.weight"], low_bits, n_high)
-        else:
-            bases[name] = eigenbasis(joint_objective(moment, weights, low_bits, n_high))
     return bases
+
+
+def _joint(name: str, moment: Tensor, weights: Tensor, low_bits: int, n_high: int) -> dict[str, Tensor]:
+    """Diagonalise the joint objective, and keep what weighed its two moments."""
+    import torch
+
+    from ptqbench.numerics.subspace import joint_coefficients, joint_objective
+
+    lambda_x, lambda_w, gamma = joint_coefficients(moment, weights, low_bits, n_high)
+    coefficients = torch.stack([lambda_x, lambda_w, torch.full_like(lambda_x, gamma)], dim=-1)
+    objective = joint_objective(moment, weights, low_bits, n_high)
+    return diagonalised(name, objective) | {f"{name}{COEFFICIENTS}": coefficients}
 
 
 def _joint_heads(
     transform: Subspace, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
 ) -> dict[str, Tensor]:
     """Values meet the columns of o that read them; keys meet the queries they are multiplied with."""
-    from ptqbench.numerics.subspace import eigenbasis, joint_objective, output_head_moments
+    from ptqbench.numerics.subspace import output_head_moments
 
     head_dim = architecture.head_dim
     n_high = transform.layout().parts(head_dim)[2]
     output = output_head_moments(tensors[f"{ATTENTION_OUTPUT[0]}.weight"], architecture.n_kv_heads, head_dim)
-    return {
-        "value": eigenbasis(joint_objective(moments.value, output, low_bits, n_high)),
-        "key": eigenbasis(joint_objective(moments.key, moments.query, low_bits, n_high)),
-    }
+    values = _joint("value", moments.value, output, low_bits, n_high)
+    return values | _joint("key", moments.key, moments.query, low_bits, n_high)

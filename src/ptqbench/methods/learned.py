@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
-from ptqbench.methods.base import Statistic
-from ptqbench.methods.precision import FromLayout, Layout
+from ptqbench.methods.precision import Layout
+from ptqbench.methods.transform import Learning, Transform
 from ptqbench.methods.transforms import Seed, down_transform, no_hadamard
 
 if TYPE_CHECKING:
@@ -31,31 +31,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Learning:
-    """How rotations are learned: Cayley steps on the mean loss per token of the network with quantizers on.
-
-    Attributes:
-        steps: Number of steps; the rate falls from ``learning_rate`` along half a cosine.
-        learning_rate: Longest step.
-        momentum: Share of the velocity that is kept from step to step.
-        batch_size: Calibration windows per step; each is used once.
-        quantize_weights: Whether weights are rounded to nearest in the loss, too.
-    """
-
-    steps: int
-    learning_rate: float
-    momentum: float
-    batch_size: int
-    quantize_weights: bool
-
-    @property
-    def n_samples(self) -> int:
-        """Calibration windows that are needed."""
-        return self.steps * self.batch_size
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnedRotation(FromLayout):
+class LearnedRotation(Transform):
     """Learn the rotation of the residual stream and one of the value heads per block (SpinQuant).
 
     Attributes:
@@ -88,9 +64,6 @@ class LearnedRotation(FromLayout):
     rotation_seed: Seed = 0
     int8_down_proj: bool = False
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
-    needs_statistics: ClassVar[bool] = False
-
     @property
     def learning(self) -> Learning:
         """The descent."""
@@ -114,7 +87,7 @@ class LearnedRotation(FromLayout):
         return reason or self.precision(spec, architecture).skip_reason()
 
     def layout(self) -> Layout:
-        """Split nothing."""
+        """No split; down_proj may have bits of its own."""
         return Layout(int8_down_proj=self.int8_down_proj)
 
     def start(self, architecture: Architecture) -> dict[str, Tensor]:
@@ -152,7 +125,7 @@ class LearnedRotation(FromLayout):
 
         if bases is None:
             raise ConfigError(
-                "transform 'learned_rotation' needs its rotations: learn them first (ptqbench.engine.rotations.prepare)"
+                "transform 'learned_rotation' needs its rotations: learn them first (ptqbench.engine.rotations)"
             )
         head_dim = architecture.head_dim
         key = hadamard_matrix(head_dim).double().T / head_dim**0.5 if self.r3 else None
@@ -171,9 +144,9 @@ class LearnedRotation(FromLayout):
 def constant_loss(spec: RunSpec, learning: Learning) -> str | None:
     """Say that the loss of a cell does not depend on rotations, which cancel unless something between them is rounded."""
     bits = spec.bitwidth
-    if not spec.quantizes or min(bits.a_bits, bits.k_bits, bits.v_bits) < UNTOUCHED_BITS:
+    if min(bits.a_bits, bits.k_bits, bits.v_bits) < UNTOUCHED_BITS:
         return None
-    if learning.quantize_weights:
+    if learning.quantize_weights and bits.w_bits < UNTOUCHED_BITS:
         return None
     return (
         f"learned rotations: bitwidth {bits.name} quantizes neither inputs nor keys nor values, so the loss does not "

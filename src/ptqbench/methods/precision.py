@@ -342,15 +342,3 @@ class Precision:
 def _reordered(x: Tensor, order: Tensor) -> Tensor:
     """Put the channels (last axis) of the parts of all heads together."""
     return x.index_select(-1, order.to(x.device))
-
-
-class FromLayout:
-    """Base of the transforms, whose grids follow from their layout and the cell."""
-
-    def layout(self) -> Layout:
-        """Say how the transform splits axes."""
-        raise NotImplementedError
-
-    def precision(self, spec: RunSpec, architecture: Architecture) -> Precision:
-        """Build the grids of a cell."""
-        return Precision(spec, architecture, self.layout())

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ptqbench.methods.base import Aim, LinearName, Repaired, Statistic, Statistics, idle_reason
+from ptqbench.cell.spec import added
+from ptqbench.methods.base import Aim, LinearName, Refine, Repaired, Statistic, Statistics, idle_reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,14 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class NoRefinement:
+class NoRefinement(Refine):
     """Leave the rounded linear as the solver made it."""
-
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
-
-    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Never skip."""
-        return None
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         """Return ``result`` unchanged."""
@@ -33,7 +28,7 @@ class NoRefinement:
 
 
 @dataclasses.dataclass(frozen=True)
-class NullSpace:
+class NullSpace(Refine):
     """Rescale rows so that the rounding error moves towards the null space of the inputs (Q2N, arXiv 2506.11044).
 
     Attributes:
@@ -41,11 +36,14 @@ class NullSpace:
         ridge: Pull of the row scales towards 1, absolute, in squared weight units.
         moment: Whose eigenvectors: of ``full``, the second moment of all tokens, or of ``posavg``, that of the mean over
             windows position by position, as in the authors' code.
-        reference: What rows are moved towards: the ``original`` weight or the ``working`` one. In the authors' code the latter
-            is the host's copy, partly updated by its own compensation; solvers here do not hand that out, so ``working`` is
-            the target as it was given to the solver (the same as ``original`` under target weight).
-        solver: ``closed``, or ``adam20``: 20 steps of Adam, as in the authors' code for GPTQ, within about .04 of 1.
+        reference: What rows are moved towards: the ``original`` weight, or the ``working`` copy of the solver, as in the
+            authors' code: every column holds the updates by the column blocks before its own. A solver without such a copy
+            (rtn) leaves the target.
+        solver: How the row scales are found (the option is part of the identity of cells, hence the name): ``closed``, or
+            ``adam20``: 20 steps of Adam, as in the authors' code for GPTQ, within about .04 of 1.
         exclude: Linears left as they are.
+        projector_order: Order of the channels of the signal space: that of the weights (``permuted``), or, as in the
+            authors' code, the original one beside weights in the order of processing (``as_code``; differs under act_order).
     """
 
     threshold: Annotated[float, Field(ge=0)] = 0.1
@@ -54,6 +52,12 @@ class NullSpace:
     reference: Literal["original", "working"] = "original"
     solver: Literal["closed", "adam20"] = "closed"
     exclude: tuple[LinearName, ...] = ("mlp.down_proj",)
+    projector_order: Literal["permuted", "as_code"] = added("permuted")
+
+    @property
+    def reads_working(self) -> bool:
+        """Only for the reference ``working``."""
+        return self.reference == "working"
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -66,20 +70,25 @@ class NullSpace:
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         """Return the rescaled result; unchanged, with rank None, if the rank rule finds no signal space."""
-        from ptqbench.numerics.null_space import refine_null_space, signal_space
+        from ptqbench.numerics.null_space import apply_row_scale, refine_null_space, signal_space
 
         moment = statistics.second_moment if self.moment == "full" else statistics.position_moment
         assert moment is not None, "the pipeline collects what a member needs"
         space = signal_space(moment, threshold=self.threshold)
-        reference = weight if self.reference == "original" else aim.weight
-        refined = refine_null_space(reference, result.dequantized, space, ridge=self.ridge, solver=self.solver)
+        reference = weight if self.reference == "original" else aim.weight if result.working is None else result.working
+        rounded = result.dequantized
+        if self.projector_order == "as_code" and result.order is not None:
+            reference, rounded = reference[:, result.order], rounded[:, result.order]
+        # A scale per row is indifferent to the order of columns: it is applied to them as they are stored.
+        refined = refine_null_space(reference, rounded, space, ridge=self.ridge, solver=self.solver)
         if refined.rank is None:
             return Repaired(result)
-        return Repaired(_rescaled(result, refined.row_scale, refined.dequantized), refined.row_scale, refined.rank)
+        dequantized = apply_row_scale(refined.row_scale, result.dequantized)
+        return Repaired(_rescaled(result, refined.row_scale, dequantized), refined.row_scale, refined.rank)
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleRefit:
+class ScaleRefit(Refine):
     """Rescale rows to the least output error on the calibration tokens: the control for every null-space comparison.
 
     The error is that which the solver was asked to minimise: towards the target, under its (token-weighted) second moment.

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import UnsupportedError
-from ptqbench.methods.base import Aim, Statistic, Statistics
+from ptqbench.methods.base import Aim, Solver, Statistic, Statistics
+from ptqbench.methods.targets import Damping
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -18,16 +19,14 @@ if TYPE_CHECKING:
 
 
 def _nothing_to_round(spec: RunSpec) -> str | None:
-    if spec.quantizes:
+    if spec.calibrates:  # a transform alone: a check that it keeps the function
         return None
     return f"bitwidth {spec.bitwidth.name} leaves everything at {UNTOUCHED_BITS} bits; the unquantized model is +method=fp16"
 
 
 @dataclasses.dataclass(frozen=True)
-class NoSolver:
+class NoSolver(Solver):
     """Round nothing: the unquantized reference."""
-
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
         """Skip bitwidths below 16."""
@@ -35,22 +34,20 @@ class NoSolver:
             return f"method {spec.method.name} rounds nothing, so bitwidth {spec.bitwidth.name} cannot apply; use bitwidth=fp16"
         return None
 
-    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid, keep_working: bool = False) -> LinearResult:
         """Refuse: cells with this solver round nothing."""
         raise UnsupportedError("solver 'none' was asked to round a linear; expected a cell at 16 bits")
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundToNearest:
+class RoundToNearest(Solver):
     """Round every weight to the nearest point of its grid (RTN)."""
-
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
         """Skip cells in which everything stays at 16 bits."""
         return _nothing_to_round(spec)
 
-    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid, keep_working: bool = False) -> LinearResult:
         """Round ``aim.weight`` (out, in); the second moment is not used."""
         from ptqbench.numerics.rtn import round_to_nearest
 
@@ -58,7 +55,7 @@ class RoundToNearest:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gptq:
+class Gptq(Solver):
     """Round column by column and push each rounding error into the columns still unrounded (arXiv 2210.17323).
 
     Attributes:
@@ -70,7 +67,7 @@ class Gptq:
         on_cholesky_failure: ``raise``, or ``retry`` with ten times the damping, recorded in the layer report.
     """
 
-    damping: Annotated[float, Field(ge=0)] = 0.01
+    damping: Damping = 0.01
     column_block: Annotated[int, Field(ge=1)] = 128
     act_order: bool = False
     static_groups: bool = False
@@ -83,11 +80,18 @@ class Gptq:
         """Skip cells in which everything stays at 16 bits."""
         return _nothing_to_round(spec)
 
-    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid, keep_working: bool = False) -> LinearResult:
         """Round ``aim.weight`` (out, in) with compensation under ``aim.second_moment`` (in, in)."""
         from ptqbench.numerics.gptq import gptq
 
-        return gptq(aim.weight, aim.second_moment, grid, grid_weight=aim.grid_weight, **self.loop_options)
+        return gptq(
+            aim.weight,
+            aim.second_moment,
+            grid,
+            grid_weight=aim.grid_weight,
+            keep_working=keep_working,
+            **self.loop_options,
+        )
 
     @property
     def loop_options(self) -> dict[str, Any]:
@@ -120,16 +124,16 @@ class Gptaq(Gptq):
         """Whether the linears of a group are damped differently."""
         return self.damping_as_code and not self.act_order
 
-    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid, keep_working: bool = False) -> LinearResult:
         """Round ``aim.weight`` (out, in) with compensation of errors and drift."""
         from ptqbench.numerics.gptaq import gptaq, repeated_damping
 
         if aim.cross_moment is None:
-            return super().solve(aim, statistics, grid)
-        options = self.loop_options
+            return super().solve(aim, statistics, grid, keep_working)
+        options = self.loop_options | {"keep_working": keep_working, "grid_weight": aim.grid_weight}
         if self.one_by_one:
             options["damping"] = repeated_damping(self.damping, _TIMES_DAMPED.get(statistics.linears[0], 1))
-        special: dict[str, Any] = {"strength": self.strength, "as_code": self.as_code, "grid_weight": aim.grid_weight}
+        special: dict[str, Any] = {"strength": self.strength, "as_code": self.as_code}
         return gptaq(aim.weight, aim.second_moment, aim.cross_moment, grid, **special, **options)
 
 
@@ -149,12 +153,12 @@ class Qronos(Gptq):
 
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SECOND_MOMENT, Statistic.CROSS_MOMENT})
 
-    def solve(self, aim: Aim, statistics: Statistics, grid: Grid) -> LinearResult:
+    def solve(self, aim: Aim, statistics: Statistics, grid: Grid, keep_working: bool = False) -> LinearResult:
         """Round ``aim.weight`` (out, in) with compensation of errors and drift."""
         from ptqbench.numerics.qronos import eigenvalue_damping, qronos
 
-        options = self.loop_options
+        options = self.loop_options | {"keep_working": keep_working, "grid_weight": aim.grid_weight}
         if self.damping_relative_to == "largest_eigenvalue":
             options["damping"] = eigenvalue_damping(aim.second_moment, self.damping)
         cross = aim.second_moment.new_zeros(aim.second_moment.shape) if aim.cross_moment is None else aim.cross_moment
-        return qronos(aim.weight, aim.second_moment, cross, grid, grid_weight=aim.grid_weight, **options)
+        return qronos(aim.weight, aim.second_moment, cross, grid, **options)

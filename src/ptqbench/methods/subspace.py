@@ -7,16 +7,16 @@ Zachary5895/CoQuant@0e2e343.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ptqbench.cell.spec import UNTOUCHED_BITS
+from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError
-from ptqbench.methods.base import Statistic
-from ptqbench.methods.learned import Count, Learning, Momentum, Rate, constant_loss
-from ptqbench.methods.precision import FromLayout, Layout
+from ptqbench.methods.learned import Count, Momentum, Rate, constant_loss
+from ptqbench.methods.precision import Layout
+from ptqbench.methods.transform import FileMatrix, Learning, Transform
 from ptqbench.methods.transforms import Bits, Seed, down_transform, no_hadamard
 
 if TYPE_CHECKING:
@@ -25,13 +25,17 @@ if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.fuse import Basis
+    from ptqbench.numerics.hadamard import OddHadamard
 
 ISO_LOWEST_BITS, ISO_BULK_BITS, ISO_HIGH_BITS = 2, 4, 6
 """ResQ's "4/4/4": equal shares at 2 and 6 bits leave the mean at 4."""
 
+STAND_IN_BITS = 4
+ODD_FACTOR = "odd_factor"
+
 
 @dataclasses.dataclass(frozen=True)
-class Subspace(FromLayout):
+class Subspace(Transform):
     """Keep the most important directions at high precision, randomise inside the parts (ResQ, CoQuant).
 
     Attributes:
@@ -58,6 +62,13 @@ class Subspace(FromLayout):
         learning_rate: Longest step of that, falling along half a cosine.
         learning_steps: Number of steps, one calibration window each.
         learning_momentum: Share of the velocity kept.
+        rotation_file: R1 and R2 as the codes save them (``R-*.bin``: ``R1_0`` to ``R1_2``, ``R2_0`` to ``R2_2`` or one R2 for
+            every block), or safetensors with their names; ``odd_factor`` (K, K) may stand beside them, the odd factor of
+            down_proj's transform as an orthogonal matrix. The cell is identified by the content, not by the path.
+        rotation_digest: Content of that file; filled in when a request is resolved.
+        basis_file: U as the codes save it (``U-*.bin``). A ``rotation_file`` may hold these names as well. What no file
+            holds is computed and drawn as without files.
+        basis_digest: Content of that file; filled in when a request is resolved.
     """
 
     objective: Literal["activation", "joint", "outlier"] = "activation"
@@ -81,13 +92,18 @@ class Subspace(FromLayout):
     learning_rate: Rate = 1.5
     learning_steps: Count = 100
     learning_momentum: Momentum = 0.9
+    rotation_file: str | None = added(None)
+    rotation_digest: str | None = added(None)
+    basis_file: str | None = added(None)
+    basis_digest: str | None = added(None)
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
     needs_statistics: ClassVar[bool] = True
+    FILES: ClassVar[Mapping[str, str]] = {"rotation_file": "rotation_digest", "basis_file": "basis_digest"}
     without_effect_on_bases: ClassVar[frozenset[str]] = frozenset(
         {
             "high_bits", "odd_hadamard", "key_rotation_bits", "rope_output_bits", "basis_change_bits", "int8_down_proj",
             "rotation_seed", "output_group", "learned_rotation", "learning_rate", "learning_steps", "learning_momentum",
+            "rotation_file", "rotation_digest", "basis_file", "basis_digest",
         }
     )  # fmt: skip
     """Options that cells with the same eigenbases may differ in."""
@@ -103,6 +119,14 @@ class Subspace(FromLayout):
             raise ConfigError(
                 "method.transform: learned_rotation expects objective=activation and granularity=full_shared, "
                 f"got {self.objective} and {self.granularity}"
+            )
+        if self.learned_rotation and (self.rotation_file is not None or self.rotation_digest is not None):
+            raise ConfigError("method.transform: learned_rotation and rotation_file each give R1 and R2; choose one")
+        if self.objective == "outlier" and any(
+            (self.rotation_file, self.rotation_digest, self.basis_file, self.basis_digest)
+        ):
+            raise ConfigError(
+                "method.transform: objective=outlier rotates nothing; remove rotation_file and basis_file"
             )
         if self.iso_bits and (self.granularity != "full_shared" or self.high_bits != ISO_HIGH_BITS):
             raise ConfigError(
@@ -120,9 +144,13 @@ class Subspace(FromLayout):
             self.layout().parts(width)
         if self.objective != "activation" and self.granularity != "per_layer":
             return f"objective={self.objective} exists only with granularity=per_layer (as in its code), got {self.granularity}"
-        if self.objective == "joint" and self.low_bits(spec) >= UNTOUCHED_BITS:
-            return "objective=joint weighs rounding noise of weights and inputs: it vanishes where both have 16 bits"
         bits = spec.bitwidth
+        below = [b for b in (bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits) if b < UNTOUCHED_BITS]
+        if self.high_fraction and max(below, default=0) > self.high_bits:
+            return (
+                f"method.transform.high_bits={self.high_bits} is below the {max(below)} bits of bitwidth {bits.name}: the most "
+                f"important directions would get the fewest bits"
+            )
         if self.iso_bits and {bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits} - {ISO_BULK_BITS, UNTOUCHED_BITS}:
             return f"iso_bits (2, 4 and 6 bits) is defined for {ISO_BULK_BITS} bits, bitwidth {bits.name} has others"
         what = "down_proj's transform (intermediate_size)"
@@ -159,9 +187,61 @@ class Subspace(FromLayout):
             found |= {f"rotation.head_{index}_{i}": value for i, value in heads.items()}
         return found
 
+    def from_files(self, architecture: Architecture, held: Collection[str]) -> dict[str, FileMatrix]:
+        """Take what the files hold: U under the names of the bases, R1 and R2 part by part, the odd factor.
+
+        Raises:
+            ConfigError: The files hold nothing of these names.
+        """
+        found = self._bases_in(architecture, held) | self._rotations_in(architecture, held)
+        if ODD_FACTOR in held:
+            order = _odd_order(architecture.intermediate_size, self.odd_hadamard)
+            found[f"given.{ODD_FACTOR}"] = FileMatrix(ODD_FACTOR, (order, order))
+        if not found:
+            raise ConfigError(
+                f"method.transform: expected U (layer.0.self_attn.value, ...), R1_1, R2_1 or {ODD_FACTOR} in its files, "
+                f"got {sorted(held)[:5]}"
+            )
+        return found
+
+    def _bases_in(self, architecture: Architecture, held: Collection[str]) -> dict[str, FileMatrix]:
+        """All bases of a cell, if the files hold those of any block."""
+        if not any(name.startswith("layer.") or name == "attn_mlp" for name in held):
+            return {}
+        hidden, head = (architecture.hidden_size,) * 2, (architecture.head_dim,) * 2
+        per_head = (architecture.n_kv_heads, *head)
+        streams = {
+            "full_shared": {},
+            "one_per_decoder": {"residual": "self_attn_mlp"},
+            "per_layer": {"attention": "self_attn", "mlp": "mlp"},
+        }[self.granularity]
+        found = {"residual": FileMatrix("attn_mlp", hidden)} if self.granularity == "full_shared" else {}
+        for index in range(architecture.n_blocks):
+            found |= {f"{index}.{ours}": FileMatrix(f"layer.{index}.{name}", hidden) for ours, name in streams.items()}
+            found[f"{index}.value"] = FileMatrix(f"layer.{index}.self_attn.value", per_head)
+            key_shape = head if self.granularity == "full_shared" else per_head
+            found[f"{index}.key"] = FileMatrix(f"layer.{index}.self_attn.key_pos", key_shape)
+        return found
+
+    def _rotations_in(self, architecture: Architecture, held: Collection[str]) -> dict[str, FileMatrix]:
+        """R1 and R2, if the files hold any part of them. The codes number the parts 0 (lowest), 1 (bulk), 2 (high)."""
+        if not any(name.rpartition(".")[2].startswith(("R1_", "R2_")) for name in held):
+            return {}
+        hidden, head = (self.layout().parts(n) for n in (architecture.hidden_size, architecture.head_dim))
+        found = {f"given.residual_{i}": FileMatrix(f"R1_{i}", (n, n)) for i, n in enumerate(hidden) if n}
+        per_block = any(name.endswith(".R2_1") for name in held)
+        for at in range(architecture.n_blocks) if per_block else ("",):
+            prefix, ours = (f"model.layers.{at}.self_attn.", f"head_{at}") if per_block else ("", "head")
+            found |= {f"given.{ours}_{i}": FileMatrix(f"{prefix}R2_{i}", (n, n)) for i, n in enumerate(head) if n}
+        return found
+
     def low_bits(self, spec: RunSpec) -> int:
-        """Bits of the bulk part in the joint objective (they do not change its eigenvectors)."""
-        return min(spec.bitwidth.w_bits, spec.bitwidth.a_bits)
+        """Bits of the bulk part in the joint objective; they scale it and leave its eigenvectors as they are.
+
+        Where weights and inputs have 16 bits the objective would vanish: 4 bits stand in, as in CoQuant's code.
+        """
+        bits = min(spec.bitwidth.w_bits, spec.bitwidth.a_bits)
+        return bits if bits < UNTOUCHED_BITS else STAND_IN_BITS
 
     def layout(self) -> Layout:
         """Split the hidden size and every head into two parts (three with ``iso_bits``)."""
@@ -205,7 +285,7 @@ class Subspace(FromLayout):
             bases=bases,
             residual_rotation=residual,
             head_rotation=head,
-            down=down_transform(architecture, self.odd_hadamard, self.rotation_seed),
+            down=down_transform(architecture, self.odd_hadamard, self.rotation_seed, bases.get(f"given.{ODD_FACTOR}")),
             center_embedding=self.center_embedding,
         )
 
@@ -221,9 +301,24 @@ class Subspace(FromLayout):
         hidden, head = (self.layout().parts(n) for n in (architecture.hidden_size, architecture.head_dim))
         if self.objective == "outlier":
             return torch.eye(sum(hidden), dtype=torch.float64), torch.eye(sum(head), dtype=torch.float64)
-        if not self.learned_rotation:
+        # Where the factors come from: drawn, read from a file, or learned; one R2 for all blocks or one for each.
+        source = "given" if f"given.residual_{_first(hidden)}" in bases else "rotation"
+        if source == "rotation" and not self.learned_rotation:
             return random_rotations(hidden, head, generator(self.rotation_seed, "subspace"))
-        residual = block_diag([bases[f"rotation.residual_{i}"] for i, size in enumerate(hidden) if size])
+        residual = block_diag([bases[f"{source}.residual_{i}"] for i, size in enumerate(hidden) if size])
+        if f"{source}.head_{_first(head)}" in bases:
+            return residual, block_diag([bases[f"{source}.head_{i}"] for i, size in enumerate(head) if size])
         blocks = range(architecture.n_blocks)
-        learned = ([bases[f"rotation.head_{at}_{i}"] for i, size in enumerate(head) if size] for at in blocks)
-        return residual, tuple(block_diag(parts) for parts in learned)
+        own = ([bases[f"{source}.head_{at}_{i}"] for i, size in enumerate(head) if size] for at in blocks)
+        return residual, tuple(block_diag(parts) for parts in own)
+
+
+def _first(parts: tuple[int, ...]) -> int:
+    """Index of the first part that has channels."""
+    return next(i for i, size in enumerate(parts) if size)
+
+
+def _odd_order(width: int, rule: OddHadamard) -> int:
+    from ptqbench.numerics.hadamard import factorise_order
+
+    return factorise_order(width, rule)[0]

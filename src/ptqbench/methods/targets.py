@@ -7,11 +7,11 @@ for that share of it, so the solver is told of the remaining (1 - alpha). At alp
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from ptqbench.methods.base import Aim, LinearName, Statistic, Statistics, idle_reason
+from ptqbench.methods.base import Aim, LinearName, Statistic, Statistics, Target, idle_reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,18 +20,12 @@ if TYPE_CHECKING:
     from ptqbench.models.architecture import Architecture
 
 Strength = Annotated[float, Field(ge=0, le=1)]
-Damping = Annotated[float, Field(ge=0)]
+Damping = Annotated[float, Field(ge=0, le=10)]  # more leaves nothing of the moment: rounding to nearest
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class Weight(Target):
     """Aim at the weight itself, under the second moment of the quantized stream."""
-
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
-
-    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Never skip."""
-        return None
 
     def aim(self, weight: Tensor, statistics: Statistics) -> Aim:
         """Return ``weight`` (out, in), the second moment (in, in) and the whole drift, all as they are."""
@@ -39,7 +33,7 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaq:
+class Loaq(Target):
     """Aim at the weight with which the quantized stream reproduces the full-precision output (LoaQ, arXiv 2509.06297).
 
     q, k, v, gate and up reproduce their own output; o and down, as far as ``level`` says, the residual stream behind them.
@@ -104,7 +98,7 @@ class Loaq:
 
 
 @dataclasses.dataclass(frozen=True)
-class Qep:
+class Qep(Target):
     """Aim at the weight that makes up for a share of the input drift (QEP, arXiv 2504.09629).
 
     Attributes:

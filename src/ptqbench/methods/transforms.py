@@ -8,15 +8,15 @@ Random factors come from ``rotation_seed`` alone: the seed of the cell does not 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.methods.base import Statistic
-from ptqbench.methods.precision import FromLayout, Layout
+from ptqbench.methods.precision import Layout
+from ptqbench.methods.transform import FileMatrix, Transform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,19 +31,12 @@ Seed = Annotated[int, Field(ge=0)]
 
 
 @dataclasses.dataclass(frozen=True)
-class NoTransform(FromLayout):
+class NoTransform(Transform):
     """Quantize in the basis of the checkpoint."""
-
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
-    needs_statistics: ClassVar[bool] = False
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
         """Skip activation groups that do not fit."""
         return self.precision(spec, architecture).skip_reason()
-
-    def layout(self) -> Layout:
-        """Split nothing."""
-        return Layout()
 
     def basis(
         self, spec: RunSpec, architecture: Architecture, bases: Mapping[str, Tensor] | None = None
@@ -56,7 +49,7 @@ class NoTransform(FromLayout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hadamard(FromLayout):
+class Hadamard(Transform):
     """Spread outliers by orthogonal matrices that cancel (QuaRot, arXiv 2404.00456).
 
     Attributes:
@@ -89,10 +82,7 @@ class Hadamard(FromLayout):
     rotation_digest: str | None = None
     online_dtype: Literal["float32", "model"] = "float32"
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
-    needs_statistics: ClassVar[bool] = False
-    FILES: ClassVar[dict[str, str]] = {"rotation_file": "rotation_digest"}
-    """Options that name a file -> options that hold its digest."""
+    FILES: ClassVar[Mapping[str, str]] = {"rotation_file": "rotation_digest"}
 
     def __post_init__(self) -> None:
         """Refuse a file that is not used, or used and not given."""
@@ -123,8 +113,19 @@ class Hadamard(FromLayout):
         return objection or self.precision(spec, architecture).skip_reason()
 
     def layout(self) -> Layout:
-        """Split nothing."""
+        """No split; down_proj may have bits of its own."""
         return Layout(int8_down_proj=self.int8_down_proj)
+
+    def from_files(self, architecture: Architecture, held: Collection[str]) -> dict[str, FileMatrix]:
+        """``residual`` (d, d) and ``l.heads`` (e, e) of block l, as far as they are wanted (names of SpinQuant's code)."""
+        found: dict[str, FileMatrix] = {}
+        if self.r1 == "file":
+            found["residual"] = FileMatrix("R1", (architecture.hidden_size,) * 2)
+        if self.r2 == "file":
+            for index in range(architecture.n_blocks):
+                name = f"model.layers.{index}.self_attn.R2"
+                found[f"{index}.heads"] = FileMatrix(name, (architecture.head_dim,) * 2)
+        return found
 
     def basis(self, spec: RunSpec, architecture: Architecture, bases: Mapping[str, Tensor] | None = None) -> Basis:
         """Draw the rotations.
@@ -142,9 +143,7 @@ class Hadamard(FromLayout):
         from ptqbench.numerics.hadamard import hadamard_matrix
 
         if "file" in (self.r1, self.r2) and bases is None:
-            raise ConfigError(
-                "r1=file and r2=file need their rotations: read them first (ptqbench.engine.rotations.prepare)"
-            )
+            raise ConfigError("r1=file and r2=file need their rotations: read them first (ptqbench.engine.rotations)")
         head_dim = architecture.head_dim
         head = hadamard_matrix(head_dim).double().T / head_dim**0.5 if self.r2 is True or self.r3 else None
         return HadamardBasis(
@@ -190,14 +189,25 @@ def no_hadamard(order: int, rule: OddHadamard, what: str) -> str | None:
     return None
 
 
-def down_transform(architecture: Architecture, rule: OddHadamard, seed: int) -> Callable[[Tensor], Tensor]:
-    """Build the transform of down_proj's input, the same for its weight and for the activations that enter it."""
+def down_transform(
+    architecture: Architecture, rule: OddHadamard, seed: int, odd: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Build the transform of down_proj's input, the same for its weight and for the activations that enter it.
+
+    Args:
+        architecture: Dimensions.
+        rule: Which odd factor the width is split by.
+        seed: Names the random factor that ``as_code`` draws for some widths.
+        odd: (K, K) orthogonal odd factor that was given instead.
+    """
     from functools import partial
 
     from ptqbench.numerics.hadamard import factorise_order, hadamard_transform
     from ptqbench.numerics.orthogonal import generator, odd_factor
 
     width = architecture.intermediate_size
+    if odd is not None:
+        return partial(hadamard_transform, odd_factor=odd)
     if factorise_order(width, rule) == factorise_order(width, "paley"):
         return hadamard_transform  # the constructed factor is cached on the device
     return partial(hadamard_transform, odd_factor=odd_factor(width, rule, generator(seed, "down odd factor")))

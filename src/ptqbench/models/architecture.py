@@ -1,6 +1,6 @@
-"""The shape of a decoder: dimensions, tensor names and parameter counts. Imports neither torch nor transformers.
+"""The shape of a decoder: dimensions and tensor names. Imports neither torch nor transformers.
 
-Covers dense pre-norm decoders with RMSNorm, RoPE, SwiGLU and grouped-query attention: Llama, Qwen2 (bias on q, k, v) and
+Covers dense pre-norm decoders with RMSNorm, RoPE, a gated MLP and grouped-query attention: Llama, Qwen2 (bias on q, k, v) and
 Qwen3 (RMSNorm on every query and key head). The published shapes of the supported models lie in ``architectures.csv``, so
 that a sweep can be planned before anything is downloaded.
 """
@@ -35,6 +35,8 @@ class Architecture:
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    o_bias: bool = False
+    mlp_bias: bool = False
 
     @property
     def q_dim(self) -> int:
@@ -62,8 +64,10 @@ class Architecture:
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of each tensor of a block, without its prefix -> shape."""
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in self.linear_shapes().items()}
-        if self.qkv_bias:
-            shapes |= {f"{name}.bias": (self.linear_shapes()[name][0],) for name in ATTENTION_INPUT}
+        biased = (
+            ATTENTION_INPUT * self.qkv_bias + ATTENTION_OUTPUT * self.o_bias + (MLP_INPUT + MLP_OUTPUT) * self.mlp_bias
+        )
+        shapes |= {f"{name}.bias": (self.linear_shapes()[name][0],) for name in biased}
         if self.qk_norm:
             shapes |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
         norm = (self.hidden_size,)
@@ -84,47 +88,80 @@ class Architecture:
         """Number of weights in the linears of all blocks: what a weight quantizer rounds."""
         return self.n_blocks * sum(rows * columns for rows, columns in self.linear_shapes().values())
 
-    @property
-    def total_params(self) -> int:
-        """Number of parameters, a tied embedding counted once."""
-        biases = self.n_blocks * (self.q_dim + 2 * self.kv_dim) * self.qkv_bias
-        norms = (2 * self.n_blocks + 1) * self.hidden_size + 2 * self.n_blocks * self.head_dim * self.qk_norm
-        return self.linear_params + self.vocab_size * self.hidden_size * (2 - self.tied_embeddings) + norms + biases
-
 
 def from_config(config: Mapping[str, Any]) -> Architecture:
-    """Read the dimensions from a Hugging Face ``config.json``.
+    """Read the dimensions from a Hugging Face ``config.json``, with the defaults of the transformers class.
 
     Raises:
-        ConfigError: A dimension is missing, or the key/value heads do not divide the query heads.
+        ConfigError: A dimension is missing, is no positive integer, or does not fit the others.
     """
     kind = config.get("model_type")
-    try:
-        heads = int(config["num_attention_heads"])
-        shape = Architecture(
-            hidden_size=int(config["hidden_size"]),
-            n_blocks=int(config["num_hidden_layers"]),
-            n_heads=heads,
-            n_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or (128 if kind == "qwen3" else int(config["hidden_size"]) // heads)),
-            intermediate_size=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=kind == "qwen2" or bool(config.get("attention_bias", False)),
-            qk_norm=kind == "qwen3",
-        )
-    except KeyError as error:
-        raise ConfigError(f"config.json of the model has no {error.args[0]!r}") from None
+    width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    attention_bias = kind != "qwen2" and _flag(config, "attention_bias")
+    shape = Architecture(
+        hidden_size=width,
+        n_blocks=_size(config, "num_hidden_layers"),
+        n_heads=heads,
+        n_kv_heads=_kv_heads(config, heads),
+        head_dim=_head_dim(config, width, heads),
+        intermediate_size=_size(config, "intermediate_size"),
+        vocab_size=_size(config, "vocab_size"),
+        tied_embeddings=_flag(config, "tie_word_embeddings"),
+        qkv_bias=kind == "qwen2" or attention_bias,
+        qk_norm=kind == "qwen3",
+        o_bias=attention_bias,
+        mlp_bias=kind == "llama" and _flag(config, "mlp_bias"),
+    )
     if shape.n_heads % shape.n_kv_heads:
         raise ConfigError(f"config.json: {shape.n_kv_heads} key/value heads do not divide {shape.n_heads} query heads")
+    if kind == "llama" and width % heads:
+        raise ConfigError(
+            f"config.json: num_attention_heads {heads} does not divide hidden_size {width}, as llama requires"
+        )
+    if shape.head_dim % 2:
+        raise ConfigError(f"config.json: head_dim must be even for rotary embeddings, got {shape.head_dim}")
     return shape
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    """Read a positive integer; true and 4.0 are none."""
+    if key not in config:
+        raise ConfigError(f"config.json of the model has no {key!r}")
+    value = config[key]
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"config.json: {key} must be a positive integer, got {value!r}")
+    return value
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    """Read true or false; false where the key is absent."""
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key} must be true or false, got {value!r}")
+    return value
+
+
+def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
+    """Null means as many as query heads; so does an absent key in Llama, while the Qwen classes have a number of their own."""
+    absent_means_heads = config.get("model_type") == "llama" or "num_key_value_heads" in config
+    if absent_means_heads and config.get("num_key_value_heads") is None:
+        return heads
+    return _size(config, "num_key_value_heads")
+
+
+def _head_dim(config: Mapping[str, Any], width: int, heads: int) -> int:
+    """Read ``head_dim``; where it is absent, Qwen3 has 128 and the others divide the width among the query heads."""
+    kind = config.get("model_type")
+    if "head_dim" not in config or (kind == "llama" and config["head_dim"] is None):
+        return 128 if kind == "qwen3" else _size({"head_dim": width // heads}, "head_dim")
+    return _size(config, "head_dim")
 
 
 def published() -> dict[str, Architecture]:
     """Shapes of the supported public models, by the name used in ``conf/model``."""
     text = resources.files("ptqbench").joinpath("models/architectures.csv").read_text()
     flags = {"tied_embeddings", "qkv_bias", "qk_norm"}
-    fields = [f.name for f in dataclasses.fields(Architecture)]
+    fields = [f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING]
     return {
         row["model"]: Architecture(**{n: row[n] == "true" if n in flags else int(row[n]) for n in fields})  # type: ignore[arg-type]
         for row in csv.DictReader(text.splitlines())

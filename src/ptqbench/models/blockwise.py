@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from ptqbench.errors import ConfigError, NumericalError
-from ptqbench.models.architecture import Architecture, from_config
+from ptqbench.models.architecture import Architecture
 from ptqbench.models.fuse import Basis
 from ptqbench.models.source import ModelSource
 from ptqbench.models.stages import Positions
@@ -69,15 +69,9 @@ class BlockwiseModel:
         self.source, self.dtype, self.device, self._edit, self.basis = source, dtype, device, edit, basis
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self.architecture: Architecture = from_config(source.config)
-        self.config: Any = AutoConfig.from_pretrained(source.folder)
-        self.config._attn_implementation = "sdpa"
-        self.config.tie_word_embeddings = self._tied = self.architecture.tied_embeddings and not (
-            basis and basis.unties
-        )
-        with init_empty_weights(include_buffers=False):
-            self._skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
-        self._skeleton.eval()
+        self.architecture: Architecture = source.architecture
+        self._tied = self.architecture.tied_embeddings and not (basis and basis.unties)
+        self.config, self._skeleton = _skeleton(source.folder, dtype, self._tied)
 
     def reopened(self, basis: Basis | None, dtype: torch.dtype | None = None) -> BlockwiseModel:
         """Open the same checkpoint, with the same edit, in another basis and perhaps another data type."""
@@ -106,7 +100,9 @@ class BlockwiseModel:
         mask = create_causal_mask(
             config=self.config, inputs_embeds=probe, attention_mask=None, past_key_values=None, position_ids=ids
         )
-        rope = self._skeleton.get_submodule("model.rotary_emb").to(self.device)(probe, ids)
+        # A copy: a dynamic embedding remembers the longest window so far, and would answer later windows differently.
+        rotary = copy.deepcopy(self._skeleton.get_submodule("model.rotary_emb")).to(self.device)
+        rope = rotary(probe, ids)
         return Positions(rope=rope, mask=mask)
 
     def tree_positions(self, depth: Tensor, seen: Tensor) -> Positions:
@@ -219,7 +215,7 @@ class BlockwiseModel:
         return installed
 
     def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        placed = {key: value.to(device=self.device, dtype=self.dtype) for key, value in tensors.items()}
+        placed = {key: self._cast(value) for key, value in tensors.items()}
         module.load_state_dict(placed, strict=True, assign=True)
         module.requires_grad_(False)
 
@@ -227,7 +223,21 @@ class BlockwiseModel:
         """Change basis and data type of embedding rows (rows, hidden_size)."""
         change = self.basis.embedding if self.basis is not None else dict
         pieces = [change({"weight": piece.to(self.device)})["weight"] for piece in rows.split(VOCABULARY_ROWS)]
-        return torch.cat([piece.to(self.dtype) for piece in pieces])
+        return torch.cat([self._cast(piece) for piece in pieces])
+
+    def _cast(self, weight: Tensor) -> Tensor:
+        """Move a finite weight to the device and the data type of the model.
+
+        Raises:
+            NumericalError: It is beyond the range of the data type.
+        """
+        cast = weight.to(device=self.device, dtype=self.dtype)
+        if self.dtype == torch.float16 and not bool(torch.isfinite(cast).all()):
+            raise NumericalError(
+                f"{self.source.folder}: a weight of size {float(weight.abs().max()):.3g} does not fit float16 (at most 65504); "
+                f"give model.dtype=bfloat16 or float32"
+            )
+        return cast
 
     def _head_tensors(self) -> dict[str, Tensor]:
         """Read ``norm.weight`` and ``lm_head.weight`` (a clone of tied embeddings) and change their basis."""
@@ -239,7 +249,7 @@ class BlockwiseModel:
         for piece in table.split(VOCABULARY_ROWS):
             changed = self.basis.head({"norm.weight": gain, "lm_head.weight": piece.to(self.device)})
             changed_gain = changed["norm.weight"]
-            pieces.append(changed["lm_head.weight"].to(self.dtype))
+            pieces.append(self._cast(changed["lm_head.weight"]))
         return {"norm.weight": changed_gain, "lm_head.weight": torch.cat(pieces)}
 
     def _read_module(self, name: str) -> dict[str, Tensor]:
@@ -248,14 +258,13 @@ class BlockwiseModel:
 
     def _read(self, prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Read tensors by name, each checked for shape and finiteness; every shard is mapped once and then let go."""
-        shards = self.source.shards
         tensors: dict[str, Tensor] = {}
         files: dict[Path, list[str]] = {}
         for key in shapes:
-            path = shards.get(prefix + key) or shards.get("*")
-            if path is None:
-                raise ConfigError(f"{self.source.folder}: the weight index has no tensor {prefix + key!r}")
-            files.setdefault(path, []).append(key)
+            stored = self.source.tensors.get(prefix + key)
+            if stored is None:
+                raise ConfigError(f"{self.source.folder}: the weights lack tensor {prefix + key!r}")
+            files.setdefault(stored.file, []).append(key)
         for path, keys in files.items():
             try:
                 with safe_open(path, framework="pt") as shard:
@@ -265,6 +274,23 @@ class BlockwiseModel:
             for key in keys:
                 _check(tensors[key], shapes[key], f"{path}: tensor {prefix + key!r}")
         return tensors
+
+
+def _skeleton(folder: Path, dtype: torch.dtype, tied: bool) -> tuple[Any, PreTrainedModel]:
+    """Build the configuration and the installed class of a checkpoint, without weights.
+
+    Raises:
+        ConfigError: transformers does not take the configuration.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config._attn_implementation = "sdpa"
+        config.tie_word_embeddings = tied
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # a wrong value in config.json surfaces as almost any type
+        raise ConfigError(f"transformers cannot build a model from {folder / 'config.json'}: {error!r}") from error
+    return config, model.eval()
 
 
 def _check(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:

@@ -14,7 +14,6 @@ shown.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,13 +24,6 @@ FOLLOWERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
-
-
-class SizedConfig(Protocol):
-    """The part of a model configuration that is read here."""
-
-    hidden_size: int
-    num_hidden_layers: int
 
 
 def outlier_channels(hidden_size: int, n_channels: int = 4, seed: int = 0) -> list[int]:
@@ -54,39 +46,26 @@ def outlier_channels(hidden_size: int, n_channels: int = 4, seed: int = 0) -> li
     return sorted(torch.randperm(hidden_size, generator=generator)[:n_channels].tolist())
 
 
-def rescale_norm_gains(
-    state_dict: Mapping[str, Tensor], config: SizedConfig, channels: Sequence[int], factor: float
+def rescale_block(
+    tensors: Mapping[str, Tensor], hidden_size: int, channels: Sequence[int], factor: float
 ) -> dict[str, Tensor]:
-    """Multiply channels of every block's norm gains and divide the columns of the linears behind them.
+    """Multiply channels of both norm gains of a block and divide the columns of the linears behind them.
 
-    The function of the model is unchanged up to rounding (exactly, when ``factor`` is a power of two).
+    The function of the block is unchanged up to rounding (exactly, when ``factor`` is a power of two).
 
     Args:
-        state_dict: Llama-style weights (``model.layers.N.input_layernorm.weight`` and so on); not modified.
-        config: Gives the hidden size and the number of blocks.
+        tensors: A Llama-style block, named without its prefix (``input_layernorm.weight`` and so on); not modified.
+        hidden_size: Width of the residual stream.
         channels: Channels of the residual stream, each in ``[0, hidden_size)``; may be empty.
         factor: Positive finite scale of the gains.
 
     Returns:
-        A new state dict; tensors that did not change are the same objects as before.
+        A new block; tensors that did not change are the same objects as before.
 
     Raises:
         ConfigError: If a channel or the factor is out of range.
         UnsupportedError: If a norm or a linear that should be rescaled is missing.
     """
-    rescaled = dict(state_dict)
-    for block in range(config.num_hidden_layers):
-        prefix = f"model.layers.{block}."
-        inside = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-        changed = rescale_block(inside, config.hidden_size, channels, factor)
-        rescaled |= {prefix + name: tensor for name, tensor in changed.items()}
-    return rescaled
-
-
-def rescale_block(
-    tensors: Mapping[str, Tensor], hidden_size: int, channels: Sequence[int], factor: float
-) -> dict[str, Tensor]:
-    """Do the same to the tensors of one block, named without their prefix. Arguments and errors as above."""
     wrong = [channel for channel in channels if not 0 <= channel < hidden_size]
     if wrong:
         raise ConfigError(f"expected channels in [0, {hidden_size}), got {wrong[0]}: use outlier_channels()")
@@ -96,8 +75,10 @@ def rescale_block(
     scale[list(channels)] = factor
     rescaled = dict(tensors)
     for norm, linears in FOLLOWERS.items():
+        # The gain grows, so the output of the norm does: (g s) x_hat.
         _scale_columns(rescaled, f"{norm}.weight", scale)
         for linear in linears:
+            # The linear takes it back: (W / s) (g s) x_hat = W (g x_hat).
             _scale_columns(rescaled, f"{linear}.weight", 1.0 / scale)
     return rescaled
 

@@ -9,24 +9,41 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import json
+import logging
 import os
 import re
+from collections.abc import Callable
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ptqbench.cell.folders import cache_folder
 from ptqbench.cell.spec import ModelSpec
 from ptqbench.errors import ConfigError, NotHereError, UnsupportedError
-from ptqbench.models.architecture import from_config
+from ptqbench.models.architecture import Architecture, from_config
+from ptqbench.models.checkpoint import (
+    INDEX,
+    MERGE,
+    Stored,
+    auto_dtype,
+    check_tensors,
+    check_tokenizer,
+    ignored,
+    read_headers,
+    read_json,
+    weight_files,
+)
+from ptqbench.models.config import check_config
+
+T = TypeVar("T")
 
 EMBEDDED = ("tiny",)
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+HEAD = "lm_head.weight"
+SHOWN = 4
+"""Patterns of tensors that a remark names."""
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "merges.txt", "vocab*"]
 HASHED = (
@@ -47,7 +64,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A checkpoint folder that has been looked at: it has a readable configuration and lists its weights."""
+    """A checkpoint folder. What it holds is read when asked for, and only once."""
 
     folder: Path
 
@@ -55,108 +72,92 @@ class ModelSource:
     def config(self) -> dict[str, Any]:
         """The content of ``config.json``."""
         path = self.folder / "config.json"
-        try:
-            data: dict[str, Any] = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ConfigError(
-                f"model folder {self.folder} has no config.json; expected a Hugging Face checkpoint"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from None
-        return data
+        if (self.folder / "adapter_config.json").is_file():
+            raise UnsupportedError(
+                f"model folder {self.folder} holds an adapter (adapter_config.json), not a model alone; {MERGE}"
+            )
+        if not path.is_file():
+            raise ConfigError(f"model folder {self.folder} has no config.json; expected a Hugging Face checkpoint")
+        return read_json(path)
 
     @cached_property
-    def shards(self) -> dict[str, Path]:
-        """Tensor name -> file, read from the index; a single file is listed under the name ``"*"``.
-
-        Raises:
-            ConfigError: There are no weights, or the index names a file that is missing.
-        """
-        index = self.folder / INDEX
-        if index.is_file():
-            try:
-                names = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
-                raise ConfigError(f"{index} is not a valid safetensors index: {error!r}") from None
-            missing = sorted({file for file in names.values() if not (self.folder / file).is_file()})
-            if missing:
-                raise ConfigError(
-                    f"{index} names {missing[0]}, which is not in {self.folder}: the download is incomplete"
-                )
-            return {name: self.folder / file for name, file in names.items()}
-        if (self.folder / SINGLE).is_file():
-            return {"*": self.folder / SINGLE}
-        raise ConfigError(f"model folder {self.folder} has no weights: expected {SINGLE} or {INDEX}")
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that transformers would load, sorted by name."""
+        return self._named(lambda: weight_files(self.folder))
 
     @property
-    def weight_files(self) -> list[Path]:
-        """The safetensors files, sorted, each once."""
-        return sorted(set(self.shards.values()))
+    def has_weights(self) -> bool:
+        """Whether all weight files are here; a hub repository may be known by its configuration alone."""
+        try:
+            return bool(self.weight_files)
+        except ConfigError:
+            return False
 
-    def check_architecture(self) -> None:
-        """Refuse what the block executor does not model exactly.
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """Name of every stored tensor -> its type, shape and file."""
+        return read_headers(self.weight_files)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The dimensions; a stored output projection is used even where the configuration ties it to the embedding."""
+        shape = from_config(self.config)
+        return dataclasses.replace(shape, tied_embeddings=shape.tied_embeddings and HEAD not in self.tensors)
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What of the checkpoint or its configuration has no effect, as in transformers; for the record of a cell."""
+        remarks = []
+        unused = ignored(self.tensors, self.architecture.tensor_shapes())
+        if unused:
+            more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
+            remarks.append(
+                f"config.json does not mention these tensors, which are left out: {', '.join(unused[:SHOWN])}{more}"
+            )
+        if from_config(self.config).tied_embeddings and not self.architecture.tied_embeddings:
+            remarks.append(f"config.json says tie_word_embeddings, but {HEAD} is stored and is used")
+        return remarks
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type that ``dtype="auto"`` stands for: that of the configuration, else that of the weights."""
+        return self.config.get("dtype") or self.config.get("torch_dtype") or auto_dtype(self.tensors, self.weight_files)
+
+    def check_config(self) -> None:
+        """Refuse what the block executor does not model exactly. Needs no weights.
 
         Raises:
-            UnsupportedError: Not a Llama, Qwen2 or Qwen3 causal language model, already quantized, or with sliding attention.
+            ConfigError, UnsupportedError: As ``models.config.check_config``, with the folder.
         """
-        kind = self.config.get("model_type")
-        if kind not in ARCHITECTURES:
-            raise UnsupportedError(
-                f"model_type {kind!r} in {self.folder} is not supported; known: {', '.join(ARCHITECTURES)}"
-            )
-        if self.config.get("quantization_config"):
-            raise UnsupportedError(
-                f"{self.folder} is already quantized (quantization_config in config.json); give the original"
-            )
-        if self.config.get("use_sliding_window"):
-            raise UnsupportedError(f"{self.folder} uses sliding-window attention, which is not supported")
+        self._named(lambda: check_config(self.config))
 
     def check_files(self) -> None:
-        """Open every weight file and look for a tokenizer, without reading a tensor.
+        """Refuse weights that are not those of the configuration, and a missing tokenizer; reads headers, no tensor.
 
         Raises:
-            ConfigError: A file is truncated or not safetensors, a tensor of the architecture is missing, or there is no tokenizer.
+            ConfigError, UnsupportedError: As ``models.checkpoint``, with the folder.
         """
-        present = {name for path in self.weight_files for name in _tensor_names(path)}
-        missing = [name for name in from_config(self.config).tensor_shapes() if name not in present]
-        if missing:
-            raise ConfigError(f"{self.folder}: the weights lack tensor {missing[0]!r} ({len(missing)} missing in all)")
-        if not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
-            raise ConfigError(
-                f"model folder {self.folder} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}"
-            )
+        self._named(lambda: check_tensors(self.tensors, self.architecture.tensor_shapes()))
+        self._named(lambda: check_tokenizer(self.folder))
+
+    def _named(self, look: Callable[[], T]) -> T:
+        """Look at the folder, and put its name before whatever is wrong with it."""
+        try:
+            return look()
+        except (ConfigError, UnsupportedError) as error:
+            known = str(self.folder) in str(error)
+            raise type(error)(str(error) if known else f"{self.folder}: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"{error.filename or self.folder} cannot be read: {error.strerror}") from None
 
     def content_digest(self) -> str:
         """Hash configuration, weights and every file that the tokenizer reads: ``sha256:`` and 64 hexadecimal digits."""
         total = hashlib.sha256()
         read = {path for pattern in HASHED for path in self.folder.glob(pattern) if path.is_file()}
         for path in sorted({*self.weight_files, *read}):
-            total.update(path.name.encode() + b"\0" + file_digest(path).encode() + b"\n")
+            # One line per file: its name, and the digest of its content.
+            total.update(path.name.encode() + b"\0" + self._named(functools.partial(file_digest, path)).encode() + b"\n")
         return f"sha256:{total.hexdigest()}"
-
-
-def _tensor_names(path: Path) -> set[str]:
-    """Read the names in the header of a safetensors file: 8 bytes of length, then JSON with the place of every tensor.
-
-    The library would do the same with numpy or torch in tow, a sixth of a second that every command would pay.
-
-    Raises:
-        ConfigError: The file is no safetensors file, or shorter than its header says.
-    """
-    try:
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            actual = path.stat().st_size
-            header = json.loads(stream.read(size)) if 0 < size <= actual else None
-        ends = {name: entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"}
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ConfigError(f"{path} is corrupt or truncated, not a readable safetensors file: {error}") from None
-    expected = 8 + size + max(ends.values(), default=0)
-    if header is None or expected != actual:
-        raise ConfigError(
-            f"{path} is corrupt or truncated, not a readable safetensors file: expected {expected} bytes, got {actual}"
-        )
-    return set(ends)
 
 
 def file_digest(path: Path) -> str:
@@ -218,19 +219,27 @@ def locate(spec: ModelSpec, *, weights: bool = True) -> ModelSource:
             f"model {spec.name!r} needs a folder: give model.path=FOLDER (or model.hub_id=ORGANISATION/NAME)"
         )
     source = ModelSource(folder)
-    source.check_architecture()
+    source.check_config()
     if weights:
-        _ = source.shards
+        _ = source.weight_files
     return source
 
 
 def digest(spec: ModelSpec) -> str:
-    """Identify the content of a checkpoint: the commit of a hub repository, else the hash of the folder."""
-    if spec.path is None and spec.hub_id is not None:
-        return f"hub:{spec.hub_id}@{_hub_folder(spec.hub_id, _revision(spec), weights=False).name}"
-    source = locate(spec)
-    source.check_files()
-    return source.content_digest()
+    """Identify the content of a checkpoint: the commit of a hub repository, else the hash of the folder.
+
+    The weights of a hub repository are checked if they are on this machine; its digest needs the configuration alone.
+
+    Raises:
+        ConfigError, UnsupportedError: As ``locate`` and ``ModelSource.check_files``.
+    """
+    hub = spec.path is None and spec.hub_id is not None
+    source = locate(spec, weights=not hub)
+    if not hub or source.has_weights:
+        source.check_files()
+        for remark in source.remarks:
+            logging.getLogger(__name__).warning("%s: %s", source.folder, remark)
+    return f"hub:{spec.hub_id}@{source.folder.name}" if hub else source.content_digest()
 
 
 def verify(spec: ModelSpec) -> None:
@@ -244,12 +253,14 @@ def verify(spec: ModelSpec) -> None:
 
     Raises:
         ConfigError: The content is another one than when the cell was composed, or it is no longer there.
+        UnsupportedError: As ``digest``; a hub model whose weights were not on the machine that composed the cell.
     """
+    source = locate(spec)
     found = digest(spec)
     if found != spec.digest:
         raise ConfigError(
             f"the checkpoint or tokenizer of model {spec.name!r} has changed since the cell was composed: expected {spec.digest}, "
-            f"got {found} in {locate(spec, weights=False).folder}; restore the files, or compose the cell again"
+            f"got {found} in {source.folder}; restore the files, or compose the cell again"
         )
 
 
@@ -261,12 +272,12 @@ def _revision(spec: ModelSpec) -> str | None:
 
 def _hub_folder(hub_id: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotHereError(
             f"hub model {hub_id} (revision {revision or 'main'}) is neither in the hub cache nor can it be downloaded: {reason}; "

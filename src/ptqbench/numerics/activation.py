@@ -9,7 +9,7 @@ so the high-precision part is the last.
 Source: arXiv 2404.00456 (QuaRot), code spcl/QuaRot@5008669; arXiv 2412.14363 (ResQ), code utkarsh-dmx/
 project-resq@cb87d0d. zero_point is rounded but not clamped, codes are clamped. Deviations: a plain-range row with
 max = min is extended to contain 0 (the codes divide by zero there); half-precision input is computed in float32.
-A row holding NaN or infinity becomes NaN: it is never hidden, and no synchronising check is made per call.
+A row with NaN or infinity becomes NaN, so that it stays visible; there is no check per call, which would make the host wait.
 
 Where a gradient is asked for, rounding is passed straight through: the gradient of the input is that of the output, with the
 range held fixed (facebookresearch/SpinQuant@8f47aa3).
@@ -155,6 +155,7 @@ def fake_quantize(
         rounded = fake_quantize(x.detach(), bits, symmetric, clip_ratio, range_contains_zero, zero_point)
         return straight_through(x, rounded)
     work = x if x.dtype == torch.float64 else x.float()
+    # y = (clamp(round(x / scale) + z, lowest, highest) - z) scale; a real z is added before rounding
     scale, zero = fit_range(work, bits, symmetric, clip_ratio, range_contains_zero, zero_point)
     lowest, highest = code_limits(bits, symmetric)
     codes = (work / scale).add_(zero).round_() if zero_point == "real" else (work / scale).round_().add_(zero)
@@ -210,9 +211,11 @@ def fit_range(
     Returns:
         (scale, zero_point), each (..., 1), scale > 0.
     """
+    # scale = clip max|x| / (2^(bits-1) - 1)
     if symmetric:
         scale = x.abs().amax(-1, keepdim=True) * clip_ratio / (2 ** (bits - 1) - 1)
         return torch.where(scale == 0, 1.0, scale), torch.zeros_like(scale)
+    # scale = clip (max - min) / (2^bits - 1),   z = -clip min / scale; an empty range is replaced as the docstring says
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
     silent = (low == 0) & (high == 0)
     levels = 2**bits - 1

@@ -26,7 +26,7 @@ from torch import Tensor
 from ptqbench.numerics.grid_spec import GridSpec
 
 SIGNED_FLOOR = 1e-5
-"""``sym_signed`` treats a row whose largest magnitude is below this as if it were this (QuaRot)."""
+"""Smallest range of ``sym_signed``: rows of smaller weights get this one (QuaRot)."""
 
 
 def code_limits(spec: GridSpec) -> tuple[int, int]:
@@ -46,9 +46,11 @@ def value_range(values: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     Returns:
         ``xmin`` and ``xmax``, each (r,), with xmin < xmax, and xmin <= 0 <= xmax if the range contains zero.
     """
+    # min and max of the row, moved to zero where the range has to contain it (or would be empty)
     xmin, xmax = torch.aminmax(values, dim=1)
     extended = torch.full_like(xmin, True, dtype=torch.bool) if spec.range_contains_zero else xmin == xmax
     xmin, xmax = torch.where(extended, xmin.clamp(max=0), xmin), torch.where(extended, xmax.clamp(min=0), xmax)
+    # symmetric: (-m, m) with m the larger end; ``as_code`` leaves (0, m) where no weight is negative
     if spec.scheme in ("sym_gptq", "sym_signed"):
         xmax = torch.maximum(-xmin, xmax)
         if spec.scheme == "sym_signed":
@@ -75,6 +77,7 @@ def scale_from_range(xmin: Tensor, xmax: Tensor, spec: GridSpec) -> tuple[Tensor
     if spec.scheme == "sym_signed":
         scale = xmax / high
         return scale, torch.zeros_like(scale)
+    # scale = (xmax - xmin) / (2^bits - 1),   zero_point = 2^(bits - 1) or round(-xmin / scale)
     scale = ((xmax - xmin) / (high - low)).clamp(min=torch.finfo(xmin.dtype).tiny)
     if spec.scheme == "sym_gptq":
         return scale, torch.full_like(scale, float(2 ** (spec.bits - 1)))

@@ -53,6 +53,7 @@ def skew_direction(point: Tensor, velocity: Tensor) -> Tensor:
     Returns:
         (n, n), exactly skew. Zero for a velocity X S with symmetric S, which no orthonormal motion can follow.
     """
+    # M = V X^T - X (X^T V X^T) / 2,   W = M - M^T
     moved = velocity @ point.mT
     moved = moved - point @ (point.mT @ moved) / 2
     return moved - moved.mT
@@ -69,6 +70,7 @@ def cayley_transform(point: Tensor, skew: Tensor, length: float) -> Tensor:
     Returns:
         (n, p) with the inner products of the columns of ``point``, up to rounding.
     """
+    # solve (I - a W / 2) Y = (I + a W / 2) X
     half = length / 2 * skew
     identity = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
     moved: Tensor = torch.linalg.solve(identity - half, point + half @ point)
@@ -102,10 +104,13 @@ def cayley_step(
         raise ConfigError(f"expected a positive learning_rate and momentum in [0, 1), got {learning_rate}, {momentum}")
     require_finite("gradient", gradient)
     before = point.double()
+    # V <- momentum V - G
     wanted = -gradient.to(before) if velocity is None else momentum * velocity.to(before) - gradient.to(before)
     skew = skew_direction(before, wanted)
+    # a = min(learning_rate, 1 / ||W||_1)
     size = float(skew.abs().sum(dim=0).max())
     length = min(learning_rate, 1 / size) if size > 0 else learning_rate
+    # X <- Cayley(a W) X,   V <- W X_before
     return CayleyStep(cayley_transform(before, skew, length), skew @ before, length)
 
 

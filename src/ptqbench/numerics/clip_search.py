@@ -1,6 +1,6 @@
 """Choose how far to shrink the range of a row so that clipping plus rounding costs least.
 
-Objective, per row: the first minimum over p in {1, 0.99, ..., 0.21} of sum_j |q_j(p) - x_j|^2.4, where both ends of
+Objective, per row: the first minimum over p in {1, 0.99, ..., 0.21} of ``sum_j |q_j(p) - x_j|^2.4``, where both ends of
 the range are multiplied by p.
 
 Legend: r rows, c columns of one group, f factors tried at once.
@@ -39,6 +39,7 @@ def best_shrink(values: Tensor, xmin: Tensor, xmax: Tensor, spec: GridSpec) -> T
     columns = values.shape[1]
     rows_at_once = max(1, min(values.shape[0], budget // columns))
     factors_at_once = max(1, min(STEPS, budget // (rows_at_once * columns)))
+    # Rows are independent: as many at a time as the budget allows, and as many factors as fit beside them.
     pieces = zip(*(torch.split(t, rows_at_once) for t in (values, xmin, xmax)), strict=True)
     return torch.cat([_search_rows(x, low, high, spec, factors_at_once) for x, low, high in pieces])
 
@@ -50,6 +51,7 @@ def _search_rows(values: Tensor, xmin: Tensor, xmax: Tensor, spec: GridSpec, fac
     best_loss = torch.full_like(xmin, torch.inf)
     best = torch.ones_like(xmin)
     for piece in torch.split(factors, factors_at_once):
+        # loss(p) of every factor and row; the first least one, over pieces in falling order of p
         loss = _losses(values, xmin, xmax, piece, spec)
         smallest, index = loss.min(dim=0)  # the first one where several are equal
         better = smallest < best_loss
@@ -60,7 +62,9 @@ def _search_rows(values: Tensor, xmin: Tensor, xmax: Tensor, spec: GridSpec, fac
 
 def _losses(values: Tensor, xmin: Tensor, xmax: Tensor, factors: Tensor, spec: GridSpec) -> Tensor:
     """Return the loss of every factor and row, (f, r)."""
+    # Both ends times p -> scale and zero point, (f, r)
     scale, zero_point = scale_from_range(factors[:, None] * xmin, factors[:, None] * xmax, spec)
     scale, zero_point = scale.unsqueeze(2), zero_point.unsqueeze(2)
     trial = to_values(to_codes(values, scale, zero_point, spec), scale, zero_point)
+    # sum_j |q_j(p) - x_j|^2.4
     return trial.sub_(values).abs_().pow_(EXPONENT).sum(dim=2)

@@ -95,13 +95,17 @@ def round_panel(
             following, weights, upper, drift, scale, zero_point, low, high, group, kind, tie_shift, rows, length, row,
             past, DRIFT,
         )  # fmt: skip
+        # w_i <- w_i - sum_{j<i} e_j U_ji / U_jj; rows of the tile that are not yet filled hold zeros
         w -= tl.sum(past_e * u[:, None], axis=0)
+        # GPTAQ: w_i <- w_i + sum_{j<i} w_j P_ji
         if DRIFT:
             w += tl.sum(past_w * p[:, None], axis=0)
+        # steps = w / scale with ties made exact;   c = clamp(round_half_even(steps + z) - z), z only where it is real
         shift = tl.where(which == REAL, z, 0.0)
         steps = (tl.div_rn(w, s) + tie) - tie
         c = _half_even(steps + shift) - shift
         c = tl.where(c < lowest, lowest, tl.where(c > highest, highest, c))  # keeps NaN, unlike minimum and maximum
+        # q_i = scale * c_i,   e_i = w_i - q_i,   code_i = c_i + z
         q = tl.where(which == UNTOUCHED, w, c * s)
         e = w - q
         at = i * rows + row
@@ -110,6 +114,7 @@ def round_panel(
         tl.store(errors + at, e, mask=inside)
         tl.store(values + at, q, mask=inside)
         tl.store(codes + at, code.to(codes.dtype.element_ty), mask=inside)
+        # Row i of the tiles keeps e_i (and w_i) for the channels that follow.
         past_e = tl.where((past == i)[:, None], e[None, :], past_e)
         if DRIFT:
             past_w = tl.where((past == i)[:, None], w[None, :], past_w)

@@ -9,9 +9,10 @@ Legend: n input channels, m rows worked on at once, G groups, k channels of a bl
 (n, m), so that a channel is contiguous. Inside the loop the letters are those of the references: w, q, e, U, P; c is a
 code minus its zero point.
 
-The order of the updates is free, which is used: inside a panel of ``PANEL`` channels they are gathered when a channel
-is reached (one matrix-vector product), across panels and blocks they are spread by matrix products. On a GPU, panels are
-rounded by the kernel of ``numerics/fused_columns.py`` where it can serve; what is written here is its reference.
+Updates of a channel may be applied in any order before it is rounded. Inside a panel of ``PANEL`` channels they are
+gathered when a channel is reached (one matrix-vector product). Across panels and blocks they are spread by matrix products.
+On a GPU the kernel of ``numerics/fused_columns.py`` rounds panels where it can serve; the loop here is its reference.
+The same in plain lines: ``numerics/reference.py``.
 
 Source: IST-DASLab/gptq@2d65066; arXiv 2210.17323 section 3. Deviation: with ``group_refit`` "fresh" a group is fitted
 on fully up-to-date weights even where it reaches beyond the column block, so ``column_block`` never changes a result;
@@ -136,6 +137,8 @@ def run_columns(
             None if drift is None else drift.matrix[here, start:],
             values[here] if drift is not None and drift.as_code else weights,
         )
+        # Panels: fit the group that begins here, round its channels, then
+        # w_l <- w_l - sum_j e_j U_jl / U_jj + sum_j w_j P_jl for the rest l of the block, j over the panel.
         for first, last in _panels(block, grids, PANEL if fused is None else FUSED_PANEL):
             g = grids.of_position[start + first]
             if not grids.fitted[g]:
@@ -146,6 +149,7 @@ def run_columns(
             else:
                 _round_fused(block, first, last, fused, codes[here])
             block.push(slice(first, last), slice(last, k), weights[last:], weights)
+        # The same update by the whole block for all channels l beyond it.
         block.push(slice(0, k), slice(k, None), work[stop:], block.drift_source)
         if fused is None:
             grids.write_codes(start, block.centred, codes[here])
@@ -154,7 +158,7 @@ def run_columns(
 
 
 def _panels(block: _Block, grids: GroupGrids, longest: int) -> list[tuple[int, int]]:
-    """Cut a block into panels, also where an unfitted group begins (its fit needs the updates of all before)."""
+    """Cut a block into panels, also where an unfitted group begins: its fit needs the updates of all channels before it."""
     size = block.stop - block.start
     seen = {g for g, fitted in enumerate(grids.fitted) if fitted}
     cuts = set(range(0, size, longest)) | {size}
@@ -174,10 +178,14 @@ def _round_panel(block: _Block, first: int, last: int, grids: GroupGrids) -> Non
     channels = (t[here].unbind(0) for t in (block.weights, block.centred, block.values, block.errors))
     for i, (w, c, q, e) in enumerate(zip(*channels, strict=True)):
         if i:
+            # w_i <- w_i - sum_{j<i} e_j U_ji / U_jj
             w.addmv_(past_e[:, :i], upper[i][:i], alpha=-1)
+            # GPTAQ: w_i <- w_i + sum_{j<i} w_j P_ji
             if drift is not None:
                 w.addmv_(past_w[:, :i], drift[i][:i])
+        # q_i = round(w_i), c_i its code minus the zero point
         grids.round(block.start + first + i, w, c, q)
+        # e_i = w_i - q_i; the division by U_ii is in ``upper``
         torch.sub(w, q, out=e)
 
 
@@ -190,9 +198,9 @@ def _round_fused(block: _Block, first: int, last: int, fused: FusedPanels, codes
 
 
 def _current(work: Tensor, block: _Block, done: int, positions: Tensor) -> Tensor:
-    """Return the weights at ``positions`` with the updates of the block's first ``done`` channels applied everywhere.
+    """Return the weights at ``positions`` after the updates by the first ``done`` channels of the block.
 
-    Inside the block they are up to date already; beyond it the block's own updates are still pending.
+    Weights inside the block have them already. Weights beyond it get them here, on a copy.
     """
     current = work[positions]
     beyond = positions >= block.stop

@@ -108,11 +108,15 @@ def compensated_rounding(
     working = torch.empty_like(values, dtype=dtype) if options.keep_working else None
     scales, zeros = [], []
     for here in _row_chunks(weight):
+        # Transposed copy in processing order, dead channels at zero (steps 2 and 4 of the original code).
         work = _transposed(weight[here], factor, dtype)
         grids = GroupGrids(groups, positions, work)
+        # Grids of whole ranges and static groups (steps 1 and 3).
         _fit_before_loop(grids, weight[here], None if grid_weight is None else grid_weight[here], work, factor, options)
+        # Qronos: its correction by the first channel.
         if prepare is not None:
             prepare(work, grids)
+        # The loop (step 7); then back to the order of the model (step 8).
         found = run_columns(work, upper, grids, options, drift, codes.dtype, engine)
         for whole, part in zip((codes, values, working), found, strict=True):
             if whole is not None and part is not None:
@@ -150,7 +154,10 @@ def _fit_before_loop(
     factor: Factor,
     options: LoopOptions,
 ) -> None:
-    """Fit whole ranges on the untouched weight, and what else does not depend on the rounding on the zeroed one."""
+    """Fit the grids that do not depend on the rounding.
+
+    Whole ranges are fitted on the weight as it is; static groups, and all groups under ``grid_weight``, with dead channels at 0.
+    """
     source = weight if grid_weight is None else grid_weight
     zeroed = work if grid_weight is None else _transposed(grid_weight, factor, work.dtype)
     for g, group in enumerate(grids.groups):

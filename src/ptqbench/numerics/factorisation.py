@@ -2,8 +2,8 @@
 
     (H + damping * mean(diag H) * I)^-1 = U^T U,   U upper triangular, channels in processing order
 
-U is the inverse of the upper triangular R with H = R R^T, that is, of the Cholesky factor of the matrix read
-backwards: one factorisation and one triangular inverse, and a single place where a singular H shows.
+Let R be upper triangular with H = R R^T (H damped): R is the Cholesky factor of H with rows and columns reversed, reversed
+back. Then U = R^-1. This takes one factorisation and one triangular inverse, and a singular H shows in a single place.
 
 Legend: H (in, in) ``second_moment``, any positive multiple of X^T X; U (in, in).
 Source: IST-DASLab/gptq@2d65066, arXiv 2210.17323 section 3 (Cholesky reformulation).
@@ -139,6 +139,7 @@ def _inverse_factor(moment: Tensor, dead: Tensor, order: Tensor | None, damping:
     flipped = moment[backwards[:, None], backwards]
     # A dead channel is uncoupled; any positive entry leaves the others alone. The mean keeps the scale.
     flipped.diagonal().add_(damping * mean).add_(dead[backwards] * mean)
+    # H backwards = L L^T; a failure, or a pivot L_jj^2 that is rounding noise, means that the moment is singular
     lower, info = torch.linalg.cholesky_ex(flipped)
     noise = PIVOT_TOLERANCE * torch.finfo(moment.dtype).eps * flipped.diagonal()
     if int(info) != 0 or not bool((lower.diagonal().square() > noise).all()):
@@ -157,6 +158,7 @@ def _invert_lower(lower: Tensor) -> Tensor:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
         leaf: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
         return leaf
+    # [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]
     half = size // 2
     inverse = torch.zeros_like(lower)
     inverse[:half, :half] = _invert_lower(lower[:half, :half])

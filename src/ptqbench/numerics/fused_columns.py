@@ -1,13 +1,13 @@
-"""The column loop in one kernel launch per panel, for GPUs: what ``column_loop`` does there with a chain of launches each.
+"""The column loop of GPUs: one kernel launch per panel, where the plain loop needs several per channel.
 
-Objective and legend: as in ``numerics/column_loop.py``, whose plain loop is the reference and serves everything else:
-float64 and CPUs. Channels beyond the panel are still updated by matrix products.
+Objective and legend: as in ``numerics/column_loop.py``. Its plain loop is the reference and serves float64 and CPUs. Channels
+beyond the panel are updated by matrix products in both.
 
-A program of the kernel (``numerics/column_kernel.py``) owns a few rows and keeps the errors e of the whole panel in
-registers, (``PANEL``, ``ROWS``): channel i gathers sum_j e_j U_ji / U_jj by one reduction over that tile, as the plain loop
-gathers by a product, and adds its own error to it by a mask. Gathering writes every number once and reads nothing that
-the kernel wrote, so no program ever waits for another and the next channel can be loaded while this one is rounded.
-Products are not contracted with sums, so that e is the error of the very q that is stored.
+A program of the kernel (``numerics/column_kernel.py``) owns ``ROWS`` rows and keeps the errors e of the whole panel in
+registers, as a tile (``PANEL``, ``ROWS``). Channel i gathers sum_j e_j U_ji / U_jj by one reduction over that tile, where the
+plain loop takes a product, and then writes its own error into the tile by a mask. The kernel writes every number once and
+reads back none of them. Therefore no program waits for another, and the next channel is loaded while this one is rounded.
+Products and sums are not fused, so that e is the error of exactly the q that is stored.
 
 Source: none but the plain loop. Deviation: sums in another order, so a weight within rounding error of the border
 between two codes may get the other one; later channels absorb the difference.
@@ -119,11 +119,13 @@ class FusedPanels:
         Raises:
             UnsupportedError: Triton cannot compile or start the kernel here.
         """
+        # The kernel reads row i of U^T (and P^T): the coefficients of all earlier channels for channel i.
         k, m = weights.shape
         here = slice(position, position + k)
         upper = upper.T.contiguous()
         coefficients = (upper, upper if drift is None else drift.T.contiguous())
         grids = (self._grids.scale, self._grids.zero_point, self._grids.low, self._grids.high)
+        # One program per ROWS rows; the tile of past errors has a power of two of channels.
         tile = max(SMALLEST_TILE, 1 << (k - 1).bit_length())
         try:
             with torch.cuda.device_of(weights):

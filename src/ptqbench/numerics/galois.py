@@ -91,6 +91,7 @@ def _squares(digits: Tensor, p: int) -> Tensor:
     """Square every element of a (n, k) digit tensor modulo the field's polynomial."""
     n, k = digits.shape
     product = torch.zeros(n, 2 * k - 1, dtype=torch.int64)
+    # (sum_i d_i x^i)^2, then reduction by the modulus from the highest power down
     for i, j in itertools.product(range(k), repeat=2):
         product[:, i + j] += digits[:, i] * digits[:, j]
     lower = torch.tensor(irreducible_modulus(p, k))
@@ -104,6 +105,7 @@ def _divides(divisor: tuple[int, ...], polynomial: tuple[int, ...], p: int) -> b
     rest = list(polynomial)
     degree = len(divisor) - 1
     for top in range(len(rest) - 1, degree - 1, -1):
+        # Subtract factor x^(top - degree) times the divisor: long division by a monic polynomial.
         factor = rest[top]
         for offset, coefficient in enumerate(divisor):
             rest[top - degree + offset] = (rest[top - degree + offset] - factor * coefficient) % p

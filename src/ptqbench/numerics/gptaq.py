@@ -99,6 +99,7 @@ def drift_matrix(factor: Factor, cross_moment: Tensor, strength: float) -> Tenso
         P (in, in) in processing order, in the dtype of the factor.
     """
     upper = factor.upper
+    # D = C^T;   P = strength * strictly_upper(D U^T) U
     drift = in_processing_order(cross_moment.to(upper.dtype), factor).T
     return (drift @ upper.T).triu_(1).mul_(strength) @ upper
 

@@ -67,13 +67,16 @@ class GroupGrids:
             q.copy_(w)
             return
         scale, low, high = self._of_group[g]
+        # steps = w / scale; what misses a tie of sym_gptq by a rounding error is put on it
         torch.div(w, scale, out=c)
         if shift := tie_shift(spec):
             c.add_(shift).sub_(shift)
-        if spec.zero_point == "real":  # codes are integers, c is not
+        # c = round_half_even(steps), or, codes being integers and c not, round_half_even(steps + z) - z
+        if spec.zero_point == "real":
             c.add_(self.zero_point[g]).round_().sub_(self.zero_point[g])
         else:
             c.round_()
+        # c <- clamp(c, low - z, high - z),   q = scale * c
         torch.mul(c.clamp_(low, high), scale, out=q)
 
     def write_codes(self, start: int, centred: Tensor, codes: Tensor) -> None:

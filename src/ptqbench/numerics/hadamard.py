@@ -10,7 +10,8 @@ knowledge. Weights and activations must both use this function: H_K from Paley I
 
 Deviations: matrices are constructed, not tabulated, so H_K may differ from the codes' table of the same order (equal
 quality, different quantized model). Widths without a known construction raise; they are never zero-padded, because
-padding and cutting is not orthogonal. The transform runs in float32 or float64 unless half precision is asked for by name.
+padding and cutting is not orthogonal. The transform runs in float32 or float64; the QuaRot code rounds to half precision
+after every factor.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.numerics.checks import compute_dtype
 from ptqbench.numerics.galois import jacobsthal, prime_power
 
 OddHadamard = Literal["paley", "table", "as_code"]
@@ -48,7 +50,7 @@ WILLIAMSON_ROWS: dict[int, tuple[str, str, str, str]] = {
     ),
 }
 
-#: Columns below which a batched product on the left is slower than transposing: 50 times for a single column.
+#: With fewer columns a batched product on the left is slower than a transposed one: 50 times for a single column.
 NARROW = 16
 _MAX_RADIX = 7  # dense Sylvester factors up to 128: one matrix product instead of seven passes over memory
 
@@ -113,29 +115,27 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.kron(_base(base), _sylvester(power)).to(dtype)
 
 
-def hadamard_transform(x: Tensor, *, dtype: torch.dtype | None = None, odd_factor: Tensor | None = None) -> Tensor:
+def hadamard_transform(x: Tensor, *, odd_factor: Tensor | None = None) -> Tensor:
     """Multiply the last axis by the orthogonal ``bar H_n^T``.
 
     A weight's input side and the activations entering it use the same call: ``(x H^T)(W H^T)^T = x W^T``.
 
     Args:
         x: (..., n) floating point, not modified. NaN spreads over its row.
-        dtype: Type of the arithmetic; None takes float64 for float64 input and float32 otherwise. On a GPU float32 needs
-            full-precision matrix products (TF32 off). Half precision, as in the QuaRot code, rounds after every factor.
         odd_factor: (K, K) orthogonal matrix in place of H_K / sqrt(K), with n / K a power of two; see
             `orthogonal.odd_factor`.
 
     Returns:
-        (..., n) in the dtype of x.
+        (..., n) in the dtype of x; computed in float64 for float64 input, else in float32. On a GPU float32 needs full-precision
+        matrix products (TF32 off).
 
     Raises:
-        ConfigError: dtype is no floating-point type, or odd_factor does not fit n.
+        ConfigError: x is not floating point, or odd_factor does not fit n.
         UnsupportedError: The order cannot be built.
     """
-    if dtype is None:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if not dtype.is_floating_point:
-        raise ConfigError(f"expected a floating-point type for a Hadamard transform, got {dtype}")
+    if not x.is_floating_point():
+        raise ConfigError(f"expected floating point for a Hadamard transform, got {x.dtype}")
+    dtype = compute_dtype(x)
     n = x.shape[-1]
     if odd_factor is None:
         base, power = factorise_order(n)
@@ -143,6 +143,7 @@ def hadamard_transform(x: Tensor, *, dtype: torch.dtype | None = None, odd_facto
     else:
         base, power = _split_by_factor(n, odd_factor)
         factor, scale = odd_factor.to(dtype=dtype, device=x.device), math.sqrt(0.5**power)
+    # x bar H_n^T with H_n = H_K kron H_2^m: the last axis as (K, 2^m), H_2^m on the right, H_K on the left, then the scale
     work = x.to(dtype).reshape(math.prod(x.shape[:-1]), base, 2**power)
     work = _sylvester_transform(work, power)
     if base > 1:
@@ -173,6 +174,7 @@ def _sylvester_transform(x: Tensor, power: int) -> Tensor:
     stages = -(-power // _MAX_RADIX)
     done = 1
     for stage in range(stages):
+        # One dense factor H_2^bits on the next bits of the index, from the fastest on; ``done`` positions lie inside them.
         bits = power // stages + (stage < power % stages)
         factor = _sylvester_as(bits, x.dtype, x.device)
         lines = rows * base * width // (done * 2**bits)
@@ -187,6 +189,7 @@ def _sylvester_transform(x: Tensor, power: int) -> Tensor:
 def _sylvester(power: int) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.int64)
     for _ in range(power):
+        # H_2^(a+1) = [[1, 1], [1, -1]] kron H_2^a
         matrix = torch.kron(torch.tensor([[1, 1], [1, -1]]), matrix)
     return matrix
 

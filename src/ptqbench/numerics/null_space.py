@@ -130,6 +130,7 @@ def signal_rank(eigenvalues: Tensor, threshold: float) -> int | None:
         NumericalError: NaN or infinity.
     """
     require_finite("eigenvalues", eigenvalues)
+    # psr(r) for all r at once, from running sums
     spectrum = eigenvalues.double().clamp(min=0).sort(descending=True).values
     n = spectrum.numel()
     if n < 2:
@@ -195,6 +196,7 @@ def null_space_row_scale(
     require_finite("basis", basis)
     dtype = compute_dtype(weight, dequantized, basis)
     reference, rounded, strong = weight.to(dtype), dequantized.to(dtype), basis.to(dtype)
+    # pull_i = <(W_i - Q_i) U1, Q_i U1>,   stiffness_i = ||Q_i||^2 + ridge,   alpha_i = 1 + pull_i / stiffness_i
     pull = (((reference - rounded) @ strong) * (rounded @ strong)).sum(dim=1)
     stiffness = rounded.square().sum(dim=1) + ridge
     if solver == "closed":
@@ -259,9 +261,12 @@ def _adam(pull: Tensor, stiffness: Tensor) -> Tensor:
     first, second = torch.zeros_like(pull), torch.zeros_like(pull)
     b1, b2 = _ADAM_BETAS
     for k in range(1, _ADAM_STEPS + 1):
+        # g = d/d alpha of the objective
         gradient = 2 * (stiffness * step - pull)
+        # m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
         first = b1 * first + (1 - b1) * gradient
         second = b2 * second + (1 - b2) * gradient.square()
+        # alpha <- alpha - rate (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps)
         denominator = (second / (1 - b2**k)).sqrt() + _ADAM_EPS
         step = step - _ADAM_RATE * (first / (1 - b1**k)) / denominator
     return 1 + step

@@ -70,6 +70,7 @@ def positive_qr(matrix: Tensor) -> Tensor:
     Returns:
         (..., n, n) orthogonal.
     """
+    # M = Q R = (Q S)(S R) with S = sign(diag R)
     q, r = torch.linalg.qr(matrix)
     signed: Tensor = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
     return signed
@@ -87,6 +88,7 @@ def nearest_orthogonal(matrix: Tensor) -> tuple[Tensor, float]:
     wide = matrix.double()
     identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     deviation = float((wide.mT @ wide - identity).abs().max())
+    # M = U diag(s) V^T; the polar factor is U V^T
     left, _, right = torch.linalg.svd(wide)
     return left @ right, deviation
 
@@ -241,7 +243,7 @@ def rotate_head_inputs(weight: Tensor, rotations: Tensor, heads_per_kv: int) -> 
     return torch.einsum("ohi,hij->ohj", heads, per_head).reshape(weight.shape).to(weight.dtype)
 
 
-def mix_heads(x: Tensor, n_heads: int, *, dtype: torch.dtype | None = None) -> Tensor:
+def mix_heads(x: Tensor, n_heads: int) -> Tensor:
     """Apply ``bar H_H`` across heads: ``x (bar H_H kron I_e)^T``.
 
     The same call serves o_proj's weight (offline) and the attention output entering it (online), where it cancels.
@@ -250,7 +252,6 @@ def mix_heads(x: Tensor, n_heads: int, *, dtype: torch.dtype | None = None) -> T
     Args:
         x: (..., H e), not modified.
         n_heads: H.
-        dtype: Arithmetic type, see `hadamard.hadamard_transform`.
 
     Returns:
         (..., H e) in the dtype of x.
@@ -262,7 +263,7 @@ def mix_heads(x: Tensor, n_heads: int, *, dtype: torch.dtype | None = None) -> T
     if x.shape[-1] % n_heads:
         raise ConfigError(f"expected a last axis divisible by {n_heads} heads, got {x.shape[-1]}")
     heads = x.reshape(*x.shape[:-1], n_heads, x.shape[-1] // n_heads)
-    return hadamard_transform(heads.mT, dtype=dtype).mT.reshape(x.shape)
+    return hadamard_transform(heads.mT).mT.reshape(x.shape)
 
 
 def _per_head(rotations: Tensor, width: int, repeats: int) -> Tensor:

@@ -88,15 +88,17 @@ def qronos(
 
     def correct(work: Tensor, grids: GroupGrids) -> None:
         """Apply the two equations above to W (n, m) in place; the loop then finds channel 1 on its grid."""
+        # pull = (W C^T)^T, every channel's share of the drift
         pull = drift @ work
         own = grids.of_position[0]
         if not grids.fitted[own]:
             grids.fit(own, work[grids.positions[own]].T)
+        # q_1 = round(w_1 + (W C^T)_1 / H_11)
         w, q = work[0].clone(), work[0].clone()
         if coupling[0] > 0:
             w += pull[0] / coupling[0]
         grids.round(0, w, torch.empty_like(w), q)
-        # U without its first row and column factors the inverse of the damped H_22.
+        # W_2 <- W_2 + ((w_1 - q_1) H_12 + (W C^T)_2) (H_22 + L I)^-1; U without its first row and column factors the inverse
         rhs = pull[1:] + torch.outer(coupling[1:], work[0] - q)
         work[1:] += trailing.T @ (trailing @ rhs)
         work[0] = q

@@ -61,6 +61,7 @@ def energy(rows: Tensor, second_moment: Tensor) -> Tensor:
     """
     total = rows.new_zeros((), dtype=torch.float64)
     for start, stop in panels(len(second_moment)):
+        # sum over the panel of X_p . (X_p S_pp + 2 X_before S_before,p)
         here = rows[:, start:stop]
         product = here @ second_moment[start:stop, start:stop]
         if start:

@@ -1,6 +1,6 @@
 """Round every weight to the nearest value of its grid.
 
-Objective: min over Q on the grid of |w - q| entry by entry, the grid being fitted per row and group to the weight.
+Objective: min over Q on the grid of ``|w - q|`` entry by entry, the grid being fitted per row and group to the weight.
 
 Legend: weight (out, in). Source: the baseline of IST-DASLab/gptq@2d65066. Deviation: groups, symmetric schemes and
 mixed precision are honoured (that baseline knows asymmetric rows only).
@@ -48,6 +48,7 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, grid_weight: Tensor | None =
     for g, group in enumerate(groups):
         if group.spec.untouched:
             continue
+        # codes = clamp(round(w / scale) + zero_point),   q = scale * (codes - zero_point)
         rounded = to_codes(columns_of(weight, group).to(dtype), scale[g, :, None], zero_point[g, :, None], group.spec)
         columns_of(codes, group).copy_(rounded)
         columns_of(values, group).copy_(to_values(rounded, scale[g, :, None], zero_point[g, :, None]))

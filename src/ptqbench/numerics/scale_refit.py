@@ -42,11 +42,13 @@ def refit_row_scale(weight: Tensor, dequantized: Tensor, second_moment: Tensor) 
         require_finite(name, tensor)
     dtype = compute_dtype(weight, dequantized, second_moment)
     reference, rounded, hessian = weight.to(dtype), dequantized.to(dtype), second_moment.to(dtype)
+    # (Q H Q^T)_ii
     projected = rounded @ hessian
     energy = (projected * rounded).sum(dim=1)
     # |Q| |H| |Q|^T bounds the summands of Q H Q^T; below eps times it the energy is cancellation noise.
     summands = ((rounded.abs() @ hessian.abs()) * rounded.abs()).sum(dim=1)
     determined = energy > torch.finfo(dtype).eps * summands
+    # alpha_i = (W H Q^T)_ii / (Q H Q^T)_ii
     alpha = (projected * reference).sum(dim=1) / torch.where(determined, energy, torch.ones_like(energy))
     alpha = torch.where(determined, alpha, torch.ones_like(alpha))
     require_finite("row_scale", alpha)

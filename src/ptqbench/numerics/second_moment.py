@@ -58,6 +58,7 @@ class MomentSum:
         total = self._total(x)
         x = x if _exact_in_half(x, total) else x.to(self.dtype)
         for start, stop in panels(self.in_features):
+            # S[start:stop, :stop] += X[:, start:stop]^T X[:, :stop]: the block lower triangle
             _add_product(total[start:stop, :stop], x[:, start:stop], x[:, :stop])
         self.n_tokens += len(x)
 
@@ -89,6 +90,7 @@ class MomentSum:
         if self.total is None or self.n_tokens == 0:
             raise CalibrationError("moment: expected at least one calibration token, got none")
         mean = self.total / self.n_tokens
+        # Mirror the lower triangle.
         if self.symmetric:
             mean = mean.tril_() + mean.tril(-1).T
         require_finite("second_moment" if self.symmetric else "cross_moment", mean)

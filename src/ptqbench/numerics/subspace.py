@@ -41,6 +41,7 @@ def eigenbasis(matrix: Tensor, damping: float = 0.01) -> Tensor:
     Raises:
         NumericalError: The matrix holds NaN or infinity, or is zero, so that no basis is preferred.
     """
+    # C + damping mean(diag C) I = V diag(s) V^T, s ascending
     symmetric = (matrix.double() + matrix.double().mT) / 2
     mean_diagonal = symmetric.diagonal(dim1=-2, dim2=-1).mean(-1)
     if not torch.isfinite(symmetric).all():
@@ -138,6 +139,7 @@ def output_head_moments(weight: Tensor, n_kv_heads: int, head_dim: int) -> Tenso
         raise ConfigError(
             f"expected o_proj columns in multiples of {n_kv_heads} key/value heads x {head_dim}, got {weight.shape[1]}"
         )
+    # sum over outputs o and query heads g of the key/value head k: W_o[o, (k, g, i)] W_o[o, (k, g, j)]
     heads = weight.double().reshape(weight.shape[0], n_kv_heads, -1, head_dim)
     return torch.einsum("okgi,okgj->kij", heads, heads)
 
@@ -206,6 +208,7 @@ def joint_objective(second_moment: Tensor, weight_moment: Tensor, low_bits: int,
     Raises:
         UnsupportedError: low_bits >= 16.
     """
+    # lambda_x S_x + lambda_w S_w
     lambda_x, lambda_w, _ = joint_coefficients(second_moment, weight_moment, low_bits, n_high)
     return lambda_x[..., None, None] * second_moment.double() + lambda_w[..., None, None] * weight_moment.double()
 
@@ -230,6 +233,7 @@ def pre_fuse_basis(second_moment: Tensor, weight_moment: Tensor, gain: Tensor, l
         UnsupportedError: low_bits >= 16.
         NumericalError: A moment is zero or not finite.
     """
+    # D = diag(gain); V diagonalises the joint objective of D S_x D and D^-1 S_w D^-1; the basis is Q of QR(D V)
     floored = gain.double().abs().clamp(min=1e-6) * torch.where(gain < 0, -1.0, 1.0)
     outer = floored[:, None] * floored[None, :]
     vectors = eigenbasis(joint_objective(second_moment * outer, weight_moment / outer, low_bits, n_high))

@@ -10,11 +10,12 @@ hold one weight per token: the frozen scale of the RMSNorm after the addition. T
     target = weight + (alpha weight C^T + beta G^T) (H + lambda I)^-1,      lambda = damping * mean diag H
     H = (D_q X_q)^T (D_q X_q)    C = (D_q X_q)^T (D X - D_q X_q)    G = (D_q X_q)^T (D R - D_q R_q)
 
-    rms_scale   D, D_q
-    none        1, 1        alpha = beta = 1: sublayer target; no residual: linear target; QEP is the latter with
-                            alpha .5, damping 1.0, on every linear but down_proj
-    common      d, d        d   = 1/rms(R + X weight^T)
-    split       d, d_q      d_q = 1/rms(R_q + X_q weight^T)
+    rms_scale none: D, D_q = 1, 1;    common: d, d;    split: d, d_q
+
+    d = 1/rms(R + X weight^T)         d_q = 1/rms(R_q + X_q weight^T)
+
+``none`` at alpha = beta = 1 is the sublayer target and, without a residual, the linear target. QEP is the latter with alpha .5
+and damping 1.0 on every linear but down_proj.
 
 Shapes (T tokens, n inputs, m outputs): X, X_q (T, n); R, R_q (T, m); weight, target (m, n); H = ``second_moment`` and
 C = ``cross_moment`` (n, n), the transpose of C is the drift moment of GPTAQ; G = ``residual_moment`` (n, m).
@@ -151,14 +152,16 @@ class TargetMoments:
             CalibrationError: the streams are not token-aligned, or a residual is missing or unexpected.
         """
         self._require_aligned(inputs, inputs_q, residual, residual_q, weights)
+        # H += (D_q X_q)^T (D_q X_q)
         dtype = self.second_sum.dtype
         left = _scaled(inputs_q, None if weights is None else weights.quantized, dtype)
         self.second_sum.addmm_(left.T, left)
         if self.cross_sum is not None:
-            # The drift is formed before the product: the difference of two second moments would cancel.
+            # C += (D_q X_q)^T (D X - D_q X_q); the drift is formed first: the difference of two second moments would cancel
             drift = _scaled(inputs, None if weights is None else weights.reference, dtype) - left
             self.cross_sum.addmm_(left.T, drift)
         if self.residual_sum is not None and residual is not None and residual_q is not None:
+            # G += (D_q X_q)^T (D R - D_q R_q)
             gap = _scaled(residual, None if weights is None else weights.reference, dtype)
             gap = gap - _scaled(residual_q, None if weights is None else weights.quantized, dtype)
             self.residual_sum.addmm_(left.T, gap)
@@ -264,7 +267,8 @@ def corrected_target(
     dtype = compute_dtype(*(tensor for _, tensor, _ in present))
     base, hessian = weight.to(dtype, copy=True), second_moment.to(dtype)
     alive = hessian.diagonal() != 0
-    right = torch.zeros_like(base)  # (alpha C W + beta G)^T
+    # right = alpha weight C^T + beta G^T, in library layout
+    right = torch.zeros_like(base)
     if cross_moment is not None and alpha != 0:
         moved = base * alive if dead_channels == "zero" else base
         right += alpha * moved @ cross_moment.to(dtype).T
@@ -273,6 +277,7 @@ def corrected_target(
     right *= alive
     if not bool(right.any()):
         return base
+    # target = weight + right (H + lambda I)^-1 by the Cholesky factor of H + lambda I
     factor = _damped_factor(hessian, alive, damping)
     target = base + torch.cholesky_solve(right.T, factor).T
     if not bool(torch.isfinite(target).all()):

@@ -136,7 +136,9 @@ def pareto(frame: pd.DataFrame, metric: str, cost: str = "effective_w_bits") -> 
         raise ConfigError(f"no metric {metric!r}; there are {', '.join(found.mean.columns)}")
     costs = frame.dropna(subset=["metric"]).drop_duplicates("run_id").groupby(KEYS, sort=False)[cost].mean()
     rows = pd.DataFrame({"cost": costs, "quality": found.mean[metric], "spread": found.spread[metric]})
-    rows = rows.dropna(subset=["cost", "quality"]).reset_index().sort_values("cost", kind="stable")
+    rows = (
+        rows.replace(np.inf, np.nan).dropna(subset=["cost", "quality"]).reset_index().sort_values("cost", kind="stable")
+    )
     sign = -1.0 if higher_is_better(metric) else 1.0
     front = []
     for row in rows.itertuples():

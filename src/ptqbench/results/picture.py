@@ -46,7 +46,7 @@ def draw(table: pd.DataFrame, path: str, errors: pd.DataFrame | None = None) -> 
 
 
 def _panel(axis: Axes, rows: pd.DataFrame, metric: str, reference: pd.DataFrame, errors: pd.DataFrame | None) -> None:
-    rows = rows.dropna(subset=[metric])
+    rows = rows[rows[metric].abs() < float("inf")]
     names = [
         f"{key[1]} ({format_bits(bits)} bits)" for key, bits in zip(rows.index, rows["effective_w_bits"], strict=True)
     ]

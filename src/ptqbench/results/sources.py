@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import PtqbenchError
 from ptqbench.results.tables import KEYS, Absent, Source
 from ptqbench.sweeps.cells import Cell
 from ptqbench.sweeps.compose import Composer, cells
 from ptqbench.sweeps.files import Sweep, Value, describe, excluded, expand, overrides
+from ptqbench.sweeps.naming import Naming
 from ptqbench.sweeps.resolve import validated
 
 
@@ -19,8 +19,8 @@ def sweep_cells(sweep: Sweep, extra: list[str]) -> list[Source]:
         extra: Overrides for every cell.
 
     Returns:
-        A folder with its cell where the cell can be composed and makes sense; else why it has none: ``skipped`` by a role,
-        ``not composed`` (a model that is not at hand, say), or ``excluded`` by the sweep.
+        A folder with its cell where the cell can be composed and makes sense; else the reason why it has none: ``skipped`` by a
+        role, ``not composed`` (a model that is not at hand, say), or ``excluded`` by the sweep.
     """
     compose = Composer()
     points = {describe(point): point for point in expand(sweep)}
@@ -28,7 +28,7 @@ def sweep_cells(sweep: Sweep, extra: list[str]) -> list[Source]:
     for cell in cells(sweep, extra):
         reason = str(cell.problem)
         if cell.draft is not None:
-            found.append(_named(cell.draft, "not composed", reason))
+            found.append(Absent.of(cell.draft, "not composed", reason))
         elif cell.spec is None:
             found.append(_absent(compose, sweep, points[cell.name], extra, "not composed", reason))
         else:
@@ -41,11 +41,7 @@ def _source(cell: Cell) -> Source:
     assert cell.folder is not None
     if cell.skipped is None or cell.folder.result() is not None:
         return cell.folder, cell.spec
-    return _named(cell.spec, "skipped", cell.skipped)
-
-
-def _named(spec: RunSpec, state: str, reason: str) -> Absent:
-    return Absent(spec.model.name, spec.method.name, spec.bitwidth.name, spec.seed, state, reason, spec)
+    return Absent.of(cell.spec, "skipped", cell.skipped)
 
 
 def _absent(
@@ -53,8 +49,7 @@ def _absent(
 ) -> Absent:
     """Name a cell that has no run id: by its configuration, or where even that is wrong by its point."""
     try:
-        spec = validated(compose(overrides(sweep, point) + extra))
+        return Absent.of(Naming(compose)(validated(compose(overrides(sweep, point) + extra))), state, reason)
     except PtqbenchError:
         model, method, bitwidth = (str(point.get(key, "?")) for key in KEYS)
-        return Absent(model, method, bitwidth, int(point.get("seed", 0)), state, reason)
-    return _named(spec, state, reason)
+        return Absent(model, method, bitwidth, str(point.get("seed", 0)), state, reason)

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptqbench.errors import ConfigError
-from ptqbench.runs.folder import DONE, PENDING, RunFolder, write_text
+from ptqbench.results.tables.metrics import MISSING, measured
+from ptqbench.runs.folder import DONE, PENDING, RunFolder
+from ptqbench.runs.places import write_output
 
 if TYPE_CHECKING:
     import argparse
 
     from rich.table import Table
-    from rich.text import Text
 
-    from ptqbench.results.tables import Entry, Sheet, Source
+    from ptqbench.results.tables import Sheet, Source
 
 STATUS_ROWS = 40
 
@@ -38,31 +39,48 @@ class TableOptions:
 
 
 def result_table(title: str, result: dict[str, Any]) -> Table:
-    """Lay out the result of one cell."""
+    """Lay out the result of one cell; what a damaged result lacks is a dash."""
     from rich.table import Table
+    from rich.text import Text
 
     from ptqbench.results.tables import format_value
 
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("± s.e.", justify="right")
-    for name, metric in result["metrics"].items():
+    table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("± s.e.", justify="right", no_wrap=True)
+    for name, metric in _members(result, "metrics").items():
         error = metric.get("stderr")
-        table.add_row(name, format_value(name, metric["value"]), "" if error is None else format_value(name, error))
-    table.add_row("nominal weight bits", f"{result['bits']['nominal_w_bits']:.3f}", "")
-    table.add_row("true weight bits", f"{result['bits']['effective_w_bits']:.3f}", "")
-    table.add_row("packed weights", f"{result['bits']['packed_bytes'] / 2**20:.2f} MiB", "")
-    table.add_row("time", f"{sum(result['timings'].values()):.1f} s", "")
+        table.add_row(
+            Text(name), format_value(name, measured(metric)), "" if error is None else format_value(name, error)
+        )
+    bits, times = _members(result, "bits"), _members(result, "timings")
+    rows = {
+        "nominal weight bits": (bits.get("nominal_w_bits"), 1, ".3f", ""),
+        "true weight bits": (bits.get("effective_w_bits"), 1, ".3f", ""),
+        "packed weights": (bits.get("packed_bytes"), 2**20, ".2f", " MiB"),
+        "time": (sum(times.values()) if times else None, 1, ".1f", " s"),
+    }
+    for name, (value, unit, style, ending) in rows.items():
+        table.add_row(name, MISSING if value is None else f"{value / unit:{style}}{ending}", "")
     return table
+
+
+def _members(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of a result; empty where a damaged result has none."""
+    part = result.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def result_line(result: dict[str, Any]) -> str:
     """Say the result of one cell in one line."""
     from ptqbench.results.tables import format_value
 
-    parts = [f"{name} {format_value(name, metric['value'])}" for name, metric in result["metrics"].items()]
-    return ", ".join([*parts, f"{result['bits']['effective_w_bits']:.2f} bits"])
+    parts = [f"{name} {format_value(name, measured(metric))}" for name, metric in _members(result, "metrics").items()]
+    bits = _members(result, "bits").get("effective_w_bits")
+    lacking = [name for name in ("metrics", "bits") if not _members(result, name)]
+    parts += [] if bits is None else [f"{bits:.2f} bits"]
+    return ", ".join([*parts, *([f"result.json lacks {' and '.join(lacking)}"] if lacking else [])])
 
 
 def print_status(folders: Sequence[RunFolder], every: bool = False) -> None:
@@ -89,7 +107,7 @@ def print_status(folders: Sequence[RunFolder], every: bool = False) -> None:
         if not every and (state in (DONE, PENDING) or table.row_count >= STATUS_ROWS):
             hidden += state not in (DONE, PENDING)
             continue
-        table.add_row(folder.path.name, state, Text(detail))
+        table.add_row(Text(folder.path.name), state, Text(detail))
     if table.row_count:
         console.print(table)
     if hidden:
@@ -144,10 +162,14 @@ def print_sheet(sheet: Sheet, style: str, output: str | None = None) -> None:
     if style == "terminal":
         from rich.console import Console
 
+        from ptqbench.results.layout import as_ascii, fitted
+
         console = Console(highlight=False)
-        console.print(rich_table(sheet))
+        ascii_only = not console.encoding.lower().startswith("utf")
+        console.print(fitted(sheet, console.width, ascii_only))
         for line in [*(f"[{number}] {text}" for number, text in enumerate(sheet.notes, 1)), *sheet.remarks]:
-            console.print(line, markup=False, style="dim" if line in sheet.remarks else "")
+            said = as_ascii(line) if ascii_only else line
+            console.print(said, markup=False, style="dim" if line in sheet.remarks else "")
     elif style == "html":
         put(tables.html_page(tables.html(sheet), sheet.title or "ptqbench"), output)
     else:
@@ -159,50 +181,5 @@ def put(text: str, output: str | None) -> None:
     if output is None:
         print(text, end="")
         return
-    write_text(Path(output), text)
+    write_output(output, text)
     print(f"written: {output}")
-
-
-def rich_table(sheet: Sheet) -> Table:
-    """Lay out a sheet for the terminal; a model that is the same in every row moves into the title.
-
-    Where columns may be wrapped, room is short: words then stand in it instead of lines between columns.
-    """
-    from rich.box import HEAVY_HEAD, SIMPLE_HEAD
-    from rich.table import Table
-
-    constant = [
-        place
-        for place, column in enumerate(sheet.columns)
-        if column.name == "model" and len({row[place].text for row in sheet.rows}) == 1
-    ]
-    title = [sheet.title] if sheet.title else []
-    title += [f"model: {sheet.rows[0][place].text}" for place in constant]
-    kept = [place for place in range(len(sheet.columns)) if place not in constant]
-    dense = any(column.wrap for column in sheet.columns)
-    box, padding = (SIMPLE_HEAD, (0, 1, 0, 0)) if dense else (HEAVY_HEAD, (0, 1))
-    caption = "\n".join(title) or None
-    out = Table(title=caption, title_justify="left", box=box, padding=padding, show_edge=False, pad_edge=False)
-    for place in kept:
-        column = sheet.columns[place]
-        head = f"{_broken(column.group)}\n{column.name}" if column.group else column.name
-        fixed = not (column.numeric or column.wrap)
-        out.add_column(head, justify="right" if column.numeric else "left", no_wrap=fixed, overflow="fold")
-    for number, row in enumerate(sheet.rows):
-        if number in sheet.sections:
-            out.add_section()
-        out.add_row(*(_rich_entry(row[place]) for place in kept))
-    return out
-
-
-def _rich_entry(entry: Entry) -> Text:
-    """An entry as text of its own: as markup it would be parsed once to be measured and once to be printed."""
-    from rich.text import Text
-
-    text = entry.text.replace(" ± ", "±")
-    return Text(text if entry.note is None else f"{text} [{entry.note}]", style="bold" if entry.bold else "")
-
-
-def _broken(group: str, width: int = 12) -> str:
-    """Break a long label at its underscores, so that it does not widen a column of numbers."""
-    return group if len(group) <= width else group.replace("_", "_\n")

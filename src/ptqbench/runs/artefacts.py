@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from ptqbench.cell.fingerprint import canonical_json
-from ptqbench.runs.folder import replacing
+from ptqbench.errors import StorageError
+from ptqbench.runs.files import TEMPORARY, errno_of, file_lock, is_readable, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +81,11 @@ class Artefacts:
         return self.root / f"{kind}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.safetensors"
 
     def find(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        """Read an artefact; None if it is missing or damaged (a damaged one is removed)."""
+        """Read an artefact; None if it is missing or damaged (a damaged one is removed).
+
+        Raises:
+            StorageError: It is there and cannot be read now: a colleague's file without permission, a failing file system.
+        """
         path = self.path(kind, key)
         read = _read(path)
         if read is None:
@@ -139,8 +144,10 @@ class Artefacts:
                     return False
             _write(path, held, seconds)
             self._written.add(path)
-        except OSError:  # a full disk costs the sharing, not the cell
-            return False
+        except Exception as error:
+            if errno_of(error) is None:
+                raise
+            return False  # a full disk, or a folder of others, costs the sharing, not the cell
         return True
 
     def discard(self) -> None:
@@ -152,9 +159,11 @@ class Artefacts:
     def held(self, kind: str, key: Mapping[str, Any]) -> Iterator[None]:
         """Keep other processes from making the same artefact meanwhile; the lock of a killed process is free."""
         path = self.path(kind, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        with FileLock(path.with_suffix(".lock")):
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # in a folder where this process may not write nothing is shared
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(file_lock(path.with_suffix(".lock")))
             self.waited_s += time.perf_counter() - start
             yield
 
@@ -173,13 +182,15 @@ def collect_garbage(root: Path, budget_bytes: int, in_use_s: float = 0.0) -> tup
     if not root.is_dir():
         return 0, 0, 0
     now, removed, freed = time.time(), 0, 0
-    for path in root.glob(".*.tmp"):
-        if now - path.stat().st_mtime > STALE_S:
-            freed, removed = freed + path.stat().st_size, removed + 1
-            path.unlink(missing_ok=True)
+    for path in root.glob(TEMPORARY):
+        with contextlib.suppress(OSError):  # another process collects too, or it belongs to somebody else
+            if now - path.stat().st_mtime > STALE_S:
+                size = path.stat().st_size
+                path.unlink()
+                freed, removed = freed + size, removed + 1
     files = []
     for path in root.glob("*.safetensors"):
-        with contextlib.suppress(FileNotFoundError):  # another process collects too
+        with contextlib.suppress(FileNotFoundError):
             files.append((path.stat().st_mtime, path.stat().st_size, path))
     files.sort()
     total = sum(size for _, size, _ in files)
@@ -187,11 +198,11 @@ def collect_garbage(root: Path, budget_bytes: int, in_use_s: float = 0.0) -> tup
         if total <= budget_bytes or now - used < in_use_s:
             break
         try:
-            with FileLock(path.with_suffix(".lock"), timeout=0):
+            with file_lock(path.with_suffix(".lock"), timeout=0):
                 path.unlink(missing_ok=True)
-        except Timeout:
+            path.with_suffix(".lock").unlink(missing_ok=True)
+        except (Timeout, OSError):
             continue
-        path.with_suffix(".lock").unlink(missing_ok=True)
         total, removed, freed = total - size, removed + 1, freed + size
     return removed, freed, total
 
@@ -216,14 +227,18 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
     """Tensors and their cost; a file that is damaged or does not say what it cost is removed."""
     from safetensors import SafetensorError, safe_open
 
+    if not is_readable(path):
+        return None
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
             said = stored.metadata() or {}
         seconds = float(said["seconds"])
-    except FileNotFoundError:
+    except FileNotFoundError:  # another process collects garbage
         return None
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if errno_of(error) is not None:
+            raise StorageError(f"{path} cannot be read: {error}") from error
         path.unlink(missing_ok=True)
         return None
     if _digest(tensors) != said.get("sha256"):

@@ -6,22 +6,26 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
-from ptqbench.errors import PtqbenchError, RunFailed
+from ptqbench.errors import CellBusy, PtqbenchError, RunFailed, StorageError
 from ptqbench.runs import provenance
 from ptqbench.runs.failures import classify
-from ptqbench.runs.folder import RunFolder, write_json
+from ptqbench.runs.files import write_json
+from ptqbench.runs.folder import RunFolder
+from ptqbench.runs.lease import Lease
 from ptqbench.runs.liveness import HEARTBEAT_INTERVAL_S
 
 LOG_TAIL_LINES = 40
 SHOWN_INTERVAL_S = 2.0
+INTERRUPTING = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Ctrl-C and ``cancel``; the warning of SLURM, which submitit answers by putting the job into the queue again."""
 
 
 class Observer(Protocol):
@@ -51,18 +55,25 @@ class Silent:
 
 
 class Attempt(Silent):
-    """The running attempt; passes progress on to another observer and beats every ten seconds."""
+    """The running attempt; passes progress on to another observer and beats every ten seconds.
 
-    def __init__(self, folder: RunFolder, path: Path, shown: Observer) -> None:
+    Attributes:
+        path: The attempt's folder.
+        interrupted: Whether a signal has come. Libraries can lose the exception that it raises, or raise another for it.
+    """
+
+    def __init__(self, folder: RunFolder, path: Path, shown: Observer, held: Lease | None) -> None:
         """Begin beating.
 
         Args:
             folder: The cell.
             path: The attempt's folder, existing.
             shown: Observer that shows progress to a person.
+            held: The lease, looked at again at every step.
         """
         super().__init__()
-        self.path, self._folder, self._shown = path, folder, shown
+        self.path, self.interrupted = path, False
+        self._folder, self._shown, self._held = folder, shown, held
         self._stop, self._beating = threading.Event(), threading.Lock()
         self._beat()
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
@@ -75,26 +86,41 @@ class Attempt(Silent):
         logging.getLogger("ptqbench").info("stage %s: %d steps", name, total)
 
     def advance(self) -> None:
-        """Count and show a step."""
+        """Count and show a step.
+
+        Raises:
+            KeyboardInterrupt: A signal came, and a library lost the exception.
+            CellBusy: Another process has taken the cell over.
+        """
         super().advance()
         self._shown.advance()
+        if self.interrupted:
+            raise KeyboardInterrupt
         if time.time() - self._last > SHOWN_INTERVAL_S:
             with contextlib.suppress(OSError):
                 self._beat()
+        if self._held is not None:
+            self._held.check()
+
+    def superseded(self) -> bool:
+        """Whether another process has taken the cell over, which owns its records now."""
+        return self._held is not None and not self._held.is_mine()
 
     def end(self, outcome: str) -> None:
         """Stop beating; the last beat says how the attempt ended."""
         self._stop.set()
         self._thread.join()
-        self._beat(ended=outcome)
+        with contextlib.suppress(OSError):  # what is to be said was said
+            self._beat(ended=outcome)
 
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT_INTERVAL_S):
             with contextlib.suppress(OSError):  # a full disk must not kill the work that may still finish
                 self._beat()
-            if self._folder.cancel_path.exists():
-                os.kill(os.getpid(), signal.SIGINT)  # ends the main thread as Ctrl-C would
-                return
+            with contextlib.suppress(OSError):
+                if self._folder.cancel_path.exists():
+                    os.kill(os.getpid(), signal.SIGINT)  # ends the main thread as Ctrl-C would
+                    return
 
     def _beat(self, **more: str) -> None:
         with self._beating:  # the heartbeat thread and the work both beat
@@ -104,38 +130,90 @@ class Attempt(Silent):
 
 
 @contextlib.contextmanager
-def attempt(folder: RunFolder, shown: Observer) -> Iterator[Attempt]:
+def attempt(folder: RunFolder, shown: Observer, held: Lease | None = None) -> Iterator[Attempt]:
     """Open an attempt at a cell; whatever is raised inside is recorded in ``failure.json``.
+
+    After a signal, and after another process took the cell over, whatever is raised is an interruption and no failure.
+
+    Args:
+        folder: The cell.
+        shown: Observer that shows progress to a person.
+        held: The lease of the cell.
 
     Raises:
         RunFailed: The work raised; one line, naming the record.
+        StorageError: The attempt's folder cannot be made.
     """
-    path = folder.new_attempt()
-    folder.failure_path.unlink(missing_ok=True)  # that of an earlier attempt stays in its own folder
-    write_json(path / "meta.json", provenance.collect())
-    handler = logging.FileHandler(path / "log.txt", encoding="utf-8")
+    current = _begin(folder, shown, held)
+    try:
+        with _logged(current.path), _interruptible(current):
+            try:
+                yield current
+            except Exception as error:
+                _give_up(folder, current, error)
+    except BaseException as error:  # SystemExit is how submitit ends a job that is queued again
+        current.end("failed" if isinstance(error, RunFailed) else "interrupted")
+        raise
+    current.end("done")
+
+
+def _begin(folder: RunFolder, shown: Observer, held: Lease | None) -> Attempt:
+    """Make the folder of an attempt and begin beating."""
+    try:
+        path = folder.new_attempt()
+        folder.failure_path.unlink(missing_ok=True)  # that of an earlier attempt stays in its own folder
+        write_json(path / "meta.json", provenance.collect())
+        (path / "log.txt").touch()
+        return Attempt(folder, path, shown, held)
+    except OSError as error:
+        raise StorageError.of(error, f"the run folder {folder.path} cannot be written") from error
+
+
+def _give_up(folder: RunFolder, current: Attempt, error: Exception) -> None:
+    """Raise what an exception of the work means.
+
+    Raises:
+        KeyboardInterrupt: A signal came before it.
+        CellBusy: Another process has the cell.
+        RunFailed: The cell failed; recorded.
+    """
+    if (
+        current.interrupted and classify(error).name != "time_limit"
+    ):  # submitit does not put the job into the queue again
+        raise KeyboardInterrupt from error
+    if isinstance(error, CellBusy) or current.superseded():
+        raise error if isinstance(error, CellBusy) else CellBusy(f"{folder.path.name} was taken over") from error
+    logging.getLogger("ptqbench").error("the attempt failed", exc_info=error)
+    failed = f"{type(error).__name__}: {_one_line(error)}"
+    try:
+        record_failure(folder, error, current.path, current.name)
+    except OSError as unwritten:
+        raise RunFailed(f"{failed} (not recorded: {folder.failure_path}: {_one_line(unwritten)})") from error
+    raise RunFailed(f"{failed} (recorded in {folder.failure_path})") from error
+
+
+class _Log(logging.FileHandler):
+    """The log of an attempt. A disk that is full or gone costs its lines, not a traceback per line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Write what is logged to ``log.txt``."""
+    handler = _Log(path / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("ptqbench")
     root.addHandler(handler)
     level = ours.level
     ours.setLevel(logging.INFO)
-    current = Attempt(folder, path, shown)
     try:
-        with _interruptible():
-            yield current
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, cancellation; submitit ends a requeued task with SystemExit
-        current.end("interrupted")
-        raise
-    except Exception as error:
-        if _is_requeue(error):
-            current.end("interrupted")
-            raise
-        ours.exception("the attempt failed")
-        record_failure(folder, error, path, current.name)
-        current.end("failed")
-        raise RunFailed(f"{type(error).__name__}: {_one_line(error)} (recorded in {folder.failure_path})") from error
-    else:
-        current.end("done")
+        yield
     finally:
         ours.setLevel(level)
         root.removeHandler(handler)
@@ -143,27 +221,30 @@ def attempt(folder: RunFolder, shown: Observer) -> Iterator[Attempt]:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGINT, by which cells are cancelled, interrupt: what a shell starts in the background is told to ignore it."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+def _interruptible(current: Attempt) -> Iterator[None]:
+    """Remember that a signal came, then do what its handler does.
+
+    SIGINT, by which cells are cancelled, interrupts even where it was ignored, as in what a shell starts in the background.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in INTERRUPTING}
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        current.interrupted = True
+        handler = before[signal.Signals(number)]
+        (handler if callable(handler) else signal.default_int_handler)(number, frame)
+
+    for number, handler in before.items():
+        if callable(handler) or number == signal.SIGINT:
+            signal.signal(number, remember)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _is_requeue(error: Exception) -> bool:
-    """Whether an exception is only the end of a SLURM job that requeues itself.
-
-    submitit calls ``scontrol requeue`` from its signal handler, inside whatever the work was doing. When the job is ended before
-    that command returns, the handler raises the command's death by signal into the work.
-    """
-    died = isinstance(error, subprocess.CalledProcessError) and error.returncode < 0
-    return died and list(error.cmd)[:2] == ["scontrol", "requeue"]  # type: ignore[attr-defined]
+        for number, handler in before.items():
+            if signal.getsignal(number) is remember:
+                signal.signal(number, handler)
 
 
 def record_failure(folder: RunFolder, error: BaseException, attempt: Path | None = None, stage: str = "start") -> None:
@@ -175,12 +256,10 @@ def record_failure(folder: RunFolder, error: BaseException, attempt: Path | None
         attempt: Folder of the attempt, None where the cell failed before one began.
         stage: What the cell was doing.
     """
-    log: list[str] = []
-    if attempt is not None:
-        log = (attempt / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    log = [] if attempt is None else log_lines(attempt / "log.txt")
     record = {
         "class": type(error).__name__,
-        "kind": classify(error).name,
+        "kind": classify(error, stage).name,
         "expected": isinstance(error, PtqbenchError),
         "message": _one_line(error),
         "traceback": "".join(traceback.format_exception(error)),
@@ -202,7 +281,7 @@ def record_death(folder: RunFolder, how: str, log: Path) -> None:
         how: What is known, e.g. the signal.
         log: Output of the process.
     """
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    tail = log_lines(log)
     attempts, beat = folder.attempts, folder.heartbeat() or {}
     record = {
         "class": "Killed",
@@ -216,6 +295,14 @@ def record_death(folder: RunFolder, how: str, log: Path) -> None:
         "time": time.time(),
     }
     write_json(folder.failure_path, record)
+
+
+def log_lines(log: Path) -> list[str]:
+    """The lines of a log; none where it cannot be read."""
+    try:
+        return log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _one_line(error: BaseException) -> str:

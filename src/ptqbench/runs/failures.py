@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 
-from ptqbench.errors import CalibrationError, ConfigError, NumericalError, TimeLimitTooShort, UnsupportedError
+from ptqbench.errors import (
+    CalibrationError,
+    ConfigError,
+    NumericalError,
+    StorageError,
+    TimeLimitTooShort,
+    UnsupportedError,
+)
+from ptqbench.runs.files import errno_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("config", 0, False, "mend the request"),
+        Kind("config", 0, False, "mend the request, or what it names: a file, a permission"),
         Kind("numerical", 0, False, "look for NaN or infinity in the weights, or raise the damping"),
         Kind("gpu_memory", 1, True, "ask for a larger GPU, or lower evaluation.batch_size"),
         Kind("host_memory", 1, True, "ask for more memory with resources.host_mem_gib"),
@@ -41,21 +49,49 @@ KINDS = {
 }
 
 
-def classify(error: BaseException) -> Kind:
-    """Find the kind of an exception, by its class or, for the many errors torch raises as ``RuntimeError``, by its words."""
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG, errno.ENODEV, errno.ENXIO}
+ACCESS = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+PREPARING = ("start", "load")
+"""Stages that open and check what the user named: an exception there is about that, though no check foresaw it."""
+DAMAGED_INPUT = {
+    "UnicodeError",
+    "EOFError",
+    "BadGzipFile",
+    "JSONDecodeError",
+    "BadZipFile",
+    "ArrowInvalid",
+    "OverflowError",
+}
+NO_GPU = ("no nvidia driver", "not compiled with cuda", "no cuda gpus are available", "invalid device ordinal")
+
+
+def classify(error: BaseException, stage: str = "") -> Kind:
+    """Find the kind of an exception: by its class, the system's number, its words, and what the cell was doing.
+
+    Args:
+        error: What was raised.
+        stage: Stage of the attempt.
+    """
     text, names = str(error).lower(), {cls.__name__ for cls in type(error).__mro__}
+    cause, number = error.__cause__, errno_of(error)
     if isinstance(error, NumericalError):
         return KINDS["numerical"]
-    if isinstance(error, TimeLimitTooShort):
+    if (
+        isinstance(error, TimeLimitTooShort) or "UncompletedJobError" in names
+    ):  # submitit's, after launcher.max_requeues
         return KINDS["time_limit"]
+    if isinstance(error, StorageError) and cause is not None:
+        return classify(cause, stage)
     if isinstance(error, ConfigError | UnsupportedError | CalibrationError):
         return KINDS["config"]
     if names & {"OutOfMemoryError", "CudaError", "AcceleratorError"} and "memory" in text:
         return KINDS["gpu_memory"]
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "cannot allocate memory" in text:
         return KINDS["host_memory"]
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if number in DISK:
         return KINDS["disk"]
     if names & {"HTTPError", "HfHubHTTPError", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
         return KINDS["network"]
+    if number in ACCESS or names & DAMAGED_INPUT or stage in PREPARING or any(words in text for words in NO_GPU):
+        return KINDS["config"]
     return KINDS["code"]

@@ -18,68 +18,26 @@ No file is ever appended to by two processes. Imports neither torch nor pandas.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ptqbench.cell.fingerprint import RUN_ID_LENGTH, run_id, slug
+from ptqbench.cell import labels
+from ptqbench.cell.fingerprint import RUN_ID_LENGTH, run_id
 from ptqbench.cell.spec import RunSpec, build, to_dict
-from ptqbench.errors import ConfigError
+from ptqbench.errors import ConfigError, StorageError
+from ptqbench.runs.files import number, read_bytes, read_record
+from ptqbench.runs.files import read_json as read_json
+from ptqbench.runs.files import replacing as replacing
+from ptqbench.runs.files import write_json as write_json
+from ptqbench.runs.files import write_text as write_text
 from ptqbench.runs.liveness import alive
 
 DONE, FAILED, RUNNING, INTERRUPTED = "done", "failed", "running", "interrupted"
-PENDING, DAMAGED, CANCELLED = "pending", "damaged", "cancelled"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file so that a reader sees the old content or the new, never a part: temporary, fsync, rename.
-
-    Args:
-        path: The file; its folder is created.
-
-    Yields:
-        Where to write the new content. It takes the file's place when the block ends, and is removed when the block raises.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically, sorted and indented for people, with NaN refused."""
-    write_text(path, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def read_json(path: Path | str) -> Any | None:
-    """Read JSON; None where the file is missing, truncated or not JSON."""
-    try:
-        return json.loads(_read(path).decode("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _read(path: Path | str) -> bytes:
-    """Read a file as a whole: a third of the time of ``Path.read_text`` for the small files of a run folder."""
-    with open(path, "rb", buffering=0) as stream:
-        return stream.read()
+PENDING, DAMAGED, CANCELLED, UNREADABLE = "pending", "damaged", "cancelled", "unreadable"
 
 
 def block_path(state: Path, index: int) -> Path:
@@ -134,6 +92,11 @@ class RunFolder:
         return self.path / "layers.parquet"
 
     @property
+    def bases_path(self) -> Path:
+        """What is kept of eigenbases beside the matrices: ``engine.bases.recorded_facts``."""
+        return self.path / "bases.json"
+
+    @property
     def records_path(self) -> Path:
         """Finished texts and tasks, Parquet."""
         return self.path / "records"
@@ -184,16 +147,17 @@ class RunFolder:
         Raises:
             OSError: There is no such file.
         """
-        return _read(f"{self.path}/spec.json")
+        return read_bytes(f"{self.path}/spec.json")
 
     def read_spec(self) -> RunSpec:
         """Read the cell back.
 
         Raises:
             ConfigError: The file is missing or damaged, or does not describe the cell the folder is named after.
+            StorageError: The file cannot be read.
         """
-        data = read_json(self.spec_path)
-        if not isinstance(data, dict):
+        data = read_record(self.spec_path)
+        if not data:
             raise ConfigError(f"{self.spec_path} is missing or not valid JSON; expected the spec of a cell")
         spec = build(RunSpec, data)
         if run_id(spec) != self.run_id:
@@ -204,32 +168,49 @@ class RunFolder:
         return spec
 
     def result(self) -> dict[str, Any] | None:
-        """The result of a finished cell, None if it is not finished or its file is damaged."""
-        data = read_json(f"{self.path}/result.json")
-        return data if isinstance(data, dict) and data.get("run_id") == self.run_id else None
+        """The result of a finished cell, None if it is not finished or its file is damaged.
+
+        Raises:
+            StorageError: There is a result, and it cannot be read.
+        """
+        data = read_record(f"{self.path}/result.json")
+        return data if data and data.get("run_id") == self.run_id else None
 
     def failure(self) -> dict[str, Any] | None:
         """The failure of the last attempt, if it failed."""
-        data = read_json(self.failure_path)
-        return data if isinstance(data, dict) else None
+        return read_record(self.failure_path) or None
 
     def heartbeat(self) -> dict[str, Any] | None:
         """The last sign of life of the newest attempt."""
         attempts = self.attempts
-        data = read_json(attempts[-1] / "heartbeat.json") if attempts else None
-        return data if isinstance(data, dict) else None
+        return (read_record(attempts[-1] / "heartbeat.json") or None) if attempts else None
 
     def beat_time(self) -> float | None:
         """When the newest attempt last gave a sign of life, seconds since the epoch."""
-        beat = self.heartbeat()
-        return None if beat is None else float(beat.get("time", 0))
+        return number(self.heartbeat() or {}, "time")
+
+    def holder(self, now: float | None = None) -> dict[str, Any] | None:
+        """The lease of whoever works on the cell now, if that is somebody who lives."""
+        held = read_record(self.lease_path)
+        return held if held and alive(held, self.beat_time(), now) else None
 
     def state(self, now: float | None = None) -> str:
-        """Derive the state from the files: done, failed, running, interrupted, cancelled, damaged or pending."""
+        """Derive the state from the files: done, failed, running, interrupted, cancelled, damaged, unreadable or pending."""
+        return self.examined(now)[0]
+
+    def examined(self, now: float | None = None) -> tuple[str, str]:
+        """The state, and why the files cannot be read where they cannot."""
+        try:
+            return self._state(now), ""
+        except StorageError as error:
+            return UNREADABLE, str(error)
+        except OSError as error:
+            return UNREADABLE, str(StorageError.of(error, f"{error.filename or self.path} cannot be read"))
+
+    def _state(self, now: float | None) -> str:
         if self.result_path.exists():
             return DONE if self.result() is not None else DAMAGED
-        held = read_json(self.lease_path)
-        if isinstance(held, dict) and alive(held, self.beat_time(), now):
+        if self.holder(now) is not None:
             return RUNNING
         if self.failure_path.exists():
             return FAILED
@@ -252,7 +233,7 @@ def folders_of(specs: Sequence[RunSpec]) -> list[RunFolder]:
         if root not in found:
             names = sorted(os.listdir(root), reverse=True) if root.is_dir() else []
             found[root] = {name[-RUN_ID_LENGTH:]: root / name for name in names}
-        folders.append(RunFolder(found[root].get(identifier, root / f"{slug(spec)}-{identifier}")))
+        folders.append(RunFolder(found[root].get(identifier, root / f"{labels.slug(spec)}-{identifier}")))
     return folders
 
 
@@ -264,12 +245,18 @@ def create(spec: RunSpec, folder: RunFolder | None = None) -> RunFolder:
     Args:
         spec: The cell.
         folder: Its folder where that is known already; None looks for it.
+
+    Raises:
+        StorageError: The folder cannot be made or written: no permission, a file in its place, a full disk.
     """
     folder = folder or folder_of(spec)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    data = to_dict(spec)
-    if read_json(folder.spec_path) != data:
-        write_json(folder.spec_path, data)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        data = to_dict(spec)
+        if read_json(folder.spec_path) != data:
+            write_json(folder.spec_path, data)
+    except OSError as error:
+        raise StorageError.of(error, f"the run folder {folder.path} cannot be written") from error
     return folder
 
 

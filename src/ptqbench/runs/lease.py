@@ -10,58 +10,128 @@ Imports neither torch nor pandas.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from ptqbench.errors import CellBusy
-from ptqbench.runs.folder import read_json, write_json
-from ptqbench.runs.liveness import alive, me
+from ptqbench.errors import CellBusy, StorageError
+from ptqbench.runs.files import TEMPORARY, file_lock, number, read_record, remove_temporaries, write_json
+from ptqbench.runs.liveness import me
 
 if TYPE_CHECKING:
     from ptqbench.runs.folder import RunFolder
 
 LOCK_TIMEOUT_S = 60.0
+OLD_S = 3600.0
+"""Temporary files beside ``spec.json`` may be those of another command, unless they are so old."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """The lease of a run folder, held by this process unless it was silent for so long that another one took over.
+
+    Attributes:
+        folder: The cell.
+        record: The lease as written.
+    """
+
+    folder: RunFolder
+    record: dict[str, Any]
+
+    def check(self) -> None:
+        """Look at the lease again.
+
+        Raises:
+            CellBusy: Another process has taken the cell over.
+        """
+        if not self.is_mine():
+            raise CellBusy(
+                f"{self.folder.path.name} was taken over by another process while this one was suspended or its file system "
+                "hung; left to it (the same command shows its result when it is done)"
+            )
+
+    def is_mine(self) -> bool:
+        """Whether ``lease.json`` still names this process; true where it cannot be read now."""
+        try:
+            return bool(read_record(self.folder.lease_path).get("token") == self.record["token"])
+        except StorageError:
+            return True
+
+    @contextlib.contextmanager
+    def confirmed(self) -> Iterator[None]:
+        """Hold the folder's lock, so that nobody takes over, while the result is written.
+
+        Raises:
+            CellBusy: Another process has taken the cell over.
+        """
+        with _lock(self.folder):
+            self.check()
+            yield
 
 
 @contextlib.contextmanager
-def lease(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """Hold the lease of a run folder.
+def lease(folder: RunFolder) -> Iterator[Lease]:
+    """Hold the lease of a run folder. What killed holders left half written is removed.
 
     Args:
         folder: Existing run folder.
 
     Yields:
-        The lease as written.
+        The lease.
 
     Raises:
         CellBusy: A living process holds it; names host, process and since when.
+        StorageError: The folder cannot be read or written.
     """
-    mine = {"token": uuid.uuid4().hex, "time": time.time(), **me()}
+    mine = Lease(folder, {"token": uuid.uuid4().hex, "time": time.time(), **me()})
     with _lock(folder):
-        held = read_json(folder.lease_path)
-        if isinstance(held, dict) and alive(held, folder.beat_time()):
-            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(held["time"])))
+        held = folder.holder()
+        if held is not None:
             raise CellBusy(
-                f"{folder.path.name} is being worked on by process {held['pid']} on {held['host']} since {since}; "
-                "left to it (the same command shows its result when it is done)"
+                f"{folder.path.name} is being worked on by process {held.get('pid')} on {held.get('host')} "
+                f"since {_when(held)}; left to it (the same command shows its result when it is done)"
             )
-        write_json(folder.lease_path, mine)
+        _clean(folder)
+        write_json(folder.lease_path, mine.record)
     try:
         yield mine
     finally:
-        with contextlib.suppress(CellBusy, OSError), _lock(folder):
-            if (read_json(folder.lease_path) or {}).get("token") == mine["token"]:
+        with contextlib.suppress(CellBusy, StorageError), _lock(folder):
+            if read_record(folder.lease_path).get("token") == mine.record["token"]:
                 folder.lease_path.unlink(missing_ok=True)
+
+
+def drop_stale(folder: RunFolder) -> None:
+    """Remove the lease that a process left beside a result when it was killed right after writing it."""
+    if folder.lease_path.exists():
+        with contextlib.suppress(CellBusy, StorageError), _lock(folder):
+            if folder.holder() is None:
+                folder.lease_path.unlink(missing_ok=True)
+
+
+def _clean(folder: RunFolder) -> None:
+    """Remove the temporary files of killed processes; called by the holder before it works."""
+    remove_temporaries(folder.path.glob(TEMPORARY), OLD_S)
+    for place in (folder.state_path, folder.path / "attempts", folder.records_path):
+        remove_temporaries(place.rglob(TEMPORARY))
+
+
+def _when(held: dict[str, Any]) -> str:
+    since = number(held, "time")
+    return "an unknown time" if since is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
 
 
 @contextlib.contextmanager
 def _lock(folder: RunFolder) -> Iterator[None]:
+    """Hold the folder's lock; an error of the system, on taking it or inside, is a ``StorageError``."""
     try:
-        with FileLock(folder.path / ".lock", timeout=LOCK_TIMEOUT_S):
+        with file_lock(folder.path / ".lock", LOCK_TIMEOUT_S):
             yield
     except Timeout:
         raise CellBusy(f"{folder.path}/.lock was held for {LOCK_TIMEOUT_S:.0f} s: look for a hanging process") from None
+    except OSError as error:
+        raise StorageError.of(error, f"the run folder {folder.path} cannot be written") from error

@@ -2,7 +2,8 @@
 
 The holder of a lease (``ptqbench.runs.lease``) is dead
 
-* on the same host and boot: when its process is gone (or its number was given to another process since), at once;
+* on the same host and boot: when its process is gone (or its number was given to another process since, which the kernel's
+  count of ticks tells, not the clock), at once;
 * in the same SLURM job: when the job has been restarted since, at once (SLURM has ended the previous incarnation);
 * elsewhere: when it has not given a sign of life for ``HEARTBEAT_EXPIRY_S``.
 """
@@ -13,34 +14,48 @@ import os
 import platform
 import time
 import uuid
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ptqbench.runs.files import number
+
 HEARTBEAT_INTERVAL_S = 10.0
 HEARTBEAT_EXPIRY_S = 90.0
-SAME_START_S = 5.0  # the kernel counts from boot, and the time of boot moves when the clock is adjusted
 
 
-def alive(held: dict[str, Any], beat: float | None, now: float | None = None) -> bool:
+def alive(held: Mapping[str, Any], beat: float | None, now: float | None = None) -> bool:
     """Tell whether the holder of a lease still works.
 
     Args:
-        held: Content of ``lease.json``.
+        held: Content of ``lease.json``; a field that is missing or of another type tells nothing.
         beat: Time of the last heartbeat in the folder, seconds since the epoch, or None.
         now: The time it is; None asks the clock.
 
     Returns:
-        False only where the holder is certainly gone, or silent for longer than ``HEARTBEAT_EXPIRY_S``.
+        False only where the holder is certainly gone, silent for longer than ``HEARTBEAT_EXPIRY_S``, or heard of at no time
+        but a future one, which a wrong clock or a damaged file has written.
     """
     here = me()
-    if held.get("machine") == here["machine"]:
-        created = _created(int(held["pid"]))
-        return created is not None and abs(created - float(held.get("created") or 0)) < SAME_START_S
+    if (
+        held.get("machine") == here["machine"]
+        and number(held, "pid") is not None
+        and number(held, "started") is not None
+    ):
+        return local_process(held) is not None
     if held.get("slurm_job") is not None and held["slurm_job"] == here["slurm_job"]:
-        return int(held.get("slurm_restart", 0)) >= int(here["slurm_restart"])
-    last = max(float(held.get("time", 0)), beat or 0.0)
-    return (time.time() if now is None else now) - last < HEARTBEAT_EXPIRY_S
+        return bool((number(held, "slurm_restart") or 0) >= here["slurm_restart"])
+    now = time.time() if now is None else now
+    return any(t is not None and abs(now - t) < HEARTBEAT_EXPIRY_S for t in (number(held, "time"), beat))
+
+
+def local_process(held: Mapping[str, Any]) -> int | None:
+    """Number of the living process of this machine that a lease names; None if it names none."""
+    pid, started = number(held, "pid"), number(held, "started")
+    if held.get("machine") != _machine() or pid is None or started is None:
+        return None
+    return int(pid) if _started(int(pid)) == started else None
 
 
 def me() -> dict[str, Any]:
@@ -50,7 +65,7 @@ def me() -> dict[str, Any]:
         "host": platform.node(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "created": _created(os.getpid()),
+        "started": _started(os.getpid()),
         "slurm_job": job,
         "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
     }
@@ -66,14 +81,26 @@ def _machine() -> str:
         return f"{platform.node()}:{uuid.getnode()}"
 
 
+def _started(pid: int) -> float | None:
+    """When a process was started; None if there is no such process (or a zombie).
+
+    Linux: clock ticks since boot, by the kernel, which no change of the clock moves. Elsewhere: seconds since the epoch.
+    """
+    try:
+        # The name in parentheses may hold anything; behind it, state is the first field and the start the twentieth.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else float(fields[19])
+    except FileNotFoundError:
+        return None if Path("/proc/self/stat").exists() else _created(pid)
+    except (OSError, IndexError, ValueError):  # it ended meanwhile
+        return None
+
+
 def _created(pid: int) -> float | None:
-    """When a process was created, seconds since the epoch; None if there is no such process (or a zombie)."""
     import psutil
 
     try:
         process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        return float(process.create_time())
-    except psutil.Error:
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except (psutil.Error, ValueError, OverflowError):
         return None

@@ -9,7 +9,7 @@ import errno
 import os
 import traceback
 
-from ptqbench.errors import CalibrationError, ConfigError, PtqbenchError, UnsupportedError
+from ptqbench.errors import CalibrationError, ConfigError, PtqbenchError, RunFailed, UnsupportedError
 from ptqbench.runs.failures import classify
 
 WRONG_PLACE = {
@@ -27,20 +27,24 @@ WRONG_PLACE = {
 
 def outcome(error: BaseException) -> tuple[str, int]:
     """Say in one line what went wrong, and with which exit status a command ends."""
+    if isinstance(error, RunFailed):
+        return one_line(error), 1
     if isinstance(error, PtqbenchError):
-        wrong = isinstance(error, ConfigError | UnsupportedError | CalibrationError)
+        place = isinstance(error.__cause__, OSError) and error.__cause__.errno in WRONG_PLACE
+        wrong = isinstance(error, ConfigError | UnsupportedError | CalibrationError) or place
         return one_line(error), 2 if wrong else 1
     if isinstance(error, OSError) and error.filename is not None and error.errno in WRONG_PLACE:
-        return f"{os.fsdecode(error.filename)!r} {WRONG_PLACE[error.errno]}", 2
+        return f"{str(error.filename)!r} {WRONG_PLACE[error.errno]}", 2
     kind = classify(error)
+    status = 2 if kind.name == "config" else 1
     if isinstance(error, OSError):
-        place = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+        at = "" if error.filename is None else f" ({error.filename})"
         advice = f"; {kind.advice}" if kind.name != "code" else ""
-        return f"{error.strerror or one_line(error)}{place}{advice}", 1
+        return f"{error.strerror or one_line(error)}{at}{advice}", status
     if isinstance(error, MemoryError):
         return f"out of memory; {kind.advice}", 1
     if kind.name != "code":
-        return f"{type(error).__name__}: {one_line(error)}; {kind.advice}", 1
+        return f"{type(error).__name__}: {one_line(error)}; {kind.advice}", status
     return f"a defect of ptqbench, please report it: {type(error).__name__}: {one_line(error)} ({_place(error)})", 1
 
 

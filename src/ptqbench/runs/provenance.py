@@ -52,7 +52,7 @@ def git_state() -> dict[str, str] | None:
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip()
         changes = _git(folder, "diff", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
     dirty = {"dirty": hashlib.sha256(changes.encode()).hexdigest()[:12]} if changes else {}
     return {"commit": commit} | dirty

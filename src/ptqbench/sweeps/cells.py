@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ptqbench.cell import labels
 from ptqbench.runs.folder import RunFolder, folders_of
 
 if TYPE_CHECKING:
@@ -45,22 +46,12 @@ class Cell:
         return SKIPPED if self.skipped is not None else self.folder.state()
 
 
-def cell_name(spec: RunSpec) -> str:
-    """Name a cell for people."""
-    return f"{spec.model.name} {spec.method.name} {spec.bitwidth.name} seed {spec.seed}"
-
-
 def with_folders(cells: Sequence[Cell]) -> list[Cell]:
-    """Give every composed cell its run folder and drop duplicates (same run id), keeping the first."""
+    """Give every composed cell its run folder, drop duplicates (same run id), keeping the first, and names that are shared."""
     folders = iter(folders_of([cell.spec for cell in cells if cell.spec is not None]))
-    seen: set[str] = set()
-    kept: list[Cell] = []
-    for cell in cells:
-        if cell.spec is None:
-            kept.append(cell)
-            continue
-        folder = next(folders)
-        if folder.run_id not in seen:
-            seen.add(folder.run_id)
-            kept.append(dataclasses.replace(cell, folder=folder))
-    return kept
+    kept: dict[str, Cell] = {}
+    for place, cell in enumerate(cells):
+        folder = next(folders) if cell.spec is not None else None
+        kept.setdefault(folder.run_id if folder else str(place), dataclasses.replace(cell, folder=folder))
+    names = labels.distinct([cell.name for cell in kept.values()], kept)
+    return [dataclasses.replace(cell, name=name) for cell, name in zip(kept.values(), names, strict=True)]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+from ptqbench.cell import labels
 from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import NotHereError, PtqbenchError
 from ptqbench.runs.outcome import as_problem
-from ptqbench.sweeps.cells import Cell, cell_name, with_folders
+from ptqbench.sweeps.cells import Cell, with_folders
 from ptqbench.sweeps.composer import Composer
 from ptqbench.sweeps.files import Sweep, describe, expand, load_sweep, overrides
 from ptqbench.sweeps.hydra_compose import check_grammar, compose_data
-from ptqbench.sweeps.resolve import Known, resolve, skip_reason, validated
+from ptqbench.sweeps.naming import Naming
+from ptqbench.sweeps.pins import Known, pin
+from ptqbench.sweeps.resolve import skip_reason, validated
 
 __all__ = ["Composer", "cells", "compose_cell", "compose_data", "requested", "resolved"]
 
@@ -22,7 +26,15 @@ def compose_cell(words: list[str]) -> RunSpec:
     Raises:
         ConfigError: As ``resolve``; also whatever Hydra objects to.
     """
-    return resolve(compose_data(words))
+    return named(compose_data(words))
+
+
+def named(data: dict[str, Any]) -> RunSpec:
+    """Resolve one composed cell and label it; raises as ``resolve``."""
+    composer = Composer()
+    spec = pin(Naming(composer)(validated(data)), Known())
+    composer.save()
+    return spec
 
 
 def cells(sweep: Sweep, extra: list[str]) -> list[Cell]:
@@ -61,21 +73,21 @@ def resolved(requests: list[tuple[str, list[str]]], composer: Composer | None = 
 
     Whatever goes wrong with one cell becomes its ``problem``.
     """
-    composer, known = composer or Composer(), Known()
-    found = [_cell(name, words, composer, known) for name, words in requests]
-    composer.save()
+    files, known = Composer(), Known()
+    naming = Naming(files)
+    found = [_cell(name, words, composer or files, naming, known) for name, words in requests]
+    files.save()
     return with_folders(found)
 
 
-def _cell(name: str, words: list[str], composer: Composer, known: Known) -> Cell:
+def _cell(name: str, words: list[str], composer: Composer, naming: Naming, known: Known) -> Cell:
     try:
-        data = composer(words)
+        draft = naming(validated(composer(words)))
         try:
-            spec = resolve(data, known)
+            spec = pin(draft, known)
         except NotHereError as error:
-            draft = validated(data)
-            return Cell(cell_name(draft), None, problem=error, draft=draft)
-        return Cell(cell_name(spec), spec, skipped=skip_reason(spec, known))
+            return Cell(labels.name(draft), None, problem=error, draft=draft)
+        return Cell(labels.name(spec), spec, skipped=skip_reason(spec, known))
     except PtqbenchError as error:
         return Cell(name, None, problem=error)
     except Exception as error:  # a strange checkpoint, a file that cannot be read: the cell's trouble, not the sweep's

@@ -1,9 +1,9 @@
-"""What was composed before, so that looking at a sweep again needs no Hydra: 1.2 of the 1.6 s that ``plan demo`` takes else.
+"""Compositions kept between commands, so that a second look at a sweep needs no Hydra. This saves ``plan demo`` 1.2 of 1.6 s.
 
-A composition is a function of the configuration files, the words, and the code that composes. They make up the name of the file in
-the cache folder and the keys in it, so that nothing in it can be out of date. A file is believed only if it belongs to this user,
-nobody else may write to it, and its digest is that of its content: in a cache that several people share, nobody's file changes
-another one's cells. A file that is not believed, or cannot be read or written, counts as empty.
+A composition is a function of the configuration files, the override words and the code that composes. The name of the cache file
+contains a hash of the files, the code and the user; its keys are the words. So no entry can be out of date. A file is trusted only
+if it belongs to this user, nobody else may write to it, and the digest in it is that of its content. In a cache folder that several
+people share, no file can therefore change another user's cells. A file that is not trusted, or cannot be read, counts as empty.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import stat
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from ptqbench.cell.folders import cache_folder
@@ -73,7 +72,7 @@ class Compositions:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, text)
-            self.path.chmod(0o600)  # else an umask that lets a group write makes it unbelievable
+            self.path.chmod(0o600)  # a file that the group may write to is not trusted
         self._new = False
 
 

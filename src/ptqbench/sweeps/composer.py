@@ -1,4 +1,4 @@
-"""Compose many cells that share words, section by section."""
+"""Compose many cells that share override words, one section of the configuration at a time."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ CODE = ("composer.py", "hydra_compose.py", "words.py")
 
 
 class Composer:
-    """Compose many cells that share words: every section of the configuration is composed once per set of words about it.
+    """Composes cells; each section of the configuration is composed once per set of words about it.
 
-    Right because a configuration file of ptqbench writes only its own section, with one exception: a method may choose the
-    bitwidth where no word does. Whatever this does not cover (Hydra's own settings, deletions, packages, interpolations) is
-    composed whole.
+    The result is that of composing the whole, because a configuration file of ptqbench writes to its own section only. The one
+    exception is a method that chooses the bitwidth where no word does. Words outside this rule (Hydra's own settings, deletions,
+    packages, interpolations) are composed whole.
     """
 
     def __init__(self, compose: Callable[[list[str]], dict[str, Any]] | None = None) -> None:
@@ -50,7 +50,7 @@ class Composer:
         """Compose override words to plain data, as :func:`compose_data` does."""
         words = [word.removeprefix("+") if re.match(r"\+method=", word) else word for word in words]
         owners = [section_of(word) for word in words]
-        if self._interpolates or None in owners or words.count("method") > 1:
+        if self._interpolates or None in owners:
             return self._compose_words(words)
         check_request(words)
         choice = [word for word in words if word.startswith("method=")]
@@ -62,7 +62,7 @@ class Composer:
         return self._compose_words(words) if unknown is not None else data
 
     def _remembering(self, read: dict[str, Any]) -> Callable[[list[str]], dict[str, Any]]:
-        """Compose what no command composed before with the same files."""
+        """Composition that looks into the cache first."""
 
         def compose(words: list[str]) -> dict[str, Any]:
             data = None if self._before is None else self._before.get(words)
@@ -75,7 +75,7 @@ class Composer:
         return compose
 
     def save(self) -> None:
-        """Leave what was composed to later commands."""
+        """Keep what was composed for later commands."""
         if self._before is not None:
             self._before.save()
 
@@ -89,13 +89,13 @@ class Composer:
         return data
 
     def _usual(self, choice: list[str]) -> dict[str, Any]:
-        """Every section as it is without words about it."""
+        """All sections, composed without any word but the method."""
         if self._whole is None:
             self._whole = self._compose_words(choice)
         return self._whole
 
     def _compose(self, section: str, about: list[str], choice: list[str]) -> bytes:
-        """Compose a section and freeze it: every cell gets a copy of its own, and unpickling is the fastest way to one."""
+        """Compose a section and pickle it: each cell needs a copy of its own, and unpickling is the fastest way to copy."""
         key = (section, tuple(about))
         if key not in self._sections:
             self._sections[key] = pickle.dumps(self._compose_section(section, about, choice))
@@ -113,5 +113,5 @@ class Composer:
         return self._compose_words([*given, *self._without(others)])[section]
 
     def _without(self, sections: list[str]) -> list[str]:
-        """Words that leave sections and Hydra's own settings out of a composition, which halves its time."""
+        """Words that leave sections and Hydra's own settings out of a composition; this halves its time."""
         return [f"~{name}" for name in (*sections, *HYDRA_GROUPS)] if self._trims else []

@@ -127,7 +127,9 @@ def _axes(grid: Mapping[str, Any], where: str) -> tuple[dict[str, list[Any]], bo
     lists = {axis: values if isinstance(values, list) else [values] for axis, values in axes.items()}
     for axis, values in lists.items():
         if not is_axis(axis):
-            raise ConfigError(f"sweep {where}: expected an axis such as seed, model.path or method/solver, got {axis!r}")
+            raise ConfigError(
+                f"sweep {where}: expected an axis such as seed, model.path or method/solver, got {axis!r}"
+            )
         if not values:
             raise ConfigError(f"sweep {where}: axis {axis} has no values, so its grid has no cells; leave the grid out")
     if paired and len({len(values) for values in lists.values()}) > 1:
@@ -158,7 +160,7 @@ def _check_size(sweep: Sweep, where: str) -> None:
 
 def _check_exclusions(sweep: Sweep, where: str) -> None:
     """Refuse an exclusion that removes nothing: a slip in it would let cells run that were to be left out."""
-    points = [point for grid in sweep.grids for point in _points(grid, sweep.name)]
+    points = [point for grid in sweep.grids for point in _points(grid, sweep.name)] if sweep.exclude else []
     for rule in sweep.exclude:
         if any(_matches(point, rule) for point in points):
             continue

@@ -66,7 +66,7 @@ def bad_grammar(word: str, why: str) -> str:
         return f"{word!r}: expected key=value, such as seed=1"
     shown, quoted = (word, quoted_word(word)) if len(word) <= 300 else (f"{word[:100]}...", f"\"{key_of(word)}='...'\"")
     stopped = re.search(r"(?:input|character|symbol) '(.+?)'", why)
-    where = f" (it stops at {stopped[1]!r})" if stopped else ""
+    where = f" (it stops at {stopped[1][:20]!r})" if stopped else ""
     return f"{shown}: not in Hydra's grammar{where}; to give the value as text, quote it: {quoted}"
 
 

@@ -6,6 +6,7 @@ Between the two moments a cell may wait in a queue for days. Imports neither tor
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,18 @@ class Known:
     def __init__(self) -> None:
         self._digests: dict[Any, str] = {}
         self._windows: dict[CalibrationSpec, CalibrationSpec] = {}
-        self._configs: dict[ModelSpec, dict[str, Any]] = {}
+        self._sources: dict[ModelSpec, source.ModelSource] = {}
         self._commits: dict[tuple[str, str], str | DataNotHereError] = {}
 
     def config(self, model: ModelSpec) -> dict[str, Any]:
         """The ``config.json`` of a model."""
-        if model not in self._configs:
-            self._configs[model] = source.locate(model, weights=False).config
-        return self._configs[model]
+        return self.checkpoint(model).config
+
+    def checkpoint(self, model: ModelSpec) -> source.ModelSource:
+        """The folder of a model."""
+        if model not in self._sources:
+            self._sources[model] = source.locate(model, weights=False)
+        return self._sources[model]
 
     def model_digest(self, model: ModelSpec) -> str:
         """The content digest of a model."""
@@ -88,7 +93,7 @@ def pin(spec: RunSpec, known: Known) -> RunSpec:
     """
     model = dataclasses.replace(spec.model, digest=known.model_digest(spec.model), dtype=_dtype(spec.model, known))
     _check_options(spec)
-    calibration = known.calibration(spec.calibration) if spec.quantizes and spec.calibration is not None else None
+    calibration = known.calibration(spec.calibration) if spec.calibrates and spec.calibration is not None else None
     named = {label: complete_text(text, f"evaluation.texts.{label}") for label, text in spec.evaluation.texts.items()}
     texts = {label: dataclasses.replace(text, digest=known.text_digest(text)) for label, text in named.items()}
     for label, text in texts.items():
@@ -102,7 +107,7 @@ def pin(spec: RunSpec, known: Known) -> RunSpec:
         method=dataclasses.replace(spec.method, **pinned),
         calibration=calibration,
         evaluation=dataclasses.replace(spec.evaluation, texts=texts, task_digests=tasks),
-        seed=spec.seed if spec.quantizes else 0,
+        seed=spec.seed if spec.calibrates else 0,
     )
     _check_context(found, known.config(spec.model).get("max_position_embeddings"))
     return found
@@ -110,16 +115,14 @@ def pin(spec: RunSpec, known: Known) -> RunSpec:
 
 def _check_options(spec: RunSpec) -> None:
     texts: dict[str, TextSpec] = {f"evaluation.texts.{label}": text for label, text in spec.evaluation.texts.items()}
-    if spec.quantizes and spec.calibration is not None:
+    if spec.calibrates and spec.calibration is not None:
         texts["calibration"] = spec.calibration
     for where, text in texts.items():
         check_options(text, where)
 
 
 def _dtype(model: ModelSpec, known: Known) -> Any:
-    config = known.config(model)
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    dtype = model.dtype if model.dtype != "auto" else stored
+    dtype = model.dtype if model.dtype != "auto" else known.checkpoint(model).dtype
     if dtype not in DTYPES:
         raise UnsupportedError(
             f"the checkpoint stores {dtype!r}; expected one of {', '.join(DTYPES)}: give model.dtype=..."
@@ -200,5 +203,5 @@ def _contents(spec: RunSpec) -> Iterator[tuple[str, str | None, Callable[[], str
                 yield (
                     f"method.{role}.{option}={path}",
                     member.options[digest],
-                    lambda path=path: source.file_digest(path),
-                )  # type: ignore[misc]
+                    functools.partial(source.file_digest, path),
+                )

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from ptqbench.errors import DataNotHereError
 from ptqbench.models.architecture import from_config, published
-from ptqbench.runs.folder import DONE, FAILED, RUNNING, RunFolder
-from ptqbench.runs.queue import QUEUED, Queue, look
+from ptqbench.runs.files import number
+from ptqbench.runs.folder import DONE, FAILED, RUNNING, UNREADABLE, RunFolder
+from ptqbench.runs.queue import QUEUED, Job, Queue, look, submission
 from ptqbench.sweeps.cells import INVALID, SKIPPED, Cell
 from ptqbench.sweeps.resolve import Known
 from ptqbench.sweeps.resources import START_S, Needs, doubled, needs, time_limit
@@ -29,28 +30,34 @@ class Row:
         needs: Resources; None for a cell that cannot run. An invalid cell has them where only its data are not here, or only
             its model, if that is one of those whose shapes are known.
         detail: Why it is skipped or invalid, where it is, or how it failed.
+        job: Its job, where it is queued.
     """
 
     cell: Cell
     state: str
     needs: Needs | None
     detail: str = ""
+    job: Job | None = None
 
     @property
     def todo(self) -> bool:
         """Whether a launch would start the cell."""
-        return self.needs is not None and self.state not in (DONE, RUNNING, QUEUED, SKIPPED, INVALID)
+        return self.needs is not None and self.state not in (DONE, RUNNING, QUEUED, SKIPPED, INVALID, UNREADABLE)
 
 
-def plan(cells: Sequence[Cell], known: Known | None = None) -> list[Row]:
+def plan(cells: Sequence[Cell], known: Known | None = None, patient: bool = False) -> list[Row]:
     """Look at every cell: folder, queue, resources.
 
     Args:
         cells: As composed; not modified.
         known: Shared lookups of this command.
+        patient: Whether the queue must be known, as before a submission; else a row says where SLURM does not answer.
+
+    Raises:
+        ConfigError: ``patient``, and SLURM does not answer.
     """
     known = known or Known()
-    queue = look(cell.folder for cell in cells if cell.folder is not None)
+    queue = look((cell.folder for cell in cells if cell.folder is not None), patient)
     rows = [_row(cell, queue, known) for cell in cells]
     finished = calibrated(rows)
     return [_corrected(row, finished[_kind(row)].factor) if _kind(row) in finished else row for row in rows]
@@ -87,10 +94,10 @@ def calibrated(rows: Sequence[Row]) -> dict[Kind, Finished]:
         result = row.cell.folder.result() if row.state == DONE and row.cell.folder is not None else None
         if row.needs is None or result is None or not isinstance(result.get("timings"), dict):
             continue
-        on_gpu = bool(row.needs.gpus)
-        if on_gpu == (result.get("peak_gpu_gib") is not None):
-            ratio = (START_S + sum(result["timings"].values())) / (60 * row.needs.estimate_min)
-            peak = result.get("peak_gpu_gib" if on_gpu else "peak_host_gib")
+        on_gpu, seconds = bool(row.needs.gpus), [number(result["timings"], name) for name in result["timings"]]
+        if on_gpu == (result.get("peak_gpu_gib") is not None) and None not in seconds:
+            ratio = (START_S + sum(s for s in seconds if s is not None)) / (60 * row.needs.estimate_min)
+            peak = number(result, "peak_gpu_gib" if on_gpu else "peak_host_gib")
             asked = row.needs.gpu_mem_gib if on_gpu else row.needs.host_mem_gib
             found.setdefault(_kind(row), []).append((ratio, peak, asked))
     return {kind: _finished(measured) for kind, measured in found.items()}
@@ -137,10 +144,12 @@ def _row(cell: Cell, queue: Queue, known: Known) -> Row:
     if cell.skipped is not None:
         return Row(cell, SKIPPED, None, cell.skipped)
     state, detail = describe(cell.folder, queue)
+    if state == UNREADABLE:
+        return Row(cell, state, None, detail)
     amount = needs(cell.spec, from_config(known.config(cell.spec.model)))
     if state == FAILED and (cell.folder.failure() or {}).get("kind") in MORE_MEMORY:
         amount = doubled(amount)
-    return Row(cell, state, amount, detail)
+    return Row(cell, state, amount, detail, queue.job_of(cell.folder) if state == QUEUED else None)
 
 
 def _not_composed(cell: Cell, known: Known) -> Row:
@@ -159,12 +168,17 @@ def _not_composed(cell: Cell, known: Known) -> Row:
 
 def describe(folder: RunFolder, queue: Queue) -> tuple[str, str]:
     """State of a run folder, with the queue taken into account, and a few words on it."""
-    state = folder.state()
-    job = None if state in (DONE, RUNNING) else queue.job_of(folder)
-    if job is not None:
-        return QUEUED, f"job {job.job_id} {job.state.lower()} ({job.reason})"
+    state, detail = folder.examined()
+    if state in (DONE, UNREADABLE):
+        return state, detail
     if state == RUNNING:
         beat = folder.heartbeat() or {}
         return state, f"{beat.get('stage', 'start')} {beat.get('done', 0)}/{beat.get('total', 0)}"
+    job = queue.job_of(folder)
+    if job is not None:
+        return QUEUED, job.describe()
     failure = (folder.failure() or {}) if state == FAILED else {}
-    return state, f"{failure.get('kind', 'unknown')}: {failure.get('message', '')}" if failure else ""
+    if failure:
+        return state, f"{failure.get('kind', 'unknown')}: {failure.get('message', '')}"
+    sent = submission(folder) if queue.problem else None
+    return state, f"as the disk says; it was submitted as job {sent.get('job')}, but {queue.problem}" if sent else ""

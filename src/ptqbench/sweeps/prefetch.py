@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ptqbench.cell.spec import EvaluationSpec, ModelSpec, PerplexitySpec, RunSpec, TextSpec
-from ptqbench.errors import PtqbenchError
-from ptqbench.runs.folder import write_json
+from ptqbench.errors import PtqbenchError, StorageError
+from ptqbench.runs.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def prefetch(specs: Iterable[RunSpec], manifest: Path, say: Callable[[Item], Non
         wanted.setdefault(("model", _key(spec.model)), lambda model=spec.model: _model(model))  # type: ignore[misc]
         texts = [
             *spec.evaluation.texts.values(),
-            *([spec.calibration] if spec.calibration and spec.calibration.windows is None and spec.quantizes else []),
+            *([spec.calibration] if spec.calibration and spec.calibration.windows is None and spec.calibrates else []),
         ]
         for text in texts:
             wanted.setdefault(("text", _key(text)), lambda text=text: _text(text))  # type: ignore[misc]
@@ -62,11 +62,14 @@ def prefetch(specs: Iterable[RunSpec], manifest: Path, say: Callable[[Item], Non
         name = str(key[0])
         try:
             item = Item(kind, name, load(), loaded=True)
-        except PtqbenchError as error:
-            item = Item(kind, name, str(error), loaded=False)
+        except (PtqbenchError, OSError) as error:  # e.g. a full disk
+            item = Item(kind, name, " ".join(str(error).split()), loaded=False)
         say(item)
         items.append(item)
-    write_json(manifest, {"time": time.time(), "items": [dataclasses.asdict(item) for item in items]})
+    try:
+        write_json(manifest, {"time": time.time(), "items": [dataclasses.asdict(item) for item in items]})
+    except OSError as error:
+        raise StorageError.of(error, f"{manifest} cannot be written") from error
     return items
 
 

@@ -135,7 +135,7 @@ def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[flo
     device = block * (stored + 4) + vocabulary * d * stored + head
     host = vocabulary * d * stored * (1 if architecture.tied_embeddings else 2) + block * 8
     streams = max((text_tokens(text.dataset) * d * stored for text in spec.evaluation.texts.values()), default=0)
-    if spec.quantizes and spec.calibration is not None:
+    if spec.calibrates and spec.calibration is not None:
         length = spec.calibration.seq_len
         waiting = spec.calibration.n_samples * length * (2 * d + f) * stored
         device += min(waiting, WAITING_BYTES)

@@ -35,10 +35,10 @@ _SIMPLE = re.compile(r"\+{0,2}\w+([./][\w-]+)*=[\w./+-]+|~\w+([./][\w-]+)*", re.
 
 
 def literal(value: Any) -> str:
-    """Write a value in Hydra's grammar such that a cell gets exactly this value, whatever characters it has.
+    r"""Write a value in Hydra's grammar such that a cell gets exactly this value, whatever characters it has.
 
     >>> literal("w4"), literal("a=1, it's"), literal([None, True, "1e10"])
-    ('w4', "'a=1, it\\\\'s'", "[null,true,'1e10']")
+    ('w4', "'a=1, it\\'s'", "[null,true,'1e10']")
 
     Args:
         value: None, a bool, a number, text, or a list or mapping of these.
@@ -73,8 +73,8 @@ def _mapping_key(key: Any) -> str:
 
 
 def assign(key: str, value: Any) -> list[str]:
-    """Override words that give a key this value. Hydra would merge a mapping into what is there, so that is emptied first."""
-    return [*([f"{key}=null"] if isinstance(value, dict) else []), f"{key}={literal(value)}"]
+    """Override words that give a key this value. What is there is emptied first where Hydra would merge the value into it."""
+    return [*([f"{key}=null"] if isinstance(value, dict | list) else []), f"{key}={literal(value)}"]
 
 
 def is_axis(name: str) -> bool:
@@ -167,7 +167,9 @@ def check_request(words: list[str], flags: list[str] | None = None) -> None:
         if re.match(r"\+*hydra[./](launcher|sweeper)\b", word):
             known = [f"launcher={name}" for name in group_names("launcher")]
             wanted = f"launcher={word.partition('=')[2]}"
-            raise ConfigError(f"{word}: ptqbench launches cells itself, without Hydra's launchers; {nearest(wanted, known)}")
+            raise ConfigError(
+                f"{word}: ptqbench launches cells itself, without Hydra's launchers; {nearest(wanted, known)}"
+            )
     if {"--package", "-p"} & set(flags or ()) and not {"--cfg", "-c"} & set(flags or ()):
         raise ConfigError("--package: expected --cfg beside it, of whose output it shows a part")
     if ASKS_HYDRA & set(flags or ()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -22,15 +22,16 @@ LARGEST = 1_000_000
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the types of YAML 1.2, in which a key given twice is an error."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own form
-    yaml_constructors: dict[str, Any] = {}  # noqa: RUF012
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} is given twice", key.start_mark
+                    )
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
@@ -40,20 +41,21 @@ class _Loader(yaml.SafeLoader):
         return value if math.isfinite(value) else str(node.value)
 
 
-TYPES = {
+TYPES: dict[str, tuple[str, list[str], Any]] = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""], yaml.SafeLoader.construct_yaml_null),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF"), yaml.SafeLoader.construct_yaml_bool),
     "int": (r"[-+]?[0-9]+", list("-+0123456789"), lambda loader, node: int(node.value)),
     "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789"), _Loader.number),
     "merge": (r"<<", ["<"], yaml.SafeLoader.construct_yaml_str),
 }
+_Loader.yaml_implicit_resolvers = {}
 for _name, (_pattern, _first, _construct) in TYPES.items():
     _tag = f"tag:yaml.org,2002:{_name}"
     _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
     _Loader.add_constructor(_tag, _construct)
 for _name in ("str", "seq", "map"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", getattr(yaml.SafeLoader, f"construct_yaml_{_name}"))
-_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+_Loader.yaml_constructors[None] = yaml.SafeLoader.construct_undefined
 
 
 def read_yaml(path: Path) -> Any:
@@ -64,7 +66,7 @@ def read_yaml(path: Path) -> Any:
         OSError: The file cannot be read.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # noqa: S506 - a safe loader
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
         size = _size(data, {})
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ptqbench.cell.spec import RunSpec, TrackingSpec, to_dict
-from ptqbench.runs.folder import RunFolder, read_json, write_json
+from ptqbench.errors import StorageError
+from ptqbench.runs.files import number, read_record, write_json
+from ptqbench.runs.folder import RunFolder
 
 ANSWER_S = 20.0
 """Seconds that W&B has to answer at the beginning, while the cell works."""
@@ -119,7 +121,7 @@ def followed(spec: RunSpec, folder: RunFolder) -> Iterator[None]:
         finally:
             if helper is not None:
                 helper.end()
-            with contextlib.suppress(OSError, ValueError):  # a full disk, a closed terminal
+            with contextlib.suppress(OSError, ValueError, StorageError):  # a full disk, a closed terminal
                 _record(spec, folder, outcome)
 
 
@@ -138,8 +140,11 @@ def _start(spec: RunSpec, folder: RunFolder) -> tuple[Helper | None, str | None]
 
 def _breaker_is_open(spec: RunSpec) -> str | None:
     """Say why W&B is not tried: it kept another cell of these run folders waiting a moment ago."""
-    found = read_json(Path(spec.execution.runs_dir) / BREAKER)
-    if spec.tracking.mode != "online" or not isinstance(found, dict) or time.time() - found.get("time", 0) > BREAKER_S:
+    found: dict[str, Any] = {}
+    with contextlib.suppress(StorageError):
+        found = read_record(Path(spec.execution.runs_dir) / BREAKER)
+    opened = number(found, "time")
+    if spec.tracking.mode != "online" or opened is None or not 0 <= time.time() - opened <= BREAKER_S:
         return None
     return f"not tried, as it did not answer within the last {BREAKER_S / 60:.0f} min ({found.get('reason')})"
 
@@ -169,10 +174,9 @@ def mark(folder: RunFolder, runs_dir: str, mode: str, outcome: dict[str, Any]) -
 
 def is_marked(folder: RunFolder, tracking: TrackingSpec) -> bool:
     """Whether W&B has the present result of a cell where ``tracking`` wants it; offline files are no upload."""
-    found = read_json(folder.synced_path)
+    found = read_record(folder.synced_path)
     return (
-        isinstance(found, dict)
-        and found.get("result") == digest(folder)
+        found.get("result") == digest(folder)
         and found.get("project") == tracking.project
         and tracking.entity in (None, found.get("entity"))
         and found.get("mode") in ("online", tracking.mode)

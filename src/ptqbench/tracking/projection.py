@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ptqbench.cell.fingerprint import FORMAT, canonical_json, identity_fields, slug
+from ptqbench.cell import labels
+from ptqbench.cell.fingerprint import FORMAT, canonical_json, identity_fields
 from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import ConfigError
 from ptqbench.runs.folder import RunFolder
@@ -36,6 +37,10 @@ def config_of(spec: RunSpec) -> dict[str, Any]:
     fields = identity_fields(spec)
     for section in ("model", "method", "bitwidth", "evaluation"):
         fields[section]["name"] = getattr(spec, section).name
+    for section in ("model", "calibration"):
+        if f"{section}.path" in spec.changed:
+            fields[section]["path"] = Path(getattr(spec, section).path).name  # part of the label; where it lies is not
+    fields["changed"] = list(spec.changed)
     return {**fields, "format": FORMAT, "spec": canonical_json(fields)}
 
 
@@ -107,10 +112,10 @@ class Projection:
         import wandb
 
         tracking = self.spec.tracking
-        tags = dict.fromkeys((self.spec.model.name, self.spec.bitwidth.name, *tracking.tags))
+        tags = dict.fromkeys((labels.model(self.spec), labels.bitwidth(self.spec), *tracking.tags))
         self._run = wandb.init(
-            project=tracking.project, entity=tracking.entity, group=tracking.group, job_type=self.spec.method.name,
-            id=self.folder.run_id, name=slug(self.spec), resume="allow", tags=[tag[:TAG_LENGTH] for tag in tags],
+            project=tracking.project, entity=tracking.entity, group=tracking.group, job_type=labels.method(self.spec),
+            id=self.folder.run_id, name=labels.slug(self.spec), resume="allow", tags=[tag[:TAG_LENGTH] for tag in tags],
             config=config_of(self.spec), allow_val_change=True, dir=str(target),
             mode="offline" if tracking.mode == "offline" else "online",
             settings=wandb.Settings(

@@ -11,6 +11,7 @@ from ptqbench.cell.fingerprint import FORMAT, RUN_ID_LENGTH, run_id
 from ptqbench.cell.spec import RunSpec, build
 from ptqbench.errors import ConfigError, PtqbenchError
 from ptqbench.results.tables import KEYS, Absent, Source, tidy
+from ptqbench.runs.files import number
 from ptqbench.runs.folder import DONE, FAILED, INTERRUPTED, RUNNING
 
 if TYPE_CHECKING:
@@ -82,13 +83,14 @@ def _source(run: Any) -> Iterable[Source]:
         return
     try:
         spec = build(RunSpec, {key: value for key, value in json.loads(config["spec"]).items() if key != "format"})
-        stored = json.loads(summary["result"]) if "result" in summary else None
-    except (PtqbenchError, ValueError) as error:
-        model, method, bitwidth = (str((config.get(key) or {}).get("name")) for key in KEYS)
-        yield Absent(model, method, bitwidth, int(config.get("seed", 0)), "damaged", str(error))
+        stored = dict(json.loads(summary["result"])) if "result" in summary else None
+    except (PtqbenchError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        parts = (config.get(key) for key in KEYS)
+        model, method, bitwidth = (str(part.get("name") if isinstance(part, dict) else part) for part in parts)
+        yield Absent(model, method, bitwidth, int(number(config, "seed") or 0), "damaged", str(error))
         return
     if run_id(spec) != run.id:
         reason = f"the run's config describes cell {run_id(spec)}, not {run.id}"
-        yield Absent(spec.model.name, spec.method.name, spec.bitwidth.name, spec.seed, "damaged", reason, spec)
+        yield Absent.of(spec, "damaged", reason)
         return
     yield Recorded(run.id, stored, STATES.get(run.state, INTERRUPTED), summary.get("failure")), spec

@@ -14,6 +14,7 @@ import pandas as pd
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet, best, format_bits, format_value, higher_is_better
 from ptqbench.results.tables.metrics import AVERAGE, MISSING, kind
+from ptqbench.results.tables.pivot import draw
 from ptqbench.results.tables.tidy import EVALUATION_TIMINGS, quantize_seconds, spared_seconds
 from ptqbench.runs.folder import DONE, RunFolder, read_json
 
@@ -41,7 +42,7 @@ class Cell:
     """
 
     names: Names
-    seed: int
+    seed: str
     run_id: str | None
     state: str
     result: dict[str, Any]
@@ -57,18 +58,19 @@ def read_cells(frame: pd.DataFrame, folders: Mapping[str, RunFolder]) -> list[Ce
         frame: As ``tables.tidy`` returns it, not modified; cells that nothing names are left out.
         folders: Run folders by run id.
     """
-    known = frame.dropna(subset=["model"]).drop_duplicates([*KEYS, "seed", "run_id", "state"])
+    known = frame.dropna(subset=["model"]).drop_duplicates([*KEYS, "seed", "rotation_seed", "run_id", "state"])
     return [_cell(row, folders.get(str(row["run_id"]))) for row in known.to_dict("records")]
 
 
 def _cell(row: Mapping[Any, Any], folder: RunFolder | None) -> Cell:
     names, state = cast("Names", tuple(str(row[key]) for key in KEYS)), str(row["state"])
+    seed = draw(row["seed"], row["rotation_seed"])
     if folder is None:
-        return Cell(names, int(row["seed"]), None, state, {}, [], 0, None)
+        return Cell(names, seed, None, state, {}, [], 0, None)
     result = folder.result() if state == DONE else None
     read = [read_json(path / "meta.json") for path in folder.attempts]
     attempts = [meta for meta in read if isinstance(meta, dict)]
-    return Cell(names, int(row["seed"]), folder.run_id, state, result or {}, attempts, len(read), folder.beat_time())
+    return Cell(names, seed, folder.run_id, state, result or {}, attempts, len(read), folder.beat_time())
 
 
 def main_metrics(found: Pivot) -> list[str]:

@@ -1,10 +1,11 @@
 """Run folders -> tidy frame -> comparison -> Markdown, LaTeX, HTML. Pure functions on pandas; no torch."""
 
 from ptqbench.results.tables.metrics import format_bits, format_value, higher_is_better
+from ptqbench.results.tables.names import KEYS
 from ptqbench.results.tables.pivot import Pivot, best, comparison, metric_columns, pivot, standard_errors, task_average
 from ptqbench.results.tables.render import html, html_page, latex, markdown
 from ptqbench.results.tables.sheet import Column, Entry, Sheet, comparison_sheet
-from ptqbench.results.tables.tidy import KEYS, Absent, Source, tidy
+from ptqbench.results.tables.tidy import Absent, Source, tidy
 
 __all__ = [
     "KEYS", "Absent", "Column", "Entry", "Pivot", "Sheet", "Source", "best", "comparison", "comparison_sheet", "format_bits",

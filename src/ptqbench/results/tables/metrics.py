@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
 ACCURACIES = ("acc", "acc_norm", "exact_match")
@@ -50,7 +54,15 @@ def format_nominal(bits: float) -> str:
     return MISSING if pd.isna(bits) else f"{bits:g}"
 
 
+def measured(metric: Mapping[str, Any]) -> float:
+    """The value of a metric in a result; infinity for a perplexity too large for a float, of which only the mean loss is known."""
+    value = metric.get("value")
+    return math.inf if value is None and metric.get("mean_loss") is not None else float(metric["value"])
+
+
 def _format(metric: str, value: float, scale: float) -> str:
+    if math.isinf(value):
+        return "inf"
     if kind(metric) in ACCURACIES:
         return f"{100 * value:.1f}"
     return f"{value:.3f}" if scale < 10 else f"{value:.2f}" if scale < 1e4 else f"{value:.1e}"

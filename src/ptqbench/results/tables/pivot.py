@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ import pandas as pd
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.results.tables.metrics import AVERAGE, higher_is_better, kind, order
-from ptqbench.results.tables.tidy import KEYS
+from ptqbench.results.tables.names import KEYS
 
 BITS = ["nominal_w_bits", "effective_w_bits"]
 NEVER_RUN = ("excluded", "skipped")
@@ -55,14 +56,15 @@ def pivot(frame: pd.DataFrame) -> Pivot:
         Rows model by model, the unquantized one first, bitwidths together, else in order of first appearance.
     """
     known = frame.dropna(subset=["model"])
+    known = known.assign(draw=[draw(*seeds) for seeds in zip(known["seed"], known["rotation_seed"], strict=True)])
     done, protocols = _by_protocol(known.dropna(subset=["metric"]))
-    done = done.drop_duplicates([*KEYS, "metric", "seed"])
+    done = done.drop_duplicates([*KEYS, "metric", "seed", "rotation_seed"])
     rows = pd.MultiIndex.from_frame(_row_order(known))
-    cells = known.drop_duplicates([*KEYS, "seed", "run_id", "state"])
+    cells = known.drop_duplicates([*KEYS, "draw", "run_id", "state"])
     wanted = cells[~cells["state"].isin(NEVER_RUN)]
     grouped = done.groupby([*KEYS, "metric"], sort=False)
     statistics = grouped.agg(
-        mean=("value", "mean"), spread=("value", "std"), count=("seed", "nunique"), sampling=("stderr", "mean")
+        mean=("value", "mean"), spread=("value", "std"), count=("draw", "nunique"), sampling=("stderr", "mean")
     )
     names = sorted(done["metric"].unique(), key=order)
     wide = {name: statistics[name].unstack("metric").reindex(index=rows, columns=names) for name in statistics}
@@ -71,7 +73,7 @@ def pivot(frame: pd.DataFrame) -> Pivot:
     seeds_error = wide["spread"] / count.where(count > 0) ** 0.5
     by_row = known.groupby(KEYS, sort=False)
     bits = by_row[BITS].mean().reindex(rows)
-    bits["n_seeds"] = wanted.groupby(KEYS, sort=False)["seed"].nunique().reindex(rows).fillna(0).astype(int)
+    bits["n_seeds"] = wanted.groupby(KEYS, sort=False)["draw"].nunique().reindex(rows).fillna(0).astype(int)
     return Pivot(
         bits=bits,
         mean=wide["mean"].where(complete),
@@ -102,14 +104,14 @@ def standard_errors(frame: pd.DataFrame) -> pd.DataFrame:
 def best(found: Pivot) -> pd.DataFrame:
     """Mark the best value of each metric per (model, bitwidth), and what cannot be told from it.
 
-    A value ties with the best when their difference is at most one standard error of a difference of independent means. All
-    rows share the evaluation text, so that is a cautious rule: a paired test tells more apart.
+    A value ties with the best when their difference is at most their spread: the root of the sum of the two variances, over seeds
+    where a row has several, else of the evaluation. That is a cautious rule: a paired test tells more apart.
 
     Returns:
         A boolean frame like ``found.mean``; nothing is marked where a value has no rival.
     """
     groups = found.mean.groupby(level=["model", "bitwidth"], sort=False)
-    errors, top = found.error.fillna(0.0), groups.transform("min")
+    errors, top = found.spread.fillna(found.error).fillna(0.0), groups.transform("min")
     upwards = [metric for metric in found.mean.columns if higher_is_better(metric)]
     if upwards:
         top[upwards] = groups[upwards].transform("max")
@@ -209,27 +211,33 @@ def _expected(done: pd.DataFrame, wanted: pd.DataFrame, rows: pd.MultiIndex, nam
         among = frozenset(evaluations[name])
         if among not in seeds:
             asking = wanted[wanted["evaluation"].isin(among) | wanted["evaluation"].isna()]
-            seeds[among] = asking.groupby(KEYS, sort=False)["seed"].nunique().reindex(rows)
+            seeds[among] = asking.groupby(KEYS, sort=False)["draw"].nunique().reindex(rows)
     expected = {name: seeds[frozenset(evaluations[name])] for name in names}
     return pd.DataFrame(expected, index=rows, columns=names).fillna(0)
 
 
 def _reasons(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
     """Words for the cells of each row that have no result: state and reason, and which seeds where there are several."""
-    found: dict[tuple[str, ...], dict[str, set[int]]] = {}
-    seeds: dict[tuple[str, ...], set[int]] = {}
-    for *names, metric, state, reason, seed in cells[[*KEYS, "metric", "state", "reason", "seed"]].to_numpy().tolist():
-        seeds.setdefault(tuple(names), set()).add(int(seed))
+    found: dict[tuple[str, ...], dict[str, set[str]]] = {}
+    seeds: dict[tuple[str, ...], set[str]] = {}
+    for *names, metric, state, reason, seed in cells[[*KEYS, "metric", "state", "reason", "draw"]].to_numpy().tolist():
+        seeds.setdefault(tuple(names), set()).add(seed)
         if pd.isna(metric):
             words = f"{state}: {reason}" if isinstance(reason, str) and reason else str(state)
-            found.setdefault(tuple(names), {}).setdefault(words, set()).add(int(seed))
+            found.setdefault(tuple(names), {}).setdefault(words, set()).add(seed)
     return {
         key: "; ".join(_seeds(given, seeds[key]) + words for words, given in which.items())
         for key, which in found.items()
     }
 
 
-def _seeds(given: set[int], row: set[int]) -> str:
+def draw(seed: Any, rotation_seed: Any) -> str:
+    """One draw of what is random in a cell: its seed, and behind a slash the seed of random rotations where it has any."""
+    words = [f"{one:g}" if isinstance(one, float) else str(one) for one in (seed, rotation_seed) if pd.notna(one)]
+    return "/".join(words) or "?"
+
+
+def _seeds(given: set[str], row: set[str]) -> str:
     if len(row) == 1:
         return ""
-    return f"{'seed' if len(given) == 1 else 'seeds'} {', '.join(map(str, sorted(given)))} "
+    return f"{'seed' if len(given) == 1 else 'seeds'} {', '.join(sorted(given, key=lambda one: (len(one), one)))} "

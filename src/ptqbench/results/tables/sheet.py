@@ -18,12 +18,12 @@ from ptqbench.results.tables.metrics import (
     higher_is_better,
     kind,
 )
+from ptqbench.results.tables.names import KEYS
 from ptqbench.results.tables.pivot import BITS, NOT_MEASURED, Pivot, best, pivot, task_average
-from ptqbench.results.tables.tidy import KEYS
 
 BOLD = (
-    "Bold: best of a model and bitwidth, and what is within one standard error of the difference to it "
-    "(over seeds where there are several, else of the evaluation)."
+    "Bold: best of a model and bitwidth, and what is within the spread of the difference to it "
+    "(over seeds where there are several, else the standard error of the evaluation)."
 )
 SPREAD = "±: sample standard deviation over seeds."
 

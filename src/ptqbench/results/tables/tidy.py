@@ -1,8 +1,8 @@
 """Run folders -> tidy frame: one row per (cell, metric). No torch.
 
 A cell without a usable result keeps one row with its state and the reason, so that a table shows a dash and says why instead
-of having a hole. Two cells may share a row of a table only where everything but seed and evaluation is equal: ``variant``
-is a digest of just that, and cells of one name that differ in it get names that say how.
+of having a hole. Two cells may share a row of a table only where everything but seeds and evaluation is equal: ``variant``
+is a digest of just that. ``names`` sees to it that what is equal has one name and what differs has two.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 import pandas as pd
 
-from ptqbench.cell.fingerprint import identity_fields, identity_texts, joined
+from ptqbench.cell import labels
+from ptqbench.cell.fingerprint import identity_texts, joined
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS, RunSpec
 from ptqbench.errors import PtqbenchError
+from ptqbench.results.tables.metrics import measured
+from ptqbench.results.tables.names import KEYS, settle
 from ptqbench.results.tables.specs import SpecReader
 from ptqbench.runs.folder import DONE, RunFolder
 
-KEYS = ["model", "method", "bitwidth"]
 SETTINGS = [
     "calibration", "basis_samples", "objective", "granularity", "true_sequential", "act_order", "scheme", "clip_search",
     "a_symmetric", "a_clip_ratio",
@@ -31,10 +34,13 @@ NUMBERS = [
     "value", "stderr",
 ]  # fmt: skip
 COLUMNS = [
-    *KEYS, "w_bits", "a_bits", "k_bits", "v_bits", "group_size", *ROLES, *SETTINGS, "seed", "run_id", "variant", "evaluation",
+    *KEYS, "w_bits", "a_bits", "k_bits", "v_bits", "group_size", *ROLES, *SETTINGS, "seed", "rotation_seed",
+    "run_id", "variant", "evaluation",
     *NUMBERS[:-2], "metric", *NUMBERS[-2:], "protocol", "state", "reason",
 ]  # fmt: skip
 BESIDE_VARIANT = ("seed", "evaluation")
+ROTATION_SEED = re.compile(r'"rotation_seed":\d+,?')
+"""The seed of random rotations in the canonical JSON of a method: a table averages over it as over the seed of the cell."""
 EVALUATION_TIMINGS = ("perplexity_s", "zero_shot_s")
 
 
@@ -48,10 +54,15 @@ class Absent:
     model: str
     method: str
     bitwidth: str
-    seed: int
+    seed: int | str
     state: str
     reason: str
     spec: RunSpec | None = None
+
+    @classmethod
+    def of(cls, spec: RunSpec, state: str, reason: str) -> Absent:
+        """A cell of which all but digests is known."""
+        return cls(labels.model(spec), labels.method(spec), labels.bitwidth(spec), spec.seed, state, reason, spec)
 
 
 class Measured(Protocol):
@@ -81,13 +92,12 @@ def tidy(cells: Iterable[Source]) -> pd.DataFrame:
         ``protocol`` says in words what a value was measured on. Order of the input is kept.
     """
     rows: list[dict[str, Any]] = []
-    variants: dict[str, RunSpec] = {}
     reader = SpecReader()
     for cell in cells:
         if isinstance(cell, Absent):
             known = {} if cell.spec is None else _key(cell.spec)
-            names = {key: getattr(cell, key) for key in (*KEYS, "seed", "state", "reason")}
-            rows.append(known | names)
+            given = {key: getattr(cell, key) for key in (*KEYS, "seed", "state", "reason")}
+            rows.append(given | known)
             continue
         folder, spec = cell
         try:
@@ -99,10 +109,8 @@ def tidy(cells: Iterable[Source]) -> pd.DataFrame:
         except PtqbenchError as error:
             rows.append(_unreadable(folder, str(error)))
             continue
-        key = {**_key(spec), "run_id": folder.run_id, **_digests(texts)}
-        variants.setdefault(key["variant"], spec)
-        rows += _measurements(folder, spec, key)
-    _tell_apart(rows, variants)
+        rows += _measurements(folder, spec, {**_key(spec), "run_id": folder.run_id, **_digests(texts)})
+    settle(rows)
     return _framed(rows)
 
 
@@ -123,6 +131,7 @@ def _unreadable(folder: Measured, reason: str) -> dict[str, Any]:
 def _digests(texts: dict[str, str]) -> dict[str, str]:
     """What tells cells apart: everything but seed and evaluation, and the evaluation."""
     variant = {name: text for name, text in texts.items() if name not in BESIDE_VARIANT}
+    variant["method"] = ROTATION_SEED.sub("", variant["method"])
     return {"variant": _digest(joined(variant)), "evaluation": _digest(texts["evaluation"])}
 
 
@@ -130,9 +139,7 @@ def _key(spec: RunSpec) -> dict[str, Any]:
     """What every row of a cell says."""
     bits = spec.bitwidth
     return {
-        "model": spec.model.name,
-        "method": spec.method.name,
-        "bitwidth": bits.name,
+        "spec": spec,
         "w_bits": bits.w_bits,
         "a_bits": bits.a_bits,
         "k_bits": bits.k_bits,
@@ -140,6 +147,7 @@ def _key(spec: RunSpec) -> dict[str, Any]:
         "group_size": bits.group_size,
         **{role: getattr(spec.method, role).name for role in ROLES},
         "seed": spec.seed,
+        "rotation_seed": spec.method.transform.options.get("rotation_seed"),
         **_settings(spec),
         "nominal_w_bits": nominal(spec, bits.w_bits),
         "nominal_a_bits": nominal(spec, bits.a_bits),
@@ -214,8 +222,8 @@ def spared_seconds(result: dict[str, Any]) -> float | None:
 
 
 def _measurement(spec: RunSpec, name: str, metric: dict[str, Any]) -> dict[str, Any]:
-    value, stderr = float(metric["value"]), metric.get("stderr")
-    if not math.isfinite(value):
+    value, stderr = measured(metric), metric.get("stderr")
+    if math.isnan(value):
         raise ValueError(f"{name} is {value}")
     return {
         "metric": name,
@@ -238,61 +246,6 @@ def protocol(spec: RunSpec, name: str, metric: dict[str, Any]) -> str:
     n = {"shots": metric.get("n_shot", 0), "examples": metric.get("n_examples"), "batch": metric.get("batch_size")}
     facts = ", ".join(f"{count} {word}" for word, count in n.items() if count is not None)
     return f"lm-eval {metric.get('lm_eval', '')} {label} version {metric.get('task_version')}, {facts}"
-
-
-def _tell_apart(rows: list[dict[str, Any]], specs: dict[str, RunSpec]) -> None:
-    """Append to the method's name what distinguishes variants that would otherwise share a row."""
-    variants: dict[tuple[Any, ...], list[str]] = {}
-    for row in rows:
-        if "variant" in row:
-            named = variants.setdefault(tuple(row[key] for key in KEYS), [])
-            if row["variant"] not in named:
-                named.append(row["variant"])
-    labels: dict[tuple[Any, ...], str] = {}
-    for names, several in variants.items():
-        if len(several) > 1:
-            flat = {variant: _flat(_of_variant(specs[variant])) for variant in several}
-            for variant in several:
-                labels[*names, variant] = _differences(flat, variant)
-    for row in rows:
-        label = labels.get((*(row.get(key) for key in KEYS), row.get("variant")))
-        if label is not None:
-            row["method"] = f"{row['method']} [{label}]"
-
-
-def _of_variant(spec: RunSpec) -> dict[str, Any]:
-    return {name: value for name, value in identity_fields(spec).items() if name not in BESIDE_VARIANT}
-
-
-def _differences(flat: dict[str, dict[str, str]], variant: str) -> str:
-    """Fields of ``variant`` that are not equal in all; options of a role only among those with the same members."""
-    differing = _differing(list(flat.values()))
-    members = [path for path in differing if path.endswith(".name")]
-    alike = [fields for fields in flat.values() if all(fields.get(path) == flat[variant].get(path) for path in members)]
-    within = _differing(alike)
-    rest = [path for path in differing if path not in members and (path in within or ".options." not in path)]
-    members.sort(key=lambda path: [*ROLES, path].index(path.split(".")[1] if path.split(".")[1] in ROLES else path))
-    return ", ".join(f"{_short(path)}={flat[variant].get(path, 'none')}" for path in [*members, *rest])
-
-
-def _differing(variants: list[dict[str, str]]) -> list[str]:
-    paths = sorted({path for fields in variants for path in fields})
-    return [path for path in paths if len({fields.get(path) for fields in variants}) > 1]
-
-
-def _short(path: str) -> str:
-    return path.removeprefix("method.").replace(".options.", ".").removesuffix(".name")
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, dict):
-        return {
-            path: text
-            for name, item in value.items()
-            for path, text in _flat(item, f"{prefix}.{name}" if prefix else str(name)).items()
-        }
-    text = str(value)
-    return {prefix: text.removeprefix("sha256:")[:12] if prefix.endswith("digest") else text}
 
 
 def _digest(text: str) -> str:

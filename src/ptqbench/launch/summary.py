@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -12,8 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ptqbench.errors import DataNotHereError
-from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING
+from ptqbench.errors import DataNotHereError, StorageError
+from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE
 from ptqbench.sweeps.cells import INVALID, SKIPPED
 from ptqbench.sweeps.plan import Row, calibrated, counts, groups
 from ptqbench.sweeps.resources import duration
@@ -26,10 +27,12 @@ RUNNING_SHOWN = 8
 ORDER = (DONE, ALREADY, "submitted", RUNNING, SKIPPED, CANCELLED, FAILED)  # of the counts at the end
 
 
+LONG_DETAIL = 60
+"""Details of a plan that are as long and said of many cells are written once, below."""
 PLAN_COLUMNS = ("cell", "state", "needs", "estimate", "detail")
 
 
-class Report:
+class Summary:
     """Counts and prints; the launchers call it."""
 
     def __init__(self, rows: Sequence[Row], live: bool) -> None:
@@ -47,12 +50,12 @@ class Report:
         self._began, self._drawn, self._finished = time.time(), 0.0, 0
         self._failed: list[tuple[str, str, str]] = []
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> Summary:
         """Say what was settled before anything runs."""
         for row in self.rows:
             if row.state == SKIPPED:
-                self._count(SKIPPED, f"[yellow]skipped[/] {row.cell.name}: {row.detail}")
-            elif row.state == INVALID:
+                self.note(SKIPPED, row.cell, row.detail)
+            elif row.state in (INVALID, UNREADABLE):
                 self.failed(row.cell, "config", row.detail, "")
             elif row.state == DONE and row.cell.folder is not None:
                 self.finished(row.cell, ALREADY)
@@ -61,7 +64,6 @@ class Report:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop drawing."""
         if self._live:
             self._live.stop()
 
@@ -81,27 +83,44 @@ class Report:
 
         self._finished += state == DONE
         result: dict[str, Any] = (cell.folder.result() if cell.folder is not None else None) or {}
-        self._count(state, f"[green]{state}[/] {cell.name}: {result_line(result) if result else ''}")
+        self.counts[state] += 1
+        self.say(f"{cell.name}: {result_line(result) if result else ''}", state, "green")
 
     def failed(self, cell: Cell, kind: str, message: str, log: str) -> None:
         """A cell has failed for good."""
         self._failed.append((cell.name, f"{kind}: {message}", log))
-        self._count(FAILED, f"[red]failed[/] {cell.name}: {kind}: {message}")
+        self.counts[FAILED] += 1
+        self.say(f"{cell.name}: {kind}: {message}", FAILED, "red")
 
-    def failed_on_record(self, cell: Cell) -> None:
-        """A cell has failed for good and has said how in its ``failure.json``."""
+    def failed_on_record(self, cell: Cell, message: str = "see the run folder") -> None:
+        """A cell has failed for good and has said how in its ``failure.json``.
+
+        Args:
+            cell: The cell.
+            message: What is said where it could not be recorded.
+        """
         assert cell.folder is not None
-        failure, attempts = cell.folder.failure() or {}, cell.folder.attempts
-        log = attempts[-1] / "log.txt" if attempts else cell.folder.path
+        failure, log = {"kind": "disk", "message": message}, cell.folder.path
+        with contextlib.suppress(OSError, StorageError):
+            failure = cell.folder.failure() or failure
+            log = cell.folder.attempts[-1] / "log.txt" if cell.folder.attempts else log
         self.failed(cell, str(failure.get("kind")), str(failure.get("message")), str(log))
 
     def note(self, state: str, cell: Cell, message: str) -> None:
         """Something else happened to a cell; ``state`` is counted."""
-        self._count(state, f"[yellow]{state}[/] {cell.name}: {message}")
+        self.counts[state] += 1
+        self.say(f"{cell.name}: {message}", state, "yellow")
 
-    def say(self, text: str) -> None:
-        """Print a line."""
-        (self._live.console if self._live else self.console).print(text, soft_wrap=True, highlight=False)
+    def say(self, text: str, mark: str = "", style: str = "") -> None:
+        """Print a line, as it is: names, messages and folders may hold brackets.
+
+        Args:
+            text: The line.
+            mark: A word before it.
+            style: Colour of that word.
+        """
+        line = Text.assemble((mark, style), " " if mark else "", text)
+        (self._live.console if self._live else self.console).print(line, soft_wrap=True, highlight=False)
 
     def draw(self, running: Sequence[Cell], waiting: int) -> None:
         """Refresh the live view, at most twice a second."""
@@ -111,7 +130,8 @@ class Report:
         table = Table(show_edge=False, pad_edge=False, show_header=False)
         for cell in running[:RUNNING_SHOWN]:
             beat = (cell.folder.heartbeat() if cell.folder is not None else None) or {}
-            table.add_row(cell.name, str(beat.get("stage", "start")), f"{beat.get('done', 0)}/{beat.get('total', 0)}")
+            words = (cell.name, str(beat.get("stage", "start")), f"{beat.get('done', 0)}/{beat.get('total', 0)}")
+            table.add_row(*map(Text, words))
         if len(running) > RUNNING_SHOWN:
             table.add_row(f"and {len(running) - RUNNING_SHOWN} more", "", "")
         spent, left = time.time() - self._began, waiting + len(running)
@@ -135,15 +155,18 @@ class Report:
         states = sorted(self.counts, key=lambda state: ORDER.index(state) if state in ORDER else len(ORDER))
         return ", ".join(f"{self.counts[state]} {state}" for state in states if self.counts[state])
 
-    def _count(self, state: str, line: str) -> None:
-        self.counts[state] += 1
-        self.say(line)
+
+def _repeated(rows: Sequence[Row]) -> dict[str, str]:
+    """Marks for the long details that several cells have."""
+    said = Counter(row.detail for row in rows if len(row.detail) >= LONG_DETAIL)
+    often = [detail for detail, count in said.items() if count > 1]
+    return {detail: f"({number})" for number, detail in enumerate(often, 1)}
 
 
-def _plan_line(row: Row) -> tuple[str, ...]:
+def _plan_line(row: Row, notes: Mapping[str, str]) -> tuple[str, ...]:
     known = row.needs if row.todo or row.state == INVALID else None
     asked, estimate = (known.describe(), duration(known.estimate_min)) if known else ("", "")
-    return row.cell.name, row.state, asked, estimate, row.detail
+    return row.cell.name, row.state, asked, estimate, notes.get(row.detail, row.detail)
 
 
 def _print_cells(console: Console, lines: Sequence[tuple[str, ...]]) -> None:
@@ -166,37 +189,44 @@ def _missing(cell: Cell) -> str:
     return "" if cell.draft is None else cell.draft.model.name
 
 
+def _line(console: Console, text: str) -> None:
+    console.print(Text(text), soft_wrap=not console.is_terminal, highlight=False)
+
+
 def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
     """Print every cell with its state and needs, and the sums per resource group."""
     console = Console()
     if every_cell:
-        _print_cells(console, [PLAN_COLUMNS, *map(_plan_line, rows)])
+        notes = _repeated(rows)
+        _print_cells(console, [PLAN_COLUMNS, *(_plan_line(row, notes) for row in rows)])
+        for reason, mark in notes.items():
+            _line(console, f"{mark} {reason}")
     todo = groups(rows)
     for amount, members in todo.items():
         hours = sum(row.needs.estimate_min for row in members if row.needs is not None) / 60
-        console.print(
+        _line(
+            console,
             f"{len(members)} cells: {amount.describe()}; estimated {hours:.1f} {'GPU-' if amount.gpus else ''}hours",
-            highlight=False,
         )
     absent = [row for row in rows if row.state == INVALID and row.needs is not None]
     if absent:
         hours = sum(row.needs.estimate_min for row in absent if row.needs is not None) / 60
         names = ", ".join(sorted({_missing(row.cell) for row in absent}))
-        console.print(
+        _line(
+            console,
             f"{len(absent)} cells whose models or data are not on this machine ({names}): estimated {hours:.1f} GPU-hours; "
             "load them with: python -m ptqbench prefetch",
-            highlight=False,
         )
     for (model, on_gpu), found in calibrated(rows).items():
         peak = (
             "" if found.peak_gib is None else f"; peak memory {found.peak_gib:.3g} of {found.asked_gib:g} GiB asked for"
         )
-        console.print(
+        _line(
+            console,
             f"estimates of {model} on {'GPU' if on_gpu else 'CPU'}: x {found.factor:.2f}, what {found.count} finished cells took "
             f"(median){peak}",
-            highlight=False,
         )
     running = [row for row in rows if row.state == RUNNING]
-    console.print(", ".join(f"{n} {state}" for state, n in sorted(counts(rows).items())) or "no cells", highlight=False)
+    _line(console, ", ".join(f"{n} {state}" for state, n in sorted(counts(rows).items())) or "no cells")
     if not todo and not running:
         console.print("nothing to run")

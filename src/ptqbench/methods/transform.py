@@ -1,0 +1,97 @@
+"""The role of the transform: what it is asked, and what members leave at its default."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from ptqbench.methods.base import Member
+from ptqbench.methods.precision import Layout, Precision
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ptqbench.cell.spec import RunSpec
+    from ptqbench.models.architecture import Architecture
+    from ptqbench.models.fuse import Basis
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """How rotations are learned: Cayley steps on the mean loss per token of the network with quantizers on.
+
+    Attributes:
+        steps: Number of steps; the rate falls from ``learning_rate`` along half a cosine.
+        learning_rate: Longest step.
+        momentum: Share of the velocity that is kept from step to step.
+        batch_size: Calibration windows per step; each is used once.
+        quantize_weights: Whether weights are rounded to nearest in the loss, too.
+    """
+
+    steps: int
+    learning_rate: float
+    momentum: float
+    batch_size: int
+    quantize_weights: bool
+
+    @property
+    def n_samples(self) -> int:
+        """Calibration windows that are needed."""
+        return self.steps * self.batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class FileMatrix:
+    """A matrix in a file.
+
+    Attributes:
+        name: Its name there.
+        shape: The shape that it must have.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class Transform(Member, ABC):
+    """In which basis do we quantize? Its grids follow from its layout and the cell."""
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether eigenbases must be computed first (``ptqbench.engine.bases``)."""
+        return False
+
+    @property
+    def learning(self) -> Learning | None:
+        """How its rotations are learned on the loss of the quantized network; None if they are not."""
+        return None
+
+    def start(self, architecture: Architecture) -> dict[str, Tensor]:
+        """Draw the rotations that learning starts from, by name; float64, orthogonal."""
+        raise NotImplementedError
+
+    def from_files(self, architecture: Architecture, held: Collection[str]) -> dict[str, FileMatrix]:
+        """Say which matrices to take from its files, which hold the names ``held``: our name -> where it is."""
+        return {}
+
+    def layout(self) -> Layout:
+        """Say how the transform splits axes; here not at all."""
+        return Layout()
+
+    def precision(self, spec: RunSpec, architecture: Architecture) -> Precision:
+        """Return the grids of weights, inputs, keys and values in this basis."""
+        return Precision(spec, architecture, self.layout())
+
+    @abstractmethod
+    def basis(
+        self, spec: RunSpec, architecture: Architecture, bases: Mapping[str, Tensor] | None = None
+    ) -> Basis | None:
+        """Return how tensors are fused and blocks are planned; None for the checkpoint as it is.
+
+        Args:
+            spec: The cell.
+            architecture: Dimensions.
+            bases: What was computed, learned or read beforehand, by name; None where nothing was.
+        """

@@ -1,0 +1,79 @@
+"""What a person gives with an option: names of files and folders, checked before any work is done for them, and amounts."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def output_file(name: str) -> str:
+    """Check the name of a file to be written, before any work is done for it."""
+    path = Path(name)
+    try:
+        if not name or path.is_dir() or name.endswith("/"):
+            raise ArgumentTypeError(f"expected the name of a file, got {name!r}" + " (a folder)" * bool(name))
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        raise ArgumentTypeError(f"{name[:60]!r}: {error.strerror}") from None
+    if not above.is_dir():
+        raise ArgumentTypeError(f"{name!r} lies below {str(above)!r}, which is a file")
+    return name
+
+
+def picture_file(name: str) -> str:
+    """Check the name of a picture to be drawn."""
+    if Path(output_file(name)).suffix.lower() not in PICTURES:
+        raise ArgumentTypeError(f"expected a name that ends in {', '.join(PICTURES)}, got {name!r}")
+    return name
+
+
+def write_output(name: str, text: str) -> None:
+    """Write a text where a person wants it: a link is followed, a device or a pipe is written to, a file is replaced as a whole.
+
+    Args:
+        name: As ``output_file`` has checked it.
+        text: What is written, as UTF-8.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from ptqbench.runs.folder import write_text  # here, so that a start without it imports no pydantic
+
+    path = Path(os.path.realpath(name))
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+    else:
+        write_text(path, text)
+
+
+def runs_folder(name: str) -> str:
+    """Check the name of a folder of run folders."""
+    if not name:
+        raise ArgumentTypeError("expected a folder, got ''")
+    try:
+        if Path(name).exists() and not Path(name).is_dir():
+            raise ArgumentTypeError(f"expected a folder, got the file {name!r}")
+    except OSError as error:
+        raise ArgumentTypeError(f"{name[:60]!r}: {error.strerror}") from None
+    return name
+
+
+def existing_runs_folder(name: str) -> str:
+    """Check the name of a folder of run folders that is read only, so that it must be there."""
+    if not Path(runs_folder(name)).is_dir():
+        raise ArgumentTypeError(f"no such folder {name!r} (looked in {Path.cwd()})")
+    return name
+
+
+def gib(text: str) -> float:
+    """Read an amount of memory or disk, GiB."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise ArgumentTypeError(f"expected GiB, a number of at least 0, got {text!r}")

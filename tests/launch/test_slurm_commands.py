@@ -1,0 +1,186 @@
+"""What is done with SLURM's answers, with programs that answer as SLURM can."""
+
+import json
+import os
+import threading
+
+import pytest
+
+from ptqbench.errors import ConfigError
+from ptqbench.launch import slurm
+from ptqbench.launch.dispatch import launch
+from ptqbench.launch.summary import Summary, print_plan
+from ptqbench.runs import queue as squeue
+from ptqbench.runs.folder import create
+from ptqbench.runs.queue import QUEUED, Job
+from ptqbench.sweeps.compose import resolved
+from ptqbench.sweeps.plan import Row, plan
+
+TAKE = """#!/bin/sh
+grep -o "ptqbench-[0-9a-f]*" "$1" > "$QUEUE/name"; echo x >> "$QUEUE/calls"
+"""
+SQUEUE = """#!/bin/sh
+[ -s "$QUEUE/name" ] || exit 0
+for task in 0 1; do echo "17_$task|$(head -1 $QUEUE/name)|PENDING|${REASON:-Priority}"; done
+"""
+TIMED_OUT = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1\n'
+REFUSED = 'echo "sbatch: error: Batch job submission failed: Invalid qos specification" >&2; exit 1\n'
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Write programs that come first on PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("QUEUE", str(tmp_path))
+    monkeypatch.setenv("SLURM_CONF", "somewhere")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for module, name, value in (
+        (slurm, "LOOK_S", 0),
+        (slurm, "FOLLOW_S", 0),
+        (slurm, "STUCK_S", 0),
+        (squeue, "PAUSE_S", 0),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+    def write(**scripts):
+        for name, script in {"squeue": SQUEUE, "srun": "#!/bin/sh", "scontrol": "#!/bin/sh", **scripts}.items():
+            (folder / name).write_text(script)
+            (folder / name).chmod(0o755)
+
+    return write
+
+
+@pytest.fixture
+def cells(tmp_path):
+    words = ["launcher=slurm", "resources.host_mem_gib=2", f"execution.runs_dir={tmp_path}/runs"]
+    return resolved([(f"w{b}", ["+method=rtn", f"bitwidth=w{b}", *words]) for b in (3, 4)])
+
+
+@pytest.mark.parametrize("ending", [TIMED_OUT, "kill -9 $$\n", "echo Accepted: seventeen\n"])
+def test_a_job_that_slurm_took_and_reported_as_failed_is_recognised(programs, cells, tmp_path, ending, capsys):
+    programs(sbatch=TAKE + ending)
+    assert launch(cells) == 0
+    assert "submitted job 17: 2 cells" in capsys.readouterr().out
+    assert [row.state for row in plan(cells)] == [QUEUED, QUEUED]
+    sent = [json.loads(cell.folder.submission_path.read_text()) for cell in cells]
+    assert [record["job"] for record in sent] == ["17", "17"]
+    handed = sorted(path.name for path in (tmp_path / "runs/.slurm" / sent[0]["token"]).glob("17_*_submitted.pkl"))
+    assert handed == ["17_0_submitted.pkl", "17_1_submitted.pkl"], "where the jobs look for their work"
+    assert launch(cells) == 0
+    assert (tmp_path / "calls").read_text().count("x") == 1
+
+
+@pytest.mark.parametrize(("ending", "kept"), [(TIMED_OUT, True), (REFUSED, False)])
+def test_the_token_goes_only_where_slurm_has_refused(programs, cells, ending, kept):
+    programs(sbatch="#!/bin/sh\n" + ending)
+    with pytest.raises(ConfigError, match="sbatch refused 2 cells"):
+        launch(cells)
+    assert all(cell.folder.submission_path.exists() == kept for cell in cells)
+
+
+def test_where_nobody_answers_nothing_is_concluded(programs, cells):
+    programs(sbatch=TAKE + TIMED_OUT, squeue="#!/bin/sh\nexit 1\n")
+    with pytest.raises(ConfigError, match="it is not known whether SLURM has taken them"):
+        launch(cells)
+    programs(sbatch="#!/bin/sh\n" + REFUSED)
+    assert [row.state for row in plan(cells)] == [QUEUED, QUEUED], "found once SLURM is back"
+
+
+def test_sweeps_at_the_same_moment_submit_every_cell_once(programs, cells, tmp_path):
+    programs(sbatch=TAKE + "sleep 0.3; echo Submitted batch job 17\n")
+    sweeps = [threading.Thread(target=launch, args=(cells,)) for _ in range(3)]
+    for sweep in sweeps:
+        sweep.start()
+    for sweep in sweeps:
+        sweep.join()
+    assert (tmp_path / "calls").read_text().count("x") == 1
+
+
+@pytest.mark.parametrize(
+    "reason", ["PartitionTimeLimit", "PartitionConfig", "BadConstraints", "DependencyNeverSatisfied"]
+)
+def test_waiting_ends_for_jobs_that_can_never_start_and_says_why(programs, cells, monkeypatch, reason, capsys):
+    programs(sbatch=TAKE + "echo Submitted batch job 17\n")
+    monkeypatch.setenv("REASON", reason)
+    assert launch(cells, wait=True) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"({reason}): can never start: " in out
+    assert "2 failed" in out
+
+
+@pytest.mark.parametrize(
+    ("reason", "stuck", "said"),
+    [
+        ("Resources", False, "pending (Resources)"),
+        ("AssocMaxJobsLimit", False, "a limit of the account"),
+        ("QOSMaxWallDurationPerJobLimit", True, "can never start"),
+        ("launch failed requeued held", True, "can never start"),
+    ],
+)
+def test_what_a_reason_means(reason, stuck, said):
+    job = Job("17_0", "PENDING", reason)
+    assert (job.obstacle is not None) == stuck
+    assert said in job.describe()
+
+
+def test_with_the_controller_down_the_disk_is_shown_at_once(programs, cells, monkeypatch, tmp_path):
+    programs(sbatch=TAKE + "echo Submitted batch job 17\n")
+    launch(cells)
+    programs(squeue='#!/bin/sh\necho x >> "$QUEUE/asked"; echo "slurm_load_jobs error: no controller" >&2; exit 1\n')
+    rows = plan(cells)
+    assert {row.state for row in rows} == {"pending"}
+    assert all("submitted as job 17, but squeue does not answer (slurm_load_jobs error" in row.detail for row in rows)
+    assert (tmp_path / "asked").read_text().count("x") == 1, "one short try"
+    with pytest.raises(ConfigError, match="squeue does not answer"):
+        launch(cells)
+
+
+@pytest.mark.parametrize("name", ["%u", "a%A", "a\\b", "%"])
+def test_folders_that_slurm_would_rename_are_refused_before_anything_is_submitted(programs, cells, tmp_path, name):
+    programs(sbatch=TAKE)
+    words = ["+method=rtn", "launcher=slurm", "execution.runs_dir='" + f"{tmp_path}/{name}".replace("\\", "\\\\") + "'"]
+    with pytest.raises(ConfigError, match="in the names of output files"):
+        launch(resolved([("x", words)]))
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_folder_that_cannot_be_made_fails_alone(programs, cells, tmp_path, capsys):
+    programs(sbatch=TAKE + "echo Submitted batch job 17\n")
+    cells[0].folder.path.parent.mkdir()
+    cells[0].folder.path.write_text("a file where a run folder belongs")
+    assert launch(cells) == 1
+    out = capsys.readouterr().out
+    assert "1 submitted, 1 failed" in out
+    assert "cannot be written" in out
+
+
+def test_brackets_are_no_markup_and_a_repeated_reason_is_said_once(cells, capsys):
+    reason = "this [/b] reason [low] is said of many cells and is longer than a line of a table should be"
+    rows = [Row(cell, "skipped", None, reason) for cell in cells]
+    with Summary(rows, live=False) as summary:
+        summary.failed(cells[0], "config", "[/x] [low]", "runs[/b]c")
+    assert summary.finish() == 1
+    assert "[/x] [low]" in capsys.readouterr().out
+    print_plan(rows)
+    assert capsys.readouterr().out.count(reason) == 1
+
+
+def test_one_of_the_cells_that_cannot_be_written_stops_no_other_in_this_process(tmp_path, monkeypatch, capsys):
+    from ptqbench import run
+
+    cells = resolved(
+        [
+            (b, ["+method=rtn", f"bitwidth={b}", "launcher=inline", f"execution.runs_dir={tmp_path}"])
+            for b in ("w3", "w4")
+        ]
+    )
+    for cell in cells:
+        create(cell.spec, cell.folder)
+    (cells[0].folder.path / ".lock").mkdir()
+    began = []
+    monkeypatch.setattr(run, "_attempt", lambda spec, folder, *_: began.append(folder) or {})
+    assert launch(cells) == 1
+    assert began == [cells[1].folder]
+    assert "cannot be written" in capsys.readouterr().out
