@@ -1,6 +1,7 @@
 """The evaluation of a cell: what it writes, what it does not repeat, and the comparison of two cells."""
 
 import contextlib
+import dataclasses
 import json
 import math
 
@@ -11,8 +12,8 @@ from transformers import AutoTokenizer
 
 from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
 from ptqbench.errors import ConfigError
+from ptqbench.evaluate import loglikelihood, records, zero_shot
 from ptqbench.evaluate import perplexity as perplexity_module
-from ptqbench.evaluate import records, zero_shot
 from ptqbench.evaluate.cell import CellEvaluation, averages, load
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
@@ -197,3 +198,47 @@ def test_modules_of_records_do_not_import_torch():
 
     code = "import ptqbench.results.compare, sys; assert not {'torch', 'lm_eval', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def blocks(evaluation):
+    return dataclasses.replace(evaluation, texts={}, engine="blocks")
+
+
+def test_tasks_block_by_block_have_the_scores_of_the_whole_model(checkpoint, evaluation, tmp_path):
+    source = checkpoint("qwen2")
+    whole, streamed = folder_of(tmp_path), folder_of(tmp_path, "ba9876543210")
+    expected = evaluate(source, dataclasses.replace(evaluation, texts={}), whole)
+    assert evaluate(source, blocks(evaluation), streamed) == expected
+    for task in ("piqa", "winogrande"):
+        ours, theirs = (pandas.read_parquet(folder.examples_path(task)) for folder in (streamed, whole))
+        assert (ours["digest"] == theirs["digest"]).all()
+        for a, b in zip(ours["log_likelihoods"], theirs["log_likelihoods"], strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+    assert not streamed.state_path.exists()
+
+
+def test_killed_between_chunks_the_tasks_go_on_and_end_with_the_same_bytes(
+    checkpoint, evaluation, tmp_path, monkeypatch
+):
+    source, undisturbed, folder = checkpoint(), folder_of(tmp_path), folder_of(tmp_path, "ba9876543210")
+    monkeypatch.setattr(loglikelihood, "CHUNK_BYTES", 60 * 48 * 4)  # sixty tokens of this model
+    compute, chunks = loglikelihood.log_likelihoods, []
+
+    def dying(*given):
+        chunks.append(len(given[1]))
+        if len(chunks) == 3:
+            raise KeyboardInterrupt
+        return compute(*given)
+
+    expected = evaluate(source, blocks(evaluation), undisturbed)
+    monkeypatch.setattr(loglikelihood, "log_likelihoods", dying)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(source, blocks(evaluation), folder)
+    kept = len(list((folder.state_path / "scores").glob("*.parquet")))
+    assert kept == 2
+    assert evaluate(source, blocks(evaluation), folder) == expected
+    n_requests = 2 * (len(PIQA) + len(WINOGRANDE))
+    assert sum(chunks) - chunks[2] == n_requests  # only the chunk that was under way is scored again
+    for task in ("piqa", "winogrande"):
+        rows, same = (pandas.read_parquet(f.examples_path(task)) for f in (folder, undisturbed))
+        pandas.testing.assert_frame_equal(rows, same, check_exact=True)

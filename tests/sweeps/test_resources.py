@@ -61,5 +61,13 @@ def test_zero_shot_tasks_hold_the_whole_model(cell):
     assert needs(dataclasses.replace(cell, evaluation=tasks), shape).estimate_min > needs(cell, shape).estimate_min
 
 
+def test_tasks_block_by_block_hold_one_block(cell):
+    shape, cell = published()["llama-3-70b"], with_model(cell, dtype="bfloat16")
+    streamed = dataclasses.replace(cell.evaluation, tasks=("hellaswag/acc",), engine="blocks")
+    generating = dataclasses.replace(streamed, tasks=("gsm8k/exact_match:strict-match",))
+    assert needs(dataclasses.replace(cell, evaluation=streamed), shape).gpu_mem_gib <= 80
+    assert needs(dataclasses.replace(cell, evaluation=generating), shape).gpu_mem_gib * 2**30 > 2 * 70e9
+
+
 def test_durations_for_people():
     assert [duration(m) for m in (0.5, 3, 125, 1680)] == ["30 s", "3 min", "2 h 05", "1 d 4 h"]

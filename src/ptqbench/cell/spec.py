@@ -211,7 +211,8 @@ class EvaluationSpec:
     ``few_shot`` gives the number of examples in the prompt of a task where lm-eval's own number is not wanted; ``limit`` takes
     only the first examples of every task (to try things out). ``data_dir`` holds task data as JSON lines, read instead of the
     hub; ``task_digests`` identifies what was read. ``ppl_dtype`` is the type of the logits and of the loss per token behind
-    perplexities, whatever the type of the model.
+    perplexities, whatever the type of the model. ``engine: blocks`` scores tasks block by block, for models that the device does
+    not hold; ``whole`` is lm-eval's own class on the whole model in memory.
     """
 
     name: str = execution()
@@ -223,6 +224,7 @@ class EvaluationSpec:
     limit: Positive | None = identity(default=None)
     data_dir: str | None = execution(default=None)
     task_digests: dict[str, str] = identity(default_factory=dict)
+    engine: Literal["whole", "blocks"] = added("whole")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,10 +1,13 @@
-"""The evaluation of one cell: texts block by block, then tasks on the whole model in memory; finished parts are not redone."""
+"""The evaluation of one cell: texts and tasks block by block; finished parts are not redone."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
-    from ptqbench.evaluate.zero_shot import Prepared
+    from ptqbench.evaluate.scores import Request, Score, Scores
+    from ptqbench.evaluate.zero_shot import Harness, Prepared
     from ptqbench.models.blockwise import BlockwiseModel, Overlay
     from ptqbench.runs.attempt import Observer
     from ptqbench.runs.folder import RunFolder
@@ -102,13 +106,14 @@ class CellEvaluation:
         return summary
 
     def _tasks(self) -> dict[str, Any]:
+        """Score all requests in one pass over the blocks, then let lm-eval make figures of them, task by task."""
         if not self.ready.tasks:
             return {}
-        from ptqbench.evaluate.zero_shot import Harness, metrics_of
+        from ptqbench.evaluate.zero_shot import metrics_of
 
+        self._score_by_blocks()
         asked = requested(self.spec.tasks)
         self.observer.stage("zero-shot", sum(len(members) for members in self.ready.tasks.values()))
-        harness: Harness | None = None
         metrics: dict[str, Any] = {}
         for request, members in self.ready.tasks.items():
             summaries = []
@@ -117,13 +122,59 @@ class CellEvaluation:
                 summary = read_summary(path, self.folder.run_id)
                 if summary is None:
                     with self.measure("zero_shot_s"):
-                        harness = harness or Harness(self.model.materialise(self.overlay), self.tokenizer, self.spec)
+                        harness = self._whole if self._needs_whole(task) else self._by_blocks
                         rows, summary = harness.evaluate(name, request, task)
                     write_records(path, rows, self.folder.run_id, summary)
                 summaries.append(summary)
                 self.observer.advance()
             metrics |= metrics_of(request, asked[request], summaries)
+        shutil.rmtree(self._scores_path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # finished blocks stay
+            self.folder.state_path.rmdir()
         return metrics
+
+    def _score_by_blocks(self) -> None:
+        waiting = [task for members in self.ready.tasks.values() for task in members.values() if task is not None]
+        waiting = [task for task in waiting if not self._needs_whole(task)]
+        if waiting:
+            with self.measure("zero_shot_s"):
+                self._by_blocks.score_all(waiting)
+
+    def _needs_whole(self, task: Any) -> bool:
+        from ptqbench.evaluate.zero_shot import generates
+
+        return self.spec.engine == "whole" or generates(task)
+
+    @functools.cached_property
+    def _by_blocks(self) -> Harness:
+        from ptqbench.evaluate.zero_shot import Harness
+
+        return Harness(self.model.skeleton, self.tokenizer, self.spec, self._scores)
+
+    @functools.cached_property
+    def _whole(self) -> Harness:
+        """The model in memory as a whole; nothing is run by blocks afterwards."""
+        from ptqbench.evaluate.zero_shot import Harness
+
+        return Harness(self.model.materialise(self.overlay), self.tokenizer, self.spec)
+
+    @functools.cached_property
+    def _scores(self) -> Scores:
+        from ptqbench.evaluate.loglikelihood import chunk_tokens, log_likelihoods
+        from ptqbench.evaluate.scores import Scores
+
+        longest = int(self.model.config.max_position_embeddings)
+
+        def compute(requests: list[Request]) -> list[Score]:
+            self.observer.stage("log-likelihoods", self.model.n_blocks)
+            return log_likelihoods(self.model, requests, longest, self.overlay, None, lambda _: self.observer.advance())
+
+        return Scores(compute, self._scores_path, self.folder.run_id, chunk_tokens(self.model))
+
+    @property
+    def _scores_path(self) -> Path:
+        """Finished chunks of log-likelihoods, until every task has its records."""
+        return self.folder.state_path / "scores"
 
 
 def load(spec: EvaluationSpec, folder: RunFolder, tokenizer: Any, vocab_size: int) -> Ready:

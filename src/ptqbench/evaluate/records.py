@@ -60,6 +60,16 @@ def read_summary(path: Path, run_id: str) -> dict[str, Any] | None:
     return summary
 
 
+def read_records(path: Path, run_id: str) -> list[dict[str, Any]]:
+    """Read the rows of a file of this cell; none where there is no whole file or it belongs to another cell."""
+    import pyarrow.parquet
+
+    try:
+        return list(_rows(path)) if read_summary(path, run_id) is not None else []
+    except (ConfigError, OSError, pyarrow.ArrowException):
+        return []
+
+
 def window_scores(folder: RunFolder, label: str) -> tuple[dict[Hashable, float], int]:
     """Read the losses of a text: identity of a window (number, digest of its tokens) -> nats, and its predicted tokens."""
     rows = list(_rows(folder.windows_path(label)))

@@ -1,4 +1,4 @@
-"""Tasks through lm-eval, on the quantized model in memory. The only importer of lm_eval.
+"""Tasks through lm-eval. The only importer of lm_eval.
 
 Prompts, splits, metrics and filters are lm-eval's own task definitions. Only the folders in use are indexed. lm-eval
 scores each choice of a question by its log-likelihood given the context; ``acc`` takes the largest, ``acc_norm`` the largest
@@ -38,12 +38,14 @@ from ptqbench.evaluate.records import DIGEST_LENGTH
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import EvaluationSpec
+    from ptqbench.evaluate.scores import Request, Score
 
 Prepared = dict[str, dict[str, Any]]
 """Request -> task -> the loaded lm-eval task; None for a task that is measured already."""
 METRICS = ("acc", "acc_norm")
 FEWSHOT_SEED = 1234  # lm-eval's default
 BOOTSTRAP_ITERATIONS = 1000
+ALL_AT_ONCE = 1 << 30  # requests per call of lm-eval, where batches are our own business
 
 
 def embedded_task() -> dict[str, Any]:
@@ -118,16 +120,28 @@ def _check_task(task: Any, request: str, metrics: list[str], tokenizer: Any) -> 
             raise ConfigError(f"evaluation.tasks: {request!r} yields no {metric!r}; {nearest(metric, known)}")
 
 
-class Harness:
-    """A model in memory under lm-eval, for the tasks of one cell."""
+def generates(task: Any) -> bool:
+    """Whether a task writes text, for which the whole model must be in memory."""
+    return bool(task.OUTPUT_TYPE == "generate_until")
 
-    def __init__(self, model: Any, tokenizer: Any, spec: EvaluationSpec) -> None:
+
+class Harness:
+    """A model under lm-eval, for the tasks of one cell."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        spec: EvaluationSpec,
+        score: Callable[[list[Request]], list[Score]] | None = None,
+    ) -> None:
         """Wrap a model.
 
         Args:
-            model: A transformers causal language model on its device, not modified.
+            model: A transformers causal language model, not modified; on its device, or without weights where ``score`` is given.
             tokenizer: Its tokenizer.
             spec: Batch size, shots, limit and local data.
+            score: Scores continuations in place of the model in memory.
         """
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         from lm_eval.models.huggingface import HFLM
@@ -141,13 +155,30 @@ class Harness:
             def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
                 return super().generate_until(requests, disable_tqdm=True)
 
+            def _loglikelihood_tokens(self, requests: Any, *given: Any, **named: Any) -> Any:
+                if score is None:
+                    return super()._loglikelihood_tokens(requests, *given, **named)
+                return score([(list(context), list(continuation)) for _, context, continuation in requests])
+
         self._spec = spec
         self._model = Quiet(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=spec.batch_size,
+            batch_size=spec.batch_size if score is None else ALL_AT_ONCE,
             max_length=model.config.max_position_embeddings,
         )
+
+    def score_all(self, tasks: list[Any]) -> None:
+        """Score the requests of several tasks in one go; ``evaluate`` then finds every score."""
+        instances: dict[str, list[Any]] = {"loglikelihood": [], "loglikelihood_rolling": []}
+        for task in tasks:
+            task.set_fewshot_seed(FEWSHOT_SEED)
+            task.build_all_requests(limit=self._spec.limit, rank=0, world_size=1)
+            for instance in task.instances:
+                instances[instance.request_type].append(instance)
+        for kind, found in instances.items():
+            if found:
+                getattr(self._model, kind)(found)
 
     def evaluate(self, name: str, request: str, task: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Measure one task.

@@ -78,6 +78,11 @@ class BlockwiseModel:
         return BlockwiseModel(self.source, dtype or self.dtype, self.device, self._edit, basis)
 
     @property
+    def skeleton(self) -> PreTrainedModel:
+        """The whole model without weights (device meta), for what asks about its class and configuration alone."""
+        return self._skeleton
+
+    @property
     def n_blocks(self) -> int:
         """Number of decoder blocks."""
         return self.architecture.n_blocks
@@ -99,6 +104,18 @@ class BlockwiseModel:
         rotary = copy.deepcopy(self._skeleton.get_submodule("model.rotary_emb")).to(self.device)
         rope = rotary(probe, ids)
         return Positions(rope=rope, mask=mask)
+
+    def tree_positions(self, depth: Tensor, seen: Tensor) -> Positions:
+        """Build the RoPE tables and the mask for rows that hold trees of tokens.
+
+        Args:
+            depth: (batch, tokens) int64, the position of each token in its sequence.
+            seen: (batch, 1, tokens, tokens) bool, which tokens each token attends to.
+        """
+        depth, seen = depth.to(self.device), seen.to(self.device)
+        probe = torch.empty(*depth.shape, 0, dtype=self.dtype, device=self.device)
+        rope = self._skeleton.get_submodule("model.rotary_emb").to(self.device)(probe, depth)
+        return Positions(rope=rope, mask=seen)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a block as the (edited) checkpoint holds them, on the device, in no other basis."""

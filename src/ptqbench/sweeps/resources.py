@@ -6,7 +6,8 @@ Memory follows the block pipeline (``docs/architecture.md``): one block at a tim
 once more in float32 while it is rounded; per linear input a second moment (float32) and its factors; the activations of one window,
 and what all windows hold between two stages of a block, up to a limit. The residual streams of all windows stay on the host, twice
 in the quantized case (unquantized and quantized stream).
-Zero-shot tasks hold the whole model on the device.
+Tasks hold the whole model on the device, unless they are scored block by block (``evaluation.engine=blocks``); a task that
+generates text always does.
 
 Time is the work of a cell (``cost``) over a rate. The rates are written below, with how they are known; ``plan`` corrects them by
 what the finished cells of the same sweep took (``plan.calibrated``).
@@ -51,6 +52,9 @@ TASK_TOKENS = {  # of all choices with their contexts, rounded up; the rest coun
     "mmlu": 50_000_000,
 }
 DEFAULT_TASK_TOKENS = 1_000_000
+GENERATING = {"gsm8k"}
+SCORED_AT_ONCE_BYTES = 16 << 30
+"""Residual streams of task tokens that are held at once (``evaluate.loglikelihood``)."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -141,7 +145,12 @@ def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[flo
         device += min(waiting, WAITING_BYTES)
         device += 3 * sum(width * width * 4 for width in inputs) + length * (d * 6 + f * 3) * 4
         streams = max(streams, 2 * spec.calibration.n_samples * length * d * stored)
-    if spec.evaluation.tasks:
+    tasks = {task.partition("/")[0] for task in spec.evaluation.tasks}
+    if spec.evaluation.engine == "blocks":
+        tokens = sum(TASK_TOKENS.get(task, DEFAULT_TASK_TOKENS) for task in tasks)
+        streams = max(streams, min(tokens * d * stored, SCORED_AT_ONCE_BYTES))
+        tasks &= GENERATING
+    if tasks:
         device = max(device, params * stored + head)
         host += params * stored
     return device / GIB, (host + streams) / GIB

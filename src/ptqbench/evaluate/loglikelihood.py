@@ -1,0 +1,133 @@
+"""Log-likelihoods of continuations given contexts, block by block: what multiple-choice tasks ask of a model.
+
+    log p(c | x) = sum_i log softmax(head(h_{x c_<i}))[c_i],   greedy: every c_i is the largest logit
+
+The model is run as for perplexity: each block is loaded once, all token trees pass through it, and the head is applied at the
+positions of continuations alone. Memory is one block and the states of the tokens, whatever the size of the model. Prefixes that
+requests share are computed once (``evaluate.trees``).
+
+Source: EleutherAI/lm-evaluation-harness, ``HFLM._loglikelihood_tokens`` (truncation from the left to ``max_length`` inputs).
+Deviation: the log-softmax is float32 whatever the type of the model; the harness takes that of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ptqbench.errors import NumericalError
+from ptqbench.evaluate.trees import Row, batches, pack
+from ptqbench.models.blockwise import BlockwiseModel, Overlay
+from ptqbench.models.stages import forward
+
+CHUNK_ELEMENTS = 1 << 26
+"""Logits held at once, in float32 elements (256 MiB)."""
+TOKEN_BUDGET = {"cpu": 1 << 12, "cuda": 1 << 14}
+"""Tokens per forward of a block."""
+CHUNK_BYTES = 16 << 30
+"""Residual streams held at once."""
+
+
+def chunk_tokens(model: BlockwiseModel) -> int:
+    """Most tokens whose residual streams are held at once; the weights are read once for so many."""
+    return CHUNK_BYTES // (model.architecture.hidden_size * model.dtype.itemsize)
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: BlockwiseModel,
+    requests: Sequence[tuple[list[int], list[int]]],
+    max_length: int,
+    overlay: Overlay | None = None,
+    token_budget: int | None = None,
+    on_block: Callable[[int], None] = lambda index: None,
+) -> list[tuple[float, bool]]:
+    """Score continuations.
+
+    Args:
+        model: The checkpoint.
+        requests: Token ids of context and continuation, neither empty; not modified.
+        max_length: Most tokens that the model sees; longer inputs lose their beginning.
+        overlay: Replaces the weights of a block after loading (quantized ones).
+        token_budget: Tokens per forward, padding included; None takes what suits the device. It changes the order of sums alone.
+        on_block: Called with the index of every finished block.
+
+    Returns:
+        Log-likelihood in nats and whether the continuation is the greedy one, per request in order.
+
+    Raises:
+        NumericalError: A log-likelihood is not finite.
+    """
+    whole = [(context + continuation)[-(max_length + 1) :] for context, continuation in requests]
+    rows = pack([tokens[:-1] for tokens in whole])
+    groups = batches(rows, token_budget or TOKEN_BUDGET[model.device.type])
+    states = _through_blocks(model, groups, overlay, on_block)
+    scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+    with model.head() as head:
+        for group, hidden in zip(groups, states, strict=True):
+            for row, h in zip(group, hidden, strict=True):
+                # A request reads the states of its last len(continuation) inputs.
+                at = {n: path[-len(requests[n][1]) :] for n, path in row.ends}
+                targets = {n: whole[n][-len(nodes) :] for n, nodes in at.items()}
+                for n, score in _scores(head, h.to(model.device), at, targets).items():
+                    scores[n] = score
+    bad = next((n for n, (value, _) in enumerate(scores) if not value > -torch.inf), None)
+    if bad is not None:
+        raise NumericalError(
+            f"the log-likelihood of request {bad} is {scores[bad][0]}: the model overflows (dtype {model.dtype})"
+        )
+    return scores
+
+
+def _through_blocks(
+    model: BlockwiseModel, groups: list[list[Row]], overlay: Overlay | None, on_block: Callable[[int], None]
+) -> list[Tensor]:
+    """Residual stream behind the last block, (rows, tokens, hidden_size) per group."""
+    tokens = [_padded([torch.tensor(row.tokens) for row in group]) for group in groups]
+    used = torch.cat([t.flatten() for t in tokens])
+    sizes = [t.numel() for t in tokens]
+    embedded = model.embed(used[None])[0]
+    home = model.resting_place(embedded)
+    hidden = [h.view(*t.shape, -1).to(home) for h, t in zip(embedded.split(sizes), tokens, strict=True)]
+    del embedded
+    depths = [_padded([torch.tensor(row.depth) for row in group]) for group in groups]
+    for index in range(model.n_blocks):
+        with model.block(index, overlay) as block:
+            for i, group in enumerate(groups):
+                mask = torch.stack([row.mask(tokens[i].shape[1]) for row in group])[:, None]
+                positions = model.tree_positions(depths[i], mask)
+                hidden[i] = forward(block, hidden[i].to(model.device), positions).to(home)
+        on_block(index)
+    return hidden
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _scores(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, at: dict[int, list[int]], targets: dict[int, list[int]]
+) -> dict[int, tuple[float, bool]]:
+    """Score the requests of a row: ``at`` says where each reads, ``targets`` which tokens it wants there."""
+    nodes = sorted({node for path in at.values() for node in path})
+    place = {node: i for i, node in enumerate(nodes)}
+    # Pairs of (logits, wanted token), all requests in one.
+    where = torch.tensor([place[node] for path in at.values() for node in path], device=hidden.device)
+    wanted = torch.tensor([token for row in targets.values() for token in row], device=hidden.device)
+    states = hidden[nodes]
+    step = max(1, CHUNK_ELEMENTS // head(states[:1]).shape[-1])
+    value = torch.empty(len(where), dtype=torch.float64, device=hidden.device)
+    greedy = torch.empty(len(where), dtype=torch.bool, device=hidden.device)
+    for first in range(0, len(nodes), step):
+        logits = head(states[first : first + step])
+        here = (where >= first) & (where < first + step)
+        found = logits.log_softmax(-1)[where[here] - first, wanted[here]]
+        value[here] = found.double()
+        greedy[here] = logits.argmax(-1)[where[here] - first] == wanted[here]
+    lengths = [len(path) for path in at.values()]
+    return {
+        n: (float(v.sum()), bool(g.all()))
+        for n, v, g in zip(at, value.cpu().split(lengths), greedy.cpu().split(lengths), strict=True)
+    }
