@@ -74,3 +74,25 @@ class TimeLimitTooShort(PtqbenchError):
 
 class CellBusy(PtqbenchError):
     """Another living process works on the cell; nothing is wrong."""
+
+
+A_PERSONS_TO_MEND = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+)
+
+
+def unreadable(error: OSError, what: str) -> PtqbenchError:
+    """What it means that a file cannot be read that a person named: a wrong request, or a disk that fails just now.
+
+    Args:
+        error: As the system raised it.
+        what: The beginning of the line: which file, and that it cannot be read.
+    """
+    wrong = error.errno in A_PERSONS_TO_MEND
+    return ConfigError(f"{what}: {error.strerror}") if wrong else StorageError.of(error, what)

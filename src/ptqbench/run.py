@@ -17,7 +17,7 @@ from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import FORMAT, identity_fields
 from ptqbench.cell.registry import create
 from ptqbench.cell.spec import UNTOUCHED_BITS, CalibrationSpec, RunSpec
-from ptqbench.errors import CellBusy, ConfigError, PtqbenchError, RunFailed
+from ptqbench.errors import CellBusy, ConfigError, PtqbenchError, RunFailed, StorageError
 from ptqbench.runs.artefacts import FOLDER, Artefacts
 from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
 from ptqbench.runs.folder import RunFolder, read_json, replacing, write_json
@@ -112,9 +112,11 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
 
 
 def _check_still(spec: RunSpec, folder: RunFolder, artefacts: Artefacts) -> None:
-    """Throw the work away if what it was done on has changed meanwhile."""
+    """Throw the work away if what it was done on has changed meanwhile; it stays where that cannot be read now."""
     try:
         check_unchanged(spec)
+    except StorageError:
+        raise
     except PtqbenchError:
         for path in (folder.state_path, folder.records_path):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,5 +1,7 @@
 """A cell is measured on the content of its identity or not at all; what cannot be measured is refused when it is composed."""
 
+import errno
+import io
 import json
 import shutil
 
@@ -7,9 +9,10 @@ import numpy
 import pytest
 
 from ptqbench import run
-from ptqbench.errors import ConfigError, RunFailed
+from ptqbench.errors import ConfigError, RunFailed, StorageError
 from ptqbench.models.source import embedded_model_folder
 from ptqbench.runs import folder as store
+from ptqbench.runs.failures import classify
 from ptqbench.sweeps.compose import compose_cell
 from ptqbench.sweeps.pins import check_unchanged
 
@@ -194,3 +197,21 @@ def test_texts_that_cannot_be_read_are_said_when_the_cell_is_composed(place, con
     (place / "evaluation.txt").write_bytes(content)
     with pytest.raises(Exception, match=said):
         compose_cell(words(place, *from_file(place)))
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "model/config.json", "calibration.txt"])
+def test_a_disk_that_fails_is_no_wrong_request_and_costs_no_finished_work(place, monkeypatch, name):
+    spec = compose_cell(words(place, *from_file(place)))
+    folder, plain = store.RunFolder(place / "cell-0123456789ab"), io.open
+    folder.state_path.mkdir(parents=True)
+
+    def failing(path, *arguments, **named):
+        if str(path).endswith(name):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return plain(path, *arguments, **named)
+
+    monkeypatch.setattr("io.open", failing)
+    with pytest.raises(StorageError, match=r"cannot be read: Input/output error") as caught:
+        run._check_still(spec, folder, None)
+    assert classify(caught.value).name == "disk"
+    assert folder.state_path.is_dir()

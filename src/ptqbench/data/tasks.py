@@ -22,7 +22,7 @@ from typing import Any
 from ptqbench.cell.spec import EvaluationSpec, nearest
 from ptqbench.data import hub
 from ptqbench.data.texts import embedded_folder
-from ptqbench.errors import ConfigError, DataNotHereError
+from ptqbench.errors import ConfigError, DataNotHereError, unreadable
 
 Row = dict[str, Any]
 TINY_QUESTIONS = "tiny_questions"
@@ -212,7 +212,7 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise unreadable(error, f"{path} cannot be read") from error
 
 
 def _rows(path: Path, content: bytes) -> list[Row]:

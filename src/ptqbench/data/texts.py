@@ -19,7 +19,7 @@ from pathlib import Path
 from ptqbench.cell.spec import TextSpec, nearest
 from ptqbench.data import hub
 from ptqbench.data.hub_texts import HUB_TEXTS, Document, HubText, rows
-from ptqbench.errors import CalibrationError, ConfigError, DataNotHereError
+from ptqbench.errors import CalibrationError, ConfigError, DataNotHereError, unreadable
 
 EMBEDDED_SPLITS = ("calibration", "evaluation")
 
@@ -128,7 +128,7 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise ConfigError(f"text file {path} cannot be read: {error.strerror}") from None
+        raise unreadable(error, f"text file {path} cannot be read") from error
 
 
 def _digest(content: bytes) -> str:

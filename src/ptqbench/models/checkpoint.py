@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.errors import ConfigError, UnsupportedError, unreadable
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise unreadable(error, f"{path} cannot be read") from error
     except (ValueError, RecursionError) as error:
         _refuse_pointer(path)
         raise ConfigError(f"{path} is not valid JSON: {error or type(error).__name__}") from None
@@ -141,7 +141,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         _check_offsets(header, size)
         return {name: Stored(header[name]["dtype"], tuple(header[name]["shape"]), path) for name in sorted(header)}
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise unreadable(error, f"{path} cannot be read") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         _refuse_pointer(path)
         raise ConfigError(f"{path} is corrupt or truncated, not a readable safetensors file: {error}") from None

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from ptqbench.cell.folders import cache_folder
 from ptqbench.cell.spec import ModelSpec
-from ptqbench.errors import ConfigError, NotHereError, UnsupportedError
+from ptqbench.errors import ConfigError, NotHereError, UnsupportedError, unreadable
 from ptqbench.models.architecture import Architecture, from_config
 from ptqbench.models.checkpoint import (
     INDEX,
@@ -148,7 +148,7 @@ class ModelSource:
             known = str(self.folder) in str(error)
             raise type(error)(str(error) if known else f"{self.folder}: {error}") from None
         except OSError as error:
-            raise ConfigError(f"{error.filename or self.folder} cannot be read: {error.strerror}") from None
+            raise unreadable(error, f"{error.filename or self.folder} cannot be read") from error
 
     def content_digest(self) -> str:
         """Hash configuration, weights and every file that the tokenizer reads: ``sha256:`` and 64 hexadecimal digits."""

@@ -19,7 +19,7 @@ from ptqbench.data.protocols import complete as complete_text
 from ptqbench.data.tasks import task_digest, task_digests
 from ptqbench.data.texts import check_options, check_text, text_digest
 from ptqbench.data.window_files import pin_windows
-from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError
+from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError, unreadable
 from ptqbench.models import source
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -168,12 +168,13 @@ def check_unchanged(spec: RunSpec) -> None:
 
     Raises:
         ConfigError: Something has changed, or is no longer there.
+        StorageError: Something cannot be read now.
     """
     for what, pinned, look in _contents(spec):
         try:
             found = look() if pinned is not None else None
         except OSError as error:
-            raise ConfigError(f"{what} can no longer be read: {error.strerror}") from None
+            raise unreadable(error, f"{what} can no longer be read") from error
         if found != pinned:
             raise ConfigError(
                 f"{what} has changed since this cell was composed: expected the content {pinned}, found {found}; "
