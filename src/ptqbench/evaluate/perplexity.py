@@ -87,11 +87,13 @@ def perplexity(
     home = model.resting_place(embedded)
     hidden = list(embedded.to(home).split(batch_size))
     positions = model.positions(windows.shape[1])
+    # One block at a time: all windows pass through it before the next is loaded.
     for index in range(model.n_blocks):
         with model.block(index, overlay) as block:
             for i, states in enumerate(hidden):
                 hidden[i] = forward(block, states.to(model.device), positions).to(home)
         on_block(index)
+    # nll of a window = -sum_t log p(x_t | x_<t), from the stream behind the last block.
     with model.head() as head:
         nll = torch.cat(
             [
@@ -104,13 +106,16 @@ def perplexity(
         raise NumericalError(
             f"the loss of evaluation window {bad} is not finite: the model overflows (dtype {model.dtype})"
         )
+    # mean loss = sum of nll / (windows * (seq_len - 1)); perplexity = exp of it.
     n_tokens = windows.shape[0] * (windows.shape[1] - 1)
     return Perplexity(float(nll.sum()) / n_tokens, nll, n_tokens)
 
 
 def _window_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum the negative log-likelihood of tokens 1.. of each window: (batch,) float64."""
+    # Position t predicts token t + 1.
     states, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    # Logits of a chunk of positions at a time, so that (tokens, vocabulary) never exists as a whole.
     vocabulary = head(states[:1]).shape[-1]
     step = max(1, CHUNK_ELEMENTS // vocabulary)
     losses = [

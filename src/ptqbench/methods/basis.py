@@ -1,7 +1,7 @@
 """The forms in which a checkpoint is loaded: as it is, with norms folded, Hadamard-rotated, or in eigenbases.
 
-Each class fulfils ``models.fuse.Basis``: what becomes of the tensors, and what runs online. Tensors are float64 and are moved
-to the device of whatever they act on.
+Each class fulfils ``models.fuse.Basis``: it changes the tensors of a checkpoint and plans what runs online. Its matrices are
+float64 and are moved to the device of the tensors that they act on.
 
 Sources: arXiv 2404.00456 (QuaRot), 2412.14363 (ResQ), 2604.26378 (CoQuant); codes spcl/QuaRot@5008669,
 utkarsh-dmx/project-resq@cb87d0d, Zachary5895/CoQuant@0e2e343.
@@ -33,19 +33,15 @@ class PlainBasis:
     unties: ClassVar[bool] = False
 
     def embedding(self, tensors: Tensors) -> Tensors:
-        """Keep."""
         return tensors
 
     def block(self, tensors: Tensors, index: int) -> Tensors:
-        """Keep."""
         return tensors
 
     def head(self, tensors: Tensors) -> Tensors:
-        """Keep."""
         return tensors
 
     def plan(self, index: int) -> BlockPlan | None:
-        """Quantizers of inputs, keys and values."""
         return self.precision.block_plan()
 
 
@@ -57,25 +53,21 @@ class FoldedBasis:
     unties: ClassVar[bool] = True
 
     def embedding(self, tensors: Tensors) -> Tensors:
-        """Subtract row means if asked to."""
         from ptqbench.models.fuse import rotate_embedding
 
         return rotate_embedding(tensors, None, center=self.center_embedding)
 
     def block(self, tensors: Tensors, index: int) -> Tensors:
-        """Fold both gains."""
         from ptqbench.models.fuse import fold_norms
 
         return fold_norms(tensors)
 
     def head(self, tensors: Tensors) -> Tensors:
-        """Fold the final gain."""
         from ptqbench.models.fuse import rotate_head
 
         return rotate_head(tensors, None)
 
     def plan(self, index: int) -> BlockPlan | None:
-        """Nothing runs online."""
         return None
 
 
@@ -118,6 +110,7 @@ class HadamardBasis:
         from ptqbench.models.fuse import BlockRotations, fold_norms, rotate_block
 
         shape, residual = self.precision.architecture, self.residual
+        # R1 on both sides of the stream, R2 between v and o, the head mixing before o, R4 before down.
         rotations = BlockRotations(
             attention_input=residual,
             attention_output=residual,
@@ -142,6 +135,7 @@ class HadamardBasis:
 
         from ptqbench.numerics.orthogonal import mix_heads
 
+        # Each online transform of an input cancels the same transform in the weight.
         online: dict[str, Callable[[Tensor], Tensor]] = {}
         if self.mixed_heads is not None:
             online[ATTENTION_OUTPUT[0]] = partial(mix_heads, n_heads=self.mixed_heads)
@@ -224,6 +218,7 @@ class SubspaceBasis:
         from ptqbench.models.fuse import BlockRotations, fold_norms, rotate_block
 
         shape = self.precision.architecture
+        # A linear reads the stream in the basis of its own norm and writes it in that of the next one.
         attention, mlp = self.attention_basis(index), self.mlp_basis(index)
         rotations = BlockRotations(
             attention_input=attention,
@@ -245,6 +240,7 @@ class SubspaceBasis:
 
     def plan(self, index: int) -> BlockPlan | None:
         """Online Hadamard of down, order of o, key rotation, residual basis changes, quantizers."""
+        # Between two norms the residual stream changes its basis: h <- h T^T T'.
         first = second = None
         if self.granularity != "full_shared":
             here = self.mlp_basis(index)

@@ -1,9 +1,10 @@
-"""From second moments and weights of a block to its eigenbases (ResQ and CoQuant differ here and nowhere else).
+"""From second moments and weights of a block to its eigenbases. ResQ and CoQuant differ only here.
 
 Shapes: d hidden size; G key/value heads; e head_dim; bases (d, d), (G, e, e) or (e, e), float64, columns from low to high
 importance. The mathematics is in ``numerics.subspace``; this module says which moment meets which weight.
 
-A pruned model has heads or inputs that are always zero. Such a moment prefers no basis: it gets the identity, and a mark.
+A pruned model has heads or inputs that are always zero. The zero moment of such a part has no preferred basis: the basis is the
+identity and is marked as such.
 
 Sources: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d; arXiv 2604.26378 (CoQuant), code
 Zachary5895/CoQuant@0e2e343.
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from ptqbench.models.fuse import Tensors
 
 FACTS = (IDENTITY, COEFFICIENTS) = "_identity", "_coefficients"
-"""Suffixes of what is stored beside a basis: which of its matrices are the identity for want of a moment, and what weighed
-the two moments of the joint objective."""
+"""Suffixes of the facts stored beside a basis: which of its matrices are the identity because their moment is zero, and the
+coefficients of the two moments in the joint objective."""
 
 COLUMNS_OF = {
     "attention": ATTENTION_INPUT,
@@ -35,7 +36,7 @@ COLUMNS_OF = {
     "value": ATTENTION_INPUT[2:],
     "key": ATTENTION_INPUT[1:2],
 }
-"""Basis -> linears whose rows of the layer report tell of it: those that read it, or write the heads that it turns."""
+"""Basis -> linears whose layer records mention it: those that read it, or write the heads that it rotates."""
 
 
 def eigenbases(
@@ -96,6 +97,7 @@ def diagonalised(name: str, moment: Tensor) -> dict[str, Tensor]:
 
     from ptqbench.numerics.subspace import eigenbasis
 
+    # A positive semidefinite matrix is zero exactly if its trace is.
     zero = moment.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     if not bool(zero.any()):
         return {name: eigenbasis(moment)}
@@ -107,13 +109,13 @@ def diagonalised(name: str, moment: Tensor) -> dict[str, Tensor]:
 
 
 def facts(bases: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What is worth keeping beside the bases of one block.
+    """Collect the facts that are kept about the bases of one block.
 
     Args:
         bases: What `eigenbases` returned.
 
     Returns:
-        Plain data: name of a basis -> ``identity``, the indices of matrices that are the identity for want of a moment, and
+        Plain data: name of a basis -> ``identity``, the indices of matrices that are the identity for a zero moment, and
         ``lambda_x``, ``lambda_w``, ``gamma_low`` (one number, or one per head). Names without such facts are left out.
     """
     found: dict[str, Any] = {}
@@ -132,6 +134,7 @@ def _joint_residual(transform: Subspace, moments: BlockMoments, tensors: Tensors
     from ptqbench.models.fuse import fold_norms
     from ptqbench.numerics.subspace import pre_fuse_basis, weight_moment
 
+    # Activation moment of the stream and weight moment sum W^T W of the linears that read it, gains folded in.
     folded = fold_norms(tensors)
     bases: dict[str, Tensor] = {}
     for name, linears, norm, moment in (
@@ -147,7 +150,7 @@ def _joint_residual(transform: Subspace, moments: BlockMoments, tensors: Tensors
 
 
 def _joint(name: str, moment: Tensor, weights: Tensor, low_bits: int, n_high: int) -> dict[str, Tensor]:
-    """Diagonalise the joint objective, and keep what weighed its two moments."""
+    """Diagonalise the joint objective and keep the coefficients of its two moments."""
     import torch
 
     from ptqbench.numerics.subspace import joint_coefficients, joint_objective
@@ -161,7 +164,7 @@ def _joint(name: str, moment: Tensor, weights: Tensor, low_bits: int, n_high: in
 def _joint_heads(
     transform: Subspace, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
 ) -> dict[str, Tensor]:
-    """Values meet the columns of o that read them; keys meet the queries they are multiplied with."""
+    """Compute the joint bases of values (with the columns of o that read them) and of keys (with their queries)."""
     from ptqbench.numerics.subspace import output_head_moments
 
     head_dim = architecture.head_dim

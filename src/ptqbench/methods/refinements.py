@@ -1,4 +1,4 @@
-"""Refinements: what is repaired after rounding. All of them keep codes and zero points and rescale rows."""
+"""Refinements: repairs after rounding. All of them keep codes and zero points and rescale rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class NoRefinement(Refine):
     """Leave the rounded linear as the solver made it."""
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
-        """Return ``result`` unchanged."""
         return Repaired(result)
 
 
@@ -37,8 +36,8 @@ class NullSpace(Refine):
         moment: Whose eigenvectors: of ``full``, the second moment of all tokens, or of ``posavg``, that of the mean over
             windows position by position, as in the authors' code.
         reference: What rows are moved towards: the ``original`` weight, or the ``working`` copy of the solver, as in the
-            authors' code: every column holds the updates by the column blocks before its own. A solver without such a copy
-            (rtn) leaves the target.
+            authors' code. Every column of that copy holds the updates by the column blocks before its own. A solver without
+            such a copy (rtn) is given the target instead.
         solver: How the row scales are found (the option is part of the identity of cells, hence the name): ``closed``, or
             ``adam20``: 20 steps of Adam, as in the authors' code for GPTQ, within about .04 of 1.
         exclude: Linears left as they are.
@@ -56,16 +55,13 @@ class NullSpace(Refine):
 
     @property
     def reads_working(self) -> bool:
-        """Only for the reference ``working``."""
         return self.reference == "working"
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        """The moment whose eigenvectors are used."""
         return frozenset({Statistic.SECOND_MOMENT if self.moment == "full" else Statistic.POSITION_MEAN})
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Skip cells that round no weight."""
         return idle_reason("refine null_space", spec)
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
@@ -74,12 +70,13 @@ class NullSpace(Refine):
 
         moment = statistics.second_moment if self.moment == "full" else statistics.position_moment
         assert moment is not None, "the pipeline collects what a member needs"
+        # U1: the leading eigenvectors of the moment, as many as the rank rule says.
         space = signal_space(moment, threshold=self.threshold)
         reference = weight if self.reference == "original" else aim.weight if result.working is None else result.working
         rounded = result.dequantized
         if self.projector_order == "as_code" and result.order is not None:
             reference, rounded = reference[:, result.order], rounded[:, result.order]
-        # A scale per row is indifferent to the order of columns: it is applied to them as they are stored.
+        # alpha_i = 1 + <(w_i - q_i) U1, q_i U1> / (||q_i||^2 + ridge). A scale per row applies to columns in any order.
         refined = refine_null_space(reference, rounded, space, ridge=self.ridge, solver=self.solver)
         if refined.rank is None:
             return Repaired(result)
@@ -97,14 +94,13 @@ class ScaleRefit(Refine):
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SECOND_MOMENT})
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Skip cells that round no weight."""
         return idle_reason("refine scale_refit", spec)
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
-        """Return the rescaled result."""
         from ptqbench.numerics.null_space import apply_row_scale
         from ptqbench.numerics.scale_refit import refit_row_scale
 
+        # alpha_i = argmin (v_i - alpha_i q_i) H (v_i - alpha_i q_i)^T
         alpha = refit_row_scale(aim.weight, result.dequantized, aim.second_moment)
         return Repaired(_rescaled(result, alpha, apply_row_scale(alpha, result.dequantized)), alpha)
 

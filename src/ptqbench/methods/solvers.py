@@ -29,13 +29,11 @@ class NoSolver(Solver):
     """Round nothing: the unquantized reference."""
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Skip bitwidths below 16."""
         if spec.quantizes:
             return f"method {spec.method.name} rounds nothing, so bitwidth {spec.bitwidth.name} cannot apply; use bitwidth=fp16"
         return None
 
     def solve(self, aim: Aim, statistics: Statistics, grid: Grid, keep_working: bool = False) -> LinearResult:
-        """Refuse: cells with this solver round nothing."""
         raise UnsupportedError("solver 'none' was asked to round a linear; expected a cell at 16 bits")
 
 
@@ -60,11 +58,11 @@ class Gptq(Solver):
 
     Attributes:
         damping: Added to the diagonal of the second moment, as a fraction of its mean.
-        column_block: Columns rounded before the remaining ones are updated; a matter of speed alone with one grid per row.
+        column_block: Columns rounded before the remaining ones are updated. With one grid per row it affects speed alone.
         act_order: Round columns in the order of decreasing input energy.
         static_groups: Fit the grids of all groups before rounding, so that groups are contiguous in model order.
         group_refit: ``fresh`` fits a group's grid on the updated weights, ``stale`` as the authors' code does.
-        on_cholesky_failure: ``raise``, or ``retry`` with ten times the damping, recorded in the layer report.
+        on_cholesky_failure: ``raise``, or ``retry`` with ten times the damping, noted in the layer record.
     """
 
     damping: Damping = 0.01
@@ -116,7 +114,6 @@ class Gptaq(Gptq):
 
     @property
     def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
-        """The drift too, unless the strength is zero."""
         return Gptq.needs | (frozenset({Statistic.CROSS_MOMENT}) if self.strength > 0 else frozenset())
 
     @property
@@ -128,6 +125,7 @@ class Gptaq(Gptq):
         """Round ``aim.weight`` (out, in) with compensation of errors and drift."""
         from ptqbench.numerics.gptaq import gptaq, repeated_damping
 
+        # Without drift the update is that of GPTQ.
         if aim.cross_moment is None:
             return super().solve(aim, statistics, grid, keep_working)
         options = self.loop_options | {"keep_working": keep_working, "grid_weight": aim.grid_weight}
@@ -160,5 +158,6 @@ class Qronos(Gptq):
         options = self.loop_options | {"keep_working": keep_working, "grid_weight": aim.grid_weight}
         if self.damping_relative_to == "largest_eigenvalue":
             options["damping"] = eigenvalue_damping(aim.second_moment, self.damping)
+        # A target that corrects all of the drift leaves C = 0.
         cross = aim.second_moment.new_zeros(aim.second_moment.shape) if aim.cross_moment is None else aim.cross_moment
         return qronos(aim.weight, aim.second_moment, cross, grid, **options)

@@ -1,7 +1,7 @@
 """Targets: the weight that rounding aims at.
 
-Composition with solvers that correct drift themselves (gptaq, qronos): an output-aware target of strength alpha has made up
-for that share of it, so the solver is told of the remaining (1 - alpha). At alpha = 1 gptaq then equals gptq.
+Composition with solvers that correct drift themselves (gptaq, qronos): an output-aware target of strength alpha has corrected
+that share of the drift, so the solver is given the remaining (1 - alpha) C. At alpha = 1 gptaq then equals gptq.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Loaq(Target):
     """Aim at the weight with which the quantized stream reproduces the full-precision output (LoaQ, arXiv 2509.06297).
 
     q, k, v, gate and up reproduce their own output; o and down, as far as ``level`` says, the residual stream behind them.
-    With both strengths at 0 the target is exactly ``weight``, token weights and all: the cell is plain GPTQ.
+    With both strengths at 0 the target is exactly ``weight`` and no token is weighted: the cell is plain GPTQ.
 
     Attributes:
         level: ``linear`` (own output everywhere), ``sublayer`` (o, down: residual stream), ``rms`` (o, down: RMSNorm of it).
@@ -73,7 +73,6 @@ class Loaq(Target):
         return frozenset(found)
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Skip cells that round no weight."""
         return idle_reason("target loaq", spec)
 
     def aim(self, weight: Tensor, statistics: Statistics) -> Aim:
@@ -82,6 +81,7 @@ class Loaq(Target):
 
         if not self.needs:
             return Weight().aim(weight, statistics)
+        # V = W + (alpha W C^T + beta G^T) (H + lambda I)^-1
         moment = statistics.second_moment if statistics.weighted_moment is None else statistics.weighted_moment
         target = corrected_target(
             weight,
@@ -99,7 +99,7 @@ class Loaq(Target):
 
 @dataclasses.dataclass(frozen=True)
 class Qep(Target):
-    """Aim at the weight that makes up for a share of the input drift (QEP, arXiv 2504.09629).
+    """Aim at the weight that compensates a share of the input drift (QEP, arXiv 2504.09629).
 
     Attributes:
         alpha: Share of the drift that is corrected.
@@ -113,11 +113,9 @@ class Qep(Target):
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        """The drift, unless the strength is zero."""
         return frozenset({Statistic.CROSS_MOMENT} if self.alpha > 0 else ())
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Skip cells that round no weight."""
         return idle_reason("target qep", spec)
 
     def aim(self, weight: Tensor, statistics: Statistics) -> Aim:
@@ -126,12 +124,13 @@ class Qep(Target):
 
         if not self.needs:
             return Weight().aim(weight, statistics)
+        # V = W + alpha W C^T (H + lambda I)^-1
         moment, cross = statistics.second_moment, statistics.cross_moment
         target = corrected_target(weight, moment, cross, alpha=self.alpha, beta=0.0, damping=self.damping)
         return Aim(target, moment, _remaining(statistics, self.alpha), damping=self.damping)
 
 
 def _remaining(statistics: Statistics, alpha: float) -> Tensor | None:
-    """Return the drift that a correction of strength ``alpha`` leaves; None for none."""
+    """Return the drift (1 - alpha) C that a correction leaves, or None if it leaves none."""
     cross = statistics.cross_moment
     return None if cross is None or alpha == 1 else (1 - alpha) * cross

@@ -63,7 +63,7 @@ class BlockwiseModel:
             dtype: Target floating-point type.
             device: Target device.
             edit: Function-preserving change of the tensors of a block (``tensors, block index -> tensors``), made
-                before anything else, as if the checkpoint had been so.
+                before anything else: the edited tensors count as the checkpoint's.
             basis: Form in which the checkpoint is loaded; its embeddings are untied if the basis says so.
         """
         self.source, self.dtype, self.device, self._edit, self.basis = source, dtype, device, edit, basis
@@ -88,7 +88,8 @@ class BlockwiseModel:
         return self.architecture.n_blocks
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Look up (batch, tokens) int64 token ids: residual stream (batch, tokens, hidden_size) on the CPU."""
+        """Look up token ids (batch, tokens) int64. Returns the residual stream (batch, tokens, hidden_size) on the CPU."""
+        # Only rows of tokens that occur are moved to the basis and cast.
         used, places = tokens.unique(return_inverse=True)
         table = self._read_module("model.embed_tokens")["weight"]
         return self._embedding(table[used]).cpu()[places]
@@ -100,7 +101,7 @@ class BlockwiseModel:
         mask = create_causal_mask(
             config=self.config, inputs_embeds=probe, attention_mask=None, past_key_values=None, position_ids=ids
         )
-        # A copy: a dynamic embedding remembers the longest window so far, and would answer later windows differently.
+        # A copy: a dynamic embedding remembers the longest window so far, which would change its tables for later windows.
         rotary = copy.deepcopy(self._skeleton.get_submodule("model.rotary_emb")).to(self.device)
         rope = rotary(probe, ids)
         return Positions(rope=rope, mask=mask)
@@ -118,14 +119,14 @@ class BlockwiseModel:
         return Positions(rope=rope, mask=seen)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """Read the tensors of a block as the (edited) checkpoint holds them, on the device, in no other basis."""
+        """Read the tensors of a block on the device, in the basis of the (edited) checkpoint."""
         tensors = self._read_block(index)
         if self._edit is not None:
             tensors = self._edit(tensors, index)
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
-        """Read a block, or take it where the thread has it, and let the thread read the next."""
+        """Read a block, or take it from the reading thread, and let that thread read the next."""
         at, reading = self._ahead or (None, None)
         tensors = reading.result() if reading and at == index else self._read_module(f"model.layers.{index}")
         following = index + 1
@@ -146,7 +147,7 @@ class BlockwiseModel:
         return self.device if fits else torch.device("cpu")
 
     def parking_place(self, hidden: Tensor, streams: int = 1) -> torch.device | None:
-        """Say where windows wait between the stages of a block: None for the device, if their widest inputs fit as above."""
+        """Say where windows wait between the stages of a block: None for the device, if their widest inputs fit there."""
         width = (
             max(max(shape) for shape in self.architecture.linear_shapes().values()) + hidden.shape[-1]
         ) / hidden.shape[-1]
@@ -154,12 +155,12 @@ class BlockwiseModel:
         return None if self.device.type != "cuda" or self._fits(needed) else torch.device("cpu")
 
     def _fits(self, needed: float) -> bool:
-        """Whether so many bytes are a small part of what is free on the device, a GPU."""
+        """Whether the device is a GPU and ``needed`` bytes are at most ``STREAM_SHARE`` of its free memory."""
         return self.device.type == "cuda" and needed <= STREAM_SHARE * torch.cuda.mem_get_info(self.device)[0]
 
     @contextmanager
     def block(self, index: int, overlay: Overlay | None = None) -> Iterator[nn.Module]:
-        """Hold one decoder block in memory; ``overlay`` may replace its weights (quantized ones, say) after loading."""
+        """Hold one decoder block in memory; ``overlay`` may replace its weights, for example by quantized ones."""
         block = self._load_block(index, overlay)
         try:
             yield block
@@ -184,7 +185,7 @@ class BlockwiseModel:
             output.to("meta")
 
     def materialise(self, overlay: Overlay | None = None) -> PreTrainedModel:
-        """Load the whole model on its device, for evaluators that need one; ends the life of this object as a stream."""
+        """Load the whole model on its device, for evaluators that need one. Afterwards this object cannot stream blocks."""
         table = self._read_module("model.embed_tokens")["weight"]
         self._fill(self._skeleton.get_submodule("model.embed_tokens"), {"weight": self._embedding(table)})
         head = self._head_tensors()
@@ -197,13 +198,15 @@ class BlockwiseModel:
         return self._skeleton.to(self.device)  # type: ignore[arg-type, return-value]
 
     def _load_block(self, index: int, overlay: Overlay | None) -> nn.Module:
-        """Fill a copy of a block of the skeleton, which itself stays as the class built it."""
+        """Fill a copy of a block of the skeleton; the skeleton is not modified."""
         shared = self._skeleton.config  # one configuration for all blocks: installation switches attention there
         stock = self._skeleton.get_submodule(f"model.layers.{index}")
         block: nn.Module = copy.deepcopy(stock, {id(shared): shared})
+        # edit -> basis (float64) -> data type of the model
         tensors = self.tensors(index)
         self._fill(block, tensors if self.basis is None else self.basis.block(tensors, index))
         del tensors
+        # -> quantized weights -> online transforms and quantizers
         if overlay is not None:
             overlay(index, block)
         plan = None if self.basis is None else self.basis.plan(index)
@@ -246,6 +249,7 @@ class BlockwiseModel:
         if self.basis is None:
             return {"norm.weight": gain, "lm_head.weight": table}
         changed_gain, pieces = gain, []
+        # W <- W diag(g) T, a piece of the vocabulary at a time.
         for piece in table.split(VOCABULARY_ROWS):
             changed = self.basis.head({"norm.weight": gain, "lm_head.weight": piece.to(self.device)})
             changed_gain = changed["norm.weight"]
@@ -257,7 +261,7 @@ class BlockwiseModel:
         return self._read(f"{name}.", {key: tuple(value.shape) for key, value in state.items()})
 
     def _read(self, prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Read tensors by name, each checked for shape and finiteness; every shard is mapped once and then let go."""
+        """Read tensors by name and check each for shape and finiteness. Every shard is mapped once and then closed."""
         tensors: dict[str, Tensor] = {}
         files: dict[Path, list[str]] = {}
         for key in shapes:
@@ -265,6 +269,7 @@ class BlockwiseModel:
             if stored is None:
                 raise ConfigError(f"{self.source.folder}: the weights lack tensor {prefix + key!r}")
             files.setdefault(stored.file, []).append(key)
+        # Copies: a tensor that points into the file would keep the whole shard mapped.
         for path, keys in files.items():
             try:
                 with safe_open(path, framework="pt") as shard:

@@ -1,4 +1,4 @@
-"""Second moments of what a live decoder block computes: inputs of its linears, and its heads after RoPE.
+"""Second moments inside a live decoder block: of the inputs of its linears, and of its heads after RoPE.
 
 Objective: ``S = (1/T) sum_t x_t x_t^T`` for the inputs of q_proj and up_proj, for values (bias included) and keys of every
 key/value head, and for queries summed over the query heads that read a key/value head.
@@ -51,7 +51,7 @@ class BlockMoments:
     mean_abs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as flat names, for a file."""
+        """Return all tensors under flat names, for a file."""
         flat = {name: getattr(self, name) for name in ("attention", "mlp", "value", "key", "query")}
         for name in ("largest", "mean_abs"):
             flat |= {f"{name}.{key}": value for key, value in getattr(self, name).items()}
@@ -59,7 +59,7 @@ class BlockMoments:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> BlockMoments:
-        """Read back what ``tensors`` gave, onto a device."""
+        """Rebuild the moments from the result of ``tensors``, on a device."""
         whole: dict[str, Any] = {name: value.to(device) for name, value in tensors.items() if "." not in name}
         for name in ("largest", "mean_abs"):
             prefix = f"{name}."
@@ -100,9 +100,11 @@ class _Heads:
         n_kv_heads = key.shape[1]
         self.n_tokens += key.shape[0] * key.shape[2]
         for name, heads in (("query", query), ("key", key), ("value", value)):
+            # (batch, g G, tokens, e) -> (G, batch * g * tokens, e): all rows of one key/value head.
             grouped = heads.unflatten(1, (n_kv_heads, -1)).transpose(0, 1).flatten(1, 3).double()
             if name != "query":
                 self.magnitudes.add(name, grouped)
+            # S_k += sum_t x_t x_t^T, in float64.
             product = grouped.mT @ grouped
             self.sums[name] = product if name not in self.sums else self.sums[name] + product
 
@@ -121,7 +123,7 @@ AttentionInterface.register(_READING, _read_and_attend)
 
 @contextmanager
 def _reading(block: nn.Module, moments: dict[str, MomentSum], heads: _Heads) -> Iterator[None]:
-    """Let a block add to the sums while it runs; afterwards it is as before."""
+    """Add to the sums whenever the block runs. On exit the block is restored."""
     attention: Any = block.get_submodule("self_attn")
     stock = attention.config
 
@@ -164,6 +166,7 @@ def read_moments(
     moments = {name: MomentSum(hidden[0].shape[-1], torch.float64) for name in (q_proj, up_proj)}
     magnitudes = _Magnitudes()
     heads = _Heads(magnitudes)
+    # One forward of every window adds to all sums and gives the stream behind the block.
     with _reading(block, moments, heads):
         leaving = [forward(block, states.to(device), positions).to(states.device) for states in hidden]
     called = {q_proj: "attention", up_proj: "mlp"}

@@ -38,7 +38,7 @@ FOLDED = {"input_layernorm": ATTENTION_INPUT, "post_attention_layernorm": MLP_IN
 
 
 class Basis(Protocol):
-    """An equivalent form of a checkpoint: what its tensors become, and what has to run online.
+    """An equivalent form of a checkpoint: its changed tensors, and the transforms that run online.
 
     The embedding and the head are given any subset of vocabulary rows; each row is treated by itself.
     """
@@ -57,7 +57,7 @@ class Basis(Protocol):
         """Change ``norm.weight`` (d,) and ``lm_head.weight`` (rows, d)."""
 
     def plan(self, index: int) -> BlockPlan | None:
-        """Say what to install in a loaded block: online transforms and quantizers; None for nothing."""
+        """Return the online transforms and quantizers to install in a loaded block; None for none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,7 @@ def fold_norms(tensors: Tensors) -> Tensors:
     """
     folded = _double(tensors)
     for norm, linears in FOLDED.items():
+        # W <- W diag(g), g <- 1.
         gain = folded[f"{norm}.weight"]
         for linear in linears:
             folded[f"{linear}.weight"] = fold_gain(folded[f"{linear}.weight"], gain)
@@ -116,10 +117,12 @@ def rotate_block(tensors: Tensors, rotations: BlockRotations) -> Tensors:
         All tensors of the block, in float64.
     """
     rotated = _double(tensors)
+    # W <- W T where a linear reads the stream; W <- T^T W and b <- b T where it writes it.
     _read(rotated, ATTENTION_INPUT, rotations.attention_input)
     _write(rotated, ATTENTION_OUTPUT, rotations.attention_output)
     _read(rotated, MLP_INPUT, rotations.mlp_input)
     _write(rotated, MLP_OUTPUT, rotations.mlp_output)
+    # Value heads and o_proj, then the input side of down_proj.
     _rotate_heads(rotated, rotations)
     if rotations.down is not None:
         name = f"{MLP_OUTPUT[0]}.weight"
@@ -200,13 +203,16 @@ def _write(tensors: Tensors, linears: Sequence[str], rotation: Tensor | None) ->
 def _rotate_heads(tensors: Tensors, rotations: BlockRotations) -> None:
     """Rotate value heads, undo it in o_proj, then mix and reorder o_proj's columns."""
     output, value = f"{ATTENTION_OUTPUT[0]}.weight", ATTENTION_INPUT[2]
+    # v <- v T per head; T^T on the columns of o_proj that read the head cancels it.
     if rotations.heads is not None:
         heads = rotations.heads.to(tensors[output].device)
         for name in (f"{value}.weight", f"{value}.bias"):
             if name in tensors:
                 tensors[name] = rotate_head_outputs(tensors[name], heads)
         tensors[output] = rotate_head_inputs(tensors[output], heads, rotations.heads_per_kv)
+    # A Hadamard across heads on the columns of o_proj; the online transform of its input cancels it.
     if rotations.mixed_heads is not None:
         tensors[output] = mix_heads(tensors[output], rotations.mixed_heads)
+    # The columns of o_proj, part by part; the input is reordered online.
     if rotations.output_order is not None:
         tensors[output] = tensors[output][:, rotations.output_order.to(tensors[output].device)]
