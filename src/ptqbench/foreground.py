@@ -76,7 +76,8 @@ def run_one(spec: RunSpec) -> int:
     if result is not None:
         drop_stale(folder)
     else:
-        from ptqbench.run import device_of, run_cell
+        from ptqbench.engine.work import device_of
+        from ptqbench.run import run_cell
 
         device_of(spec)
         state, folder = "done", create(spec, folder)

@@ -9,6 +9,7 @@ import numpy
 import pytest
 
 from ptqbench import run
+from ptqbench.engine.work import Work
 from ptqbench.errors import ConfigError, RunFailed, StorageError
 from ptqbench.models.source import embedded_model_folder
 from ptqbench.runs import folder as store
@@ -109,7 +110,7 @@ def test_data_that_cannot_be_measured_are_found_before_the_first_block(place, mo
     (place / "winogrande.train.jsonl").write_text("{}\n")
     data = [f"evaluation.data_dir={place}"] * ("tasks" in more[0])
     folder = store.create(compose_cell(words(place, *from_file(place), *data, *more)))
-    monkeypatch.setattr(run, "_quantize", lambda *rest: pytest.fail("it was quantized"))
+    monkeypatch.setattr(Work, "quantize", lambda *rest: pytest.fail("it was quantized"))
     with pytest.raises(RunFailed, match=said):
         run.run_folder(folder)
     assert folder.failure()["kind"] == "config"
@@ -117,7 +118,7 @@ def test_data_that_cannot_be_measured_are_found_before_the_first_block(place, mo
 
 def test_content_that_changes_while_the_cell_runs_leaves_nothing_behind(place, monkeypatch):
     folder = store.create(compose_cell(words(place, *from_file(place))))
-    evaluate, shared = run._evaluate, lambda: list((place / "runs").rglob("calibration-*.safetensors"))
+    evaluate, shared = Work.evaluate, lambda: list((place / "runs").rglob("calibration-*.safetensors"))
 
     def overwriting(*rest):
         found = evaluate(*rest)
@@ -125,7 +126,7 @@ def test_content_that_changes_while_the_cell_runs_leaves_nothing_behind(place, m
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_evaluate", overwriting)
+        patch.setattr(Work, "evaluate", overwriting)
         with pytest.raises(RunFailed, match="has changed since this cell was composed"):
             run.run_folder(folder)
     assert folder.result() is None

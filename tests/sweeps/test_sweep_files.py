@@ -185,16 +185,16 @@ def test_points_that_differ_in_type_alone_are_two():
 def test_whatever_is_wrong_with_one_cell_stops_no_other(monkeypatch):
     from ptqbench.sweeps import compose as composing
 
-    real = composing.resolve
+    real = composing.pin
 
-    def broken(data, known):
-        if data["seed"] < 4:
+    def broken(spec, known):
+        if spec.seed < 4:
             raise (KeyError("x"), OSError(28, "No space left on device", "f"), RecursionError(), ValueError("a\nb"))[
-                data["seed"]
+                spec.seed
             ]
-        return real(data, known)
+        return real(spec, known)
 
-    monkeypatch.setattr(composing, "resolve", broken)
+    monkeypatch.setattr(composing, "pin", broken)
     found = cells(Sweep("s", [{"method": "rtn", "seed": [0, 1, 2, 3, 4]}]), [])
     assert [cell.spec is not None for cell in found] == [False] * 4 + [True]
     problems = [str(cell.problem) for cell in found[:4]]

@@ -120,7 +120,7 @@ def _check_devices(kind: str, todo: list[Row]) -> None:
     """Refuse cells that are to run on a GPU of this machine where it has none, before any has a run folder."""
     asked = [row.cell.spec for row in todo if row.cell.spec is not None and row.cell.spec.execution.device == "cuda"]
     if asked and kind in ("local", "inline"):
-        from ptqbench.run import device_of
+        from ptqbench.engine.work import device_of
 
         device_of(asked[0])
 

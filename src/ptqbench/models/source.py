@@ -156,7 +156,9 @@ class ModelSource:
         read = {path for pattern in HASHED for path in self.folder.glob(pattern) if path.is_file()}
         for path in sorted({*self.weight_files, *read}):
             # One line per file: its name, and the digest of its content.
-            total.update(path.name.encode() + b"\0" + self._named(functools.partial(file_digest, path)).encode() + b"\n")
+            total.update(
+                path.name.encode() + b"\0" + self._named(functools.partial(file_digest, path)).encode() + b"\n"
+            )
         return f"sha256:{total.hexdigest()}"
 
 
