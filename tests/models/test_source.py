@@ -30,8 +30,9 @@ def pinned(folder):
 
 def verify(spec):
     """What ``sweeps.pins`` does when a cell starts, for its model alone."""
+    locate(spec)
     if digest(spec) != spec.digest:
-        raise ConfigError("the model has changed since the cell was composed")
+        raise ConfigError(f"the model has changed since the cell was composed: expected {spec.digest}")
 
 
 def test_digest_of_a_folder_is_the_one_it_always_had(tiny):

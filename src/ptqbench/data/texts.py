@@ -97,8 +97,8 @@ def check_text(spec: TextSpec) -> None:
         return
     documents, window = load_text(spec).documents, getattr(spec, "seq_len", 0)
     # A token stands for one byte or more. Beside them, a document has a BOS token and the blank that some tokenizers put before it.
-    most = sum(map(len, documents)) + 2 * len(documents)
-    if most < window and (most := sum(len(d.encode()) for d in documents) + 2 * len(documents)) < window:
+    most = sum(len(document) for document in documents) + 2 * len(documents)
+    if most < window and (most := sum(len(document.encode()) for document in documents) + 2 * len(documents)) < window:
         raise CalibrationError(
             f"{_name(spec)} has at most {most} tokens, expected at least one window of seq_len={window}: give a longer text, or a "
             f"smaller seq_len"

@@ -60,8 +60,8 @@ def result_table(title: str, result: dict[str, Any]) -> Table:
         "packed weights": (number(bits, "packed_bytes"), 2**20, ".2f", " MiB"),
         "time": (sum(number(times, name) or 0.0 for name in times) if times else None, 1, ".1f", " s"),
     }
-    for name, (value, unit, style, ending) in rows.items():
-        table.add_row(name, MISSING if value is None else f"{value / unit:{style}}{ending}", "")
+    for name, (amount, unit, style, ending) in rows.items():
+        table.add_row(name, MISSING if amount is None else f"{amount / unit:{style}}{ending}", "")
     return table
 
 

@@ -253,7 +253,6 @@ def _write(path: Path, tensors: dict[str, Tensor], seconds: float) -> None:
     from safetensors.torch import save_file
 
     # safetensors writes a nameless file beside its target first: in a folder that says whose it is, it can be removed after a kill.
-    named = {"prefix": f".{path.name}.", "suffix": ".tmp", "dir": path.parent}
-    with replacing(path) as temporary, tempfile.TemporaryDirectory(**named) as own:
+    with replacing(path) as temporary, tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as own:
         save_file(tensors, Path(own) / "new", metadata={"sha256": _digest(tensors), "seconds": f"{seconds:.6f}"})
         (Path(own) / "new").replace(temporary)
