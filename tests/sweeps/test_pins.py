@@ -156,8 +156,14 @@ def test_windows_from_a_file_are_the_same_cell_wherever_they_lie(place):
         )
 
 
-@pytest.mark.parametrize("place_said", ["evaluation.texts.file.seq_len", "calibration.seq_len"])
-def test_windows_beyond_the_context_are_refused_unless_asked_for(place, place_said):
+def test_calibration_windows_beyond_the_context_are_a_remark_of_the_result(place):
+    longer = words(place, *from_file(place), "calibration.seq_len=520", "calibration.n_samples=1", "method/solver=rtn")
+    (remark,) = run.run_folder(store.create(compose_cell(longer)))["remarks"]
+    assert remark.startswith("calibration.seq_len=520 is longer than the context of the model")
+
+
+def test_windows_beyond_the_context_are_refused_unless_asked_for(place):
+    place_said = "evaluation.texts.file.seq_len"
     asked = words(place, *from_file(place), f"{place_said}=513")
     with pytest.raises(
         ConfigError, match=rf"{place_said}=513 is longer than .*max_position_embeddings=512.*beyond_context"

@@ -233,6 +233,15 @@ class Work:
         with replacing(self.folder.layers_path) as temporary:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary)
 
+    def _context_remarks(self) -> list[str]:
+        """Say that calibration windows are longer than what the model was made for."""
+        context, calibration = getattr(self.model.config, "max_position_embeddings", None), self.spec.calibration
+        if not isinstance(context, int) or calibration is None or calibration.seq_len <= context:
+            return []
+        return [
+            f"calibration.seq_len={calibration.seq_len} is longer than the context of the model (max_position_embeddings={context})"
+        ]
+
     def result(self, metrics: dict[str, Any], bits: dict[str, Any]) -> dict[str, Any]:
         """Put together what ``result.json`` holds."""
         from ptqbench.engine.cost import work
@@ -260,7 +269,7 @@ class Work:
             "peak_host_gib": round(provenance.peak_host_gib(), 4),
             "peak_gpu_gib": provenance.peak_gpu_gib(),
             "attempts": len(self.folder.attempts),
-            "remarks": self.model.source.remarks,
+            "remarks": [*self.model.source.remarks, *self._context_remarks()],
             "tokenizer": type(self.tokenizer).__name__,
             "shared": self.calibration.artefacts.account(),
         }

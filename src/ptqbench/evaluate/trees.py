@@ -58,7 +58,7 @@ class Row:
         return seen
 
 
-def pack(sequences: Sequence[Sequence[int]]) -> list[Row]:
+def pack(sequences: Sequence[list[int]]) -> list[Row]:
     """Pack sequences into rows, longest row first.
 
     In lexicographic order a sequence shares its longest prefix with the one before it, so one pass finds all that can be
@@ -72,7 +72,7 @@ def pack(sequences: Sequence[Sequence[int]]) -> list[Row]:
     """
     limit = max(SHORTEST_ROW, ROW_FACTOR * max(map(len, sequences), default=0))
     rows: list[Row] = []
-    before: Sequence[int] = ()
+    before: list[int] = []
     path: list[int] = []
     for number in sorted(range(len(sequences)), key=lambda i: sequences[i]):
         sequence = sequences[number]

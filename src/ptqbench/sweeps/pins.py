@@ -131,10 +131,11 @@ def _dtype(model: ModelSpec, known: Known) -> Any:
 
 
 def _check_context(spec: RunSpec, context: Any) -> None:
-    """Refuse windows that are longer than what the model was made for, unless they are asked for."""
+    """Refuse to measure in windows that are longer than what the model was made for, unless they are asked for.
+
+    Longer calibration windows are a remark of the result (``engine.work``): they are the default of a method, not a measurement.
+    """
     lengths = {f"evaluation.texts.{label}.seq_len": text.seq_len for label, text in spec.evaluation.texts.items()}
-    if spec.calibration is not None:
-        lengths["calibration.seq_len"] = spec.calibration.seq_len
     for place, length in lengths.items():
         if isinstance(context, int) and length > context and not spec.execution.beyond_context:
             raise ConfigError(
