@@ -102,7 +102,7 @@ def test_a_changed_model_is_refused_before_anything_is_measured(place, monkeypat
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["evaluation.texts.file.separator=sat", "evaluation.texts.file.portion=[0,0.04]"], "fewer than one window"),
+        (["evaluation.texts.file.separator=sat", "evaluation.texts.file.portion=[0,0.028]"], "fewer than one window"),
         (["evaluation.tasks=[winogrande/acc]"], r"has no winogrande\.validation\.jsonl"),
     ],
 )
