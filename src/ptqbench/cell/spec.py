@@ -313,7 +313,7 @@ class RunSpec:
 
     @property
     def quantizes(self) -> bool:
-        """Tell whether anything at all is below 16 bits."""
+        """Whether weights, activations, keys or values have fewer than 16 bits."""
         bits = self.bitwidth
         return min(bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits) < UNTOUCHED_BITS
 

@@ -72,7 +72,7 @@ def _scheme(section: Any) -> str:
 
 
 def _check_values(config: Mapping[str, Any], shape: Architecture) -> None:
-    """Check what is neither a dimension nor about attention."""
+    """Check the values that concern neither dimensions nor attention."""
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise UnsupportedError(

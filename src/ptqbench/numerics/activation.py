@@ -6,8 +6,8 @@ range; ``y = (clamp(round(x / scale) + zero_point) - zero_point) scale``.
 Shapes: x (..., n), one grid per row and part; scale and zero_point (..., 1). Columns run from low to high importance,
 so the high-precision part is the last.
 
-Source: arXiv 2404.00456 (QuaRot), code spcl/QuaRot@5008669; arXiv 2412.14363 (ResQ), code utkarsh-dmx/
-project-resq@cb87d0d. zero_point is rounded but not clamped, codes are clamped. Deviations: a plain-range row with
+Source: arXiv 2404.00456 (QuaRot), code spcl/QuaRot@5008669; arXiv 2412.14363 (ResQ), code
+utkarsh-dmx/project-resq@cb87d0d. zero_point is rounded but not clamped, codes are clamped. Deviations: a plain-range row with
 max = min is extended to contain 0 (the codes divide by zero there); half-precision input is computed in float32.
 A row with NaN or infinity becomes NaN, so that it stays visible; there is no check per call, which would make the host wait.
 

@@ -1,4 +1,4 @@
-"""What the notebooks in ``analysis/`` call: layer reports, Pareto fronts, paired comparisons, effects of a role; and plots.
+"""Functions for the notebooks in ``analysis/``: layer records, Pareto fronts, paired comparisons, effects of a role, plots.
 
 Frames in, frames out; a plot takes a frame and returns a figure that can be read in black and white. Imports no torch.
 """
@@ -62,7 +62,7 @@ def cells(root: str | Path) -> pd.DataFrame:
 
 
 def layers(frame: pd.DataFrame) -> pd.DataFrame:
-    """Collect the layer reports of cells.
+    """Collect the layer records of cells.
 
     Args:
         frame: As ``cells`` returns it, not modified.

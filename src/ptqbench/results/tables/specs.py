@@ -28,7 +28,6 @@ class SpecReader:
     """Reads cells; keeps every field it has seen, under its text."""
 
     def __init__(self) -> None:
-        """Start without any field."""
         self._known: dict[bytes, tuple[str, Any, str | None]] = {}
 
     def read(self, folder: RunFolder) -> tuple[RunSpec, dict[str, str]]:
