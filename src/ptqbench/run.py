@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> int:
         Exit status 0 when the cell is done (or somebody else works on it), 1 when it failed, 2 on misuse, 130 when it was
         interrupted.
     """
-    from ptqbench.results.tables.metrics import format_value, measured
+    from ptqbench.results.metrics import format_value, measured
 
     words = [word for word in arguments if word != "--with-parent"]
     if len(words) != 1:

@@ -17,8 +17,8 @@ import pandas as pd
 from ptqbench.cell.folders import reported_folder
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
+from ptqbench.results.metrics import MISSING, format_spread, format_value, kind
 from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet, pivot, task_average
-from ptqbench.results.tables.metrics import MISSING, format_spread, format_value, kind
 from ptqbench.results.tables.pivot import NOT_MEASURED
 
 PERPLEXITY_TOLERANCE = 0.05

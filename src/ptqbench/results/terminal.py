@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptqbench.errors import ConfigError
-from ptqbench.results.tables.metrics import MISSING, measured
+from ptqbench.results.metrics import MISSING, format_value, measured
 from ptqbench.runs.files import number
 from ptqbench.runs.folder import DONE, PENDING, RunFolder
 from ptqbench.runs.places import write_output
@@ -44,8 +44,6 @@ def result_table(title: str, result: dict[str, Any]) -> Table:
     """Lay out the result of one cell; what a damaged result lacks is a dash."""
     from rich.table import Table
     from rich.text import Text
-
-    from ptqbench.results.tables import format_value
 
     table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("metric", overflow="fold")
@@ -84,8 +82,6 @@ def _metrics(result: dict[str, Any]) -> Iterator[tuple[str, float, float | None]
 
 def result_line(result: dict[str, Any]) -> str:
     """Say the result of one cell in one line."""
-    from ptqbench.results.tables import format_value
-
     parts = [f"{name} {format_value(name, value)}" for name, value, _ in _metrics(result)]
     bits = number(_members(result, "bits"), "effective_w_bits")
     lacking = [name for name in ("metrics", "bits") if not _members(result, name)]

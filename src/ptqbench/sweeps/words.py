@@ -31,7 +31,7 @@ _BARE = re.compile(r"[A-Za-z_][\w/.+-]*", re.ASCII)
 _RESERVED = {"null", "true", "false", "inf", "nan"}
 _KEY = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 _AXIS = re.compile(r"\+{0,2}[A-Za-z_]\w*([./][\w$-]+)*(@[\w.:]+)?", re.ASCII)
-_SIMPLE = re.compile(r"\+{0,2}\w+([./][\w-]+)*=[\w./+-]+|~\w+([./][\w-]+)*", re.ASCII)
+_SIMPLE = re.compile(r"\+{0,2}\w+([./][\w-]+)*=([\w./+-]+|'[^'\\$]*')|~\w+([./][\w-]+)*", re.ASCII)
 
 
 def literal(value: Any) -> str:

@@ -14,9 +14,9 @@ import pandas as pd
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.results import analysis
 from ptqbench.results.analysis import WIDE, Look, deal_looks
+from ptqbench.results.metrics import kind
 from ptqbench.results.report_page.facts import Names, main_metrics, reference_value
 from ptqbench.results.tables import Pivot, format_value, higher_is_better
-from ptqbench.results.tables.metrics import kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

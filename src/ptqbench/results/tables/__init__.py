@@ -1,6 +1,6 @@
 """Run folders -> tidy frame -> comparison -> Markdown, LaTeX, HTML. Pure functions on pandas; no torch."""
 
-from ptqbench.results.tables.metrics import format_bits, format_value, higher_is_better
+from ptqbench.results.metrics import format_bits, format_value, higher_is_better
 from ptqbench.results.tables.names import KEYS
 from ptqbench.results.tables.pivot import Pivot, best, comparison, metric_columns, pivot, standard_errors, task_average
 from ptqbench.results.tables.render import html, html_page, latex, markdown

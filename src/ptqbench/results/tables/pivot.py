@@ -15,7 +15,7 @@ import pandas as pd
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
-from ptqbench.results.tables.metrics import AVERAGE, higher_is_better, kind, order
+from ptqbench.results.metrics import AVERAGE, higher_is_better, kind, order
 from ptqbench.results.tables.names import KEYS
 
 BITS = ["nominal_w_bits", "effective_w_bits"]

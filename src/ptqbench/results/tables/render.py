@@ -5,7 +5,7 @@ from __future__ import annotations
 import html as escapes
 from itertools import groupby
 
-from ptqbench.results.tables.metrics import MISSING, PLUS_MINUS
+from ptqbench.results.metrics import MISSING, PLUS_MINUS
 from ptqbench.results.tables.sheet import Column, Entry, Sheet
 
 LATEX = {

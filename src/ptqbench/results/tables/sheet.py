@@ -9,7 +9,7 @@ from typing import cast
 import pandas as pd
 
 from ptqbench.errors import ConfigError
-from ptqbench.results.tables.metrics import (
+from ptqbench.results.metrics import (
     AVERAGE,
     MISSING,
     format_bits,

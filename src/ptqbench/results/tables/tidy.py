@@ -20,7 +20,7 @@ from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import identity_texts, joined
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS, RunSpec
 from ptqbench.errors import PtqbenchError
-from ptqbench.results.tables.metrics import measured
+from ptqbench.results.metrics import measured
 from ptqbench.results.tables.names import KEYS, settle
 from ptqbench.results.tables.specs import SpecReader
 from ptqbench.runs.folder import DONE, RunFolder
