@@ -37,7 +37,7 @@ _BASES = ("sdpa", "eager")
 
 @dataclass(frozen=True)
 class KvPlan:
-    """What happens to queries, keys and values of one block, after RoPE.
+    """How queries, keys and values of one block are rotated and quantized after RoPE.
 
     Attributes:
         rotation: (G, e, e) orthogonal, right factor of the keys of head k and of the queries that read them; it cancels
@@ -58,7 +58,7 @@ class KvPlan:
     rope_output_bits: int = 16
 
     def __post_init__(self) -> None:
-        """Check what does not depend on the model."""
+        """Check the options that do not depend on the model."""
         if self.k_group not in ("head", "token"):
             raise ConfigError(f"expected k_group in ['head', 'token'], got {self.k_group!r}")
         for name in ("rotation_bits", "rope_output_bits"):
@@ -84,11 +84,14 @@ def apply_plan(
     """
     quantize_keys = enabled and _quantizes(plan.key_grid, key.shape[-1])
     rotation = plan.rotation if rotation is None else rotation
+    # The output of RoPE, rounded to rope_output_bits.
     if quantize_keys:
         query, key = fake_quantize(query, plan.rope_output_bits), fake_quantize(key, plan.rope_output_bits)
+    # q <- q T, k <- k T: the scores q k^T keep their values.
     if rotation is not None:
         used = fake_quantize_tensor(rotation, plan.rotation_bits) if quantize_keys else rotation
         query, key = _rotate(query, used), _rotate(key, used)
+    # The rotated keys, and the values, are rounded to their grids.
     if quantize_keys and plan.key_grid is not None:
         key = _per_token(key, plan.key_grid) if plan.k_group == "token" else apply_grid(key, plan.key_grid)
     if enabled and plan.value_grid is not None:
@@ -158,7 +161,7 @@ def install_kv(attention: nn.Module, plan: KvPlan | None) -> None:
 
 
 def _require_wrapped(attention: nn.Module, _: Any) -> None:
-    """Refuse to run a module whose plan would silently be ignored."""
+    """Refuse to run a module whose attention implementation ignores its plan."""
     module: Any = attention
     name = module.config._attn_implementation
     if module.kv_plan is not None and not str(name).startswith(_PREFIX):
@@ -209,6 +212,7 @@ def _per_token(key: Tensor, grid: ActivationGrid) -> Tensor:
     """
     n_heads, head_dim = key.shape[1], key.shape[-1]
     shared = replace(grid, n_high=grid.n_high * n_heads, n_lowest=grid.n_lowest * n_heads)
+    # (batch, G, tokens, e) -> (batch, tokens, e G): one row per token.
     rows = key.permute(0, 2, 3, 1).flatten(2)
     quantized: Tensor = apply_grid(rows, shared).unflatten(2, (head_dim, n_heads)).permute(0, 3, 1, 2)
     return quantized

@@ -12,7 +12,7 @@ Nothing of the modeling code is copied: linears are exchanged under their own na
 registered attention functions of `kv`, and basis changes need only the order of the four submodules. Every tensor added
 is a non-persistent buffer and every weight keeps its name, so the state dictionary is that of the stock block.
 
-The weights that cancel an online transform, a reorder, a rotation or a basis change are the caller's business.
+The caller supplies the weights that cancel an online transform, a reorder, a rotation or a basis change.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class InputPlan:
-    """What happens to the input of one linear, in this order.
+    """How the input of one linear is prepared, in this order.
 
     Attributes:
         online: Transform (..., in) -> (..., in) that keeps the dtype (Hadamard of down_proj, head mixing of o_proj); it
@@ -77,7 +77,7 @@ class BasisChange:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Everything dynamic about one decoder block.
+    """All quantizers and online transforms of one decoder block.
 
     Attributes:
         inputs: Linear name, e.g. ``mlp.down_proj`` -> plan; missing = plain.
@@ -91,7 +91,7 @@ class BlockPlan:
 
 
 class _Prepared:
-    """What a plan made of an input, kept as long as that input lives: q, k and v (gate and up) ask one after the other."""
+    """The prepared form of an input, kept while that input exists, so that q, k and v (gate and up) prepare it once."""
 
     def __init__(self) -> None:
         self._of: weakref.ref[Tensor] | None = None
@@ -99,7 +99,7 @@ class _Prepared:
         self._ready: Tensor | None = None
 
     def get(self, x: Tensor, enabled: bool, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return ``make(x)``, made anew unless the last call was about the same unchanged tensor and the same state."""
+        """Return ``make(x)``; the last result is used again for the same unchanged tensor in the same state."""
         state = (enabled, None if x.is_inference() else x._version, torch.is_grad_enabled())
         if self._ready is not None and self._of is not None and self._of() is x and self._state == state:
             return self._ready
@@ -113,7 +113,7 @@ class _Prepared:
             self._of = self._ready = None
 
     def __deepcopy__(self, memo: object) -> _Prepared:
-        """Remember nothing: the copy of a block sees other inputs."""
+        """Return an empty one: the copy of a block sees other inputs."""
         return _Prepared()
 
 
@@ -158,6 +158,7 @@ class QuantizedLinear(nn.Module):
         return self._prepared.get(x, self.enabled, self._prepare)
 
     def _prepare(self, x: Tensor) -> Tensor:
+        # reorder(quantize(online(x)))
         if self.plan.online is not None:
             x = self.plan.online(x)
         if self.enabled and self.plan.grid is not None:
@@ -236,14 +237,16 @@ class PlannedLayer(nn.Module):
             position_embeddings=position_embeddings,
             **kwargs,
         )
+        # r = change_1(h); h' = r + Attn(norm_1(h))
         first, second = self.basis_changes
         hidden: Tensor = (hidden_states if first is None else first(hidden_states)) + mixed
+        # r' = change_2(h'); out = r' + MLP(norm_2(h'))
         output: Tensor = self.get_submodule("mlp")(self.get_submodule("post_attention_layernorm")(hidden))
         return (hidden if second is None else second(hidden)) + output
 
 
 def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
-    """Replace whatever plan a block has by this one, with quantizers on.
+    """Replace the plan of a block, if it has one, by this one, with quantizers on.
 
     Args:
         block: Decoder layer of the installed Llama, Qwen2 or Qwen3 classes, modified in place; install after it has its
@@ -260,9 +263,11 @@ def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
             or the basis of a block is to change whose ``forward`` was replaced (a block dispatched over devices).
     """
     attention = block.get_submodule("self_attn")
+    # Refuse before anything is changed, then go back to the stock block.
     _check(block, plan)
     _strip(block)
     shared: dict[object, _Prepared] = {}
+    # Exchange linears; those with the same input and plan share one prepared input.
     for name, input_plan in plan.inputs.items():
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -276,15 +281,16 @@ def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
         for index, change in enumerate(plan.basis_changes, start=1):
             module = None if change is None else _keep_mode(ResidualChange(change, like), block)
             block.register_module(f"basis_change_{index}", module)
+        # A class of both: the stock layer with the forward of PlannedLayer.
         stock: Any = type(block)
         block.__class__ = _planned_class(stock)
     return block
 
 
 def set_quantizers(block: nn.Module, enabled: bool) -> None:
-    """Switch every quantizer on or off; online transforms, orders, rotations and basis changes stay.
+    """Switch every quantizer on or off. Online transforms, orders, rotations and basis changes stay.
 
-    Off, the block computes what its transformed weights alone compute: the state in which weights are quantized.
+    Without quantizers the block computes the function of its transformed weights.
 
     Args:
         block: An installed block, or a whole model of them, modified.
@@ -330,7 +336,7 @@ def _check(block: nn.Module, plan: BlockPlan) -> None:
 
 
 def _strip(block: nn.Module) -> None:
-    """Take an earlier plan away, except that of the attention: stock linears, stock class."""
+    """Restore the stock linears and the stock class; the plan of the attention stays."""
     for name, module in list(block.named_modules()):
         if isinstance(module, QuantizedLinear):
             bias = module.bias is not None
@@ -349,7 +355,7 @@ def _planned_class(stock: type[Any]) -> type[nn.Module]:
 
 
 def _home(parameter: Tensor) -> torch.device:
-    """Return where added tensors live: with the weights, or on the CPU while those are not loaded yet."""
+    """Return the device of added tensors: that of the weights, or the CPU while those are not loaded."""
     return torch.device("cpu") if parameter.is_meta else parameter.device
 
 

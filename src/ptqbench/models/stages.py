@@ -70,7 +70,7 @@ class Positions:
 
 
 class _Playback(nn.Module):
-    """Answer with an output computed earlier."""
+    """A linear that returns an output computed earlier."""
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def _outputs(block: nn.Module, linears: tuple[str, ...], inputs: Tensor) -> dict
 
 
 Run = Generator[StageInput | None, None, Tensor]
-"""A block under way: yields the input of each stage (then None, where it parks), returns the residual stream that leaves it."""
+"""A block that is being run: yields the input of each stage (then None, where it parks), returns the stream that leaves it."""
 
 
 def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.device | None = None) -> Run:
@@ -118,31 +118,39 @@ def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.d
     """
     attention, mlp = block.get_submodule("self_attn"), block.get_submodule("mlp")
     before_o, before_down = getattr(block, "basis_changes", None) or (None, None)
+    # x = norm_1(h): the input of q, k, v.
     held = [block.get_submodule("input_layernorm")(hidden), hidden]
     del hidden
     yield from _pause(held, park, adds=False)
     inputs, hidden = held
+    # Attention plays back q, k, v of the (perhaps rounded) linears; without its o_proj it returns the input of o.
     with _swapped(attention, _outputs(block, ATTENTION_INPUT, inputs) | {"o_proj": nn.Identity()}):
         inputs = attention(inputs, position_embeddings=positions.rope, attention_mask=positions.mask)[0]
     held = [inputs, hidden if before_o is None else before_o(hidden)]
     del inputs, hidden
     yield from _pause(held, park, adds=True)
+    # h' = change_1(h) + o(x), and x = norm_2(h'): the input of gate and up.
     hidden = held[1] + block.get_submodule(ATTENTION_OUTPUT[0])(held[0])
     held = [block.get_submodule("post_attention_layernorm")(hidden), hidden]
     del hidden
     yield from _pause(held, park, adds=False)
     inputs, hidden = held
+    # act(gate) * up, the input of down.
     with _swapped(mlp, _outputs(block, MLP_INPUT, inputs) | {"down_proj": nn.Identity()}):
         inputs = mlp(inputs)
     held = [inputs, hidden if before_down is None else before_down(hidden)]
     del inputs, hidden
     yield from _pause(held, park, adds=True)
+    # out = change_2(h') + down(x).
     output: Tensor = held[1] + block.get_submodule(MLP_OUTPUT[0])(held[0])
     return output
 
 
 def _pause(held: list[Tensor], park: torch.device | None, adds: bool) -> Generator[StageInput | None, None, None]:
-    """Announce ``held`` (input, residual), which must be the only reference to them; then perhaps let them wait elsewhere."""
+    """Yield ``held`` (input, residual) and then, with ``park``, wait with both tensors on that device.
+
+    ``held`` must be the only reference to the tensors, so that parking frees the memory of the device.
+    """
     device = held[0].device
     yield StageInput(held[0], held[1] if adds else None)
     if park is not None:
@@ -168,6 +176,6 @@ def forward(block: nn.Module, hidden: Tensor, positions: Positions) -> Tensor:
 
 
 def prepared(linear: nn.Module, inputs: Tensor) -> Tensor:
-    """Return what the weight of a linear is multiplied with: its ``prepare`` of the inputs, or the inputs themselves."""
+    """Return the factor that meets the weight of a linear: ``prepare`` of the inputs, or the inputs themselves."""
     prepare: Callable[[Tensor], Tensor] | None = getattr(linear, "prepare", None)
     return inputs if prepare is None else prepare(inputs)
