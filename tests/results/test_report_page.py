@@ -421,3 +421,27 @@ def test_an_unfinished_cell_that_cannot_be_read_does_not_spoil_the_page(tmp_path
     store.write_json(folder.spec_path, {**json.loads(folder.spec_path.read_text()), "unknown": 1})
     page = report_page([(store.RunFolder(path), None) for path in sorted(root.iterdir())])
     assert folder.run_id in page
+
+
+@pytest.mark.parametrize("odd", [None, 7, "word", ["a", {}], {"commit": ["x"], "count": {}, "name": None}, -1e300])
+def test_provenance_of_any_type_spoils_no_page(two, odd):
+    names = ("time", "packages", "git", "python", "host", "platform", "cpu", "gpu", "command")
+    give_provenance(two, **dict.fromkeys(names, odd))
+    for folder in store.all_runs(two):
+        store.write_json(folder.attempts[-1] / "heartbeat.json", {"time": odd})
+        result = {**json.loads(folder.result_path.read_text()), "peak_host_gib": odd}
+        result["timings"]["perplexity_s"] = odd
+        store.write_json(folder.result_path, result)
+    text = Page(report_page(sources_of(two))).text
+    assert all(folder.run_id in text for folder in store.all_runs(two))
+
+
+def test_a_folder_where_files_cannot_be_read_spoils_no_page(two):
+    give_provenance(two)
+    first, second, _ = store.all_runs(two)
+    for path in (first.result_path, second.attempts[0] / "meta.json"):
+        path.unlink()
+        path.mkdir()
+    text = Page(report_page(sources_of(two))).text
+    assert "1 unreadable" in text
+    assert second.run_id in text

@@ -225,3 +225,9 @@ def test_verdict_names_the_better_cell_and_the_unit():
 def test_imports_no_torch():
     code = "import ptqbench.results.stats, sys; assert not {'torch', 'pandas', 'lm_eval'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_spread_over_seeds_does_not_overflow():
+    spread = stats.over_seeds([1e299, 3e299])
+    assert (spread.mean, spread.std) == pytest.approx((2e299, 2**0.5 * 1e299))
+    assert stats.over_seeds([1.0, math.inf]).std is None

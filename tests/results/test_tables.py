@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import golden_store
@@ -387,3 +388,36 @@ def test_tables_need_no_torch():
     import sys
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_perplexity_beyond_the_largest_is_infinite_and_never_bold(tmp_path):
+    for seed, perplexity in enumerate((1e300, 5.0)):
+        make_cell(tmp_path, "rtn", seed=seed, perplexity=perplexity)
+        make_cell(tmp_path, "gptq", seed=seed, perplexity=9.0 + seed)
+        make_cell(tmp_path, "loaq", seed=seed, perplexity=1e299 * (1 + 2 * seed))
+    found = tables.pivot(frame_of(tmp_path))
+    mean, spread = (frame["t/perplexity"].to_dict() for frame in (found.mean, found.spread))
+    assert mean["m", "rtn", "w4"] == float("inf")
+    assert np.isnan(spread["m", "rtn", "w4"])
+    assert (mean["m", "loaq", "w4"], spread["m", "loaq", "w4"]) == pytest.approx((2e299, 2**0.5 * 1e299))
+    assert spread["m", "gptq", "w4"] == pytest.approx(0.5**0.5)
+    bold = tables.best(found)["t/perplexity"]
+    assert [method for _, method, _ in bold[bold].index] == ["gptq"]
+    text = tables.markdown(tables.comparison_sheet(frame_of(tmp_path)))
+    assert "| m | rtn | w4 | 4 | 4.25 | 2 | inf |" in text
+    assert "inf: a perplexity above 1e+300" in text
+    from ptqbench.results.picture import draw
+
+    draw(tables.comparison(frame_of(tmp_path)), str(tmp_path / "x.png"), tables.standard_errors(frame_of(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["result.json", "spec.json", "failure.json"])
+def test_a_file_that_cannot_be_read_is_said_and_hides_no_other_cell(tmp_path, name):
+    make_cell(tmp_path, "rtn", perplexity=9.0)
+    folder = make_cell(tmp_path)
+    (folder.path / name).unlink(missing_ok=True)
+    (folder.path / name).mkdir()
+    frame = frame_of(tmp_path)
+    assert set(frame.loc[frame["run_id"] == folder.run_id, "state"]) == {"unreadable"}
+    assert name in frame.set_index("run_id").at[folder.run_id, "reason"]
+    assert 9.0 in frame["value"].tolist()

@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptqbench.errors import NumericalError
+from ptqbench.evaluate.records import LARGEST
 from ptqbench.models.blockwise import BlockwiseModel, Overlay
 from ptqbench.models.stages import forward
 
 CHUNK_ELEMENTS = 1 << 26
 """Logits held at once, in float32 elements (256 MiB)."""
-LARGEST = 1e300
-"""Reported in place of any larger perplexity (a mean loss above 690.8 nats), which a float would soon not hold."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,8 @@ from ptqbench.runs.folder import RunFolder, replacing
 
 KEY = b"ptqbench"
 DIGEST_LENGTH = 16
+LARGEST = 1e300
+"""Reported in place of any larger perplexity (a mean loss above 690.8 nats), which a float would soon not hold."""
 
 
 def write_records(path: Path, rows: list[dict[str, Any]], run_id: str, summary: dict[str, Any]) -> None:

@@ -316,7 +316,8 @@ def plot_layers(report: pd.DataFrame, value: str, linear: str, looks: Mapping[st
 
 
 def plot_effects(effects: pd.DataFrame, metric: str) -> Figure:
-    """Draw differences to a baseline with one standard error, one row per combination."""
+    """Draw finite differences to a baseline with one standard error, one row per combination."""
+    effects = effects[np.isfinite(effects["difference"])]
     figure, axis = _axes(height=1.0 + 0.22 * max(len(effects), 4))
     places = list(range(len(effects)))
     axis.errorbar(

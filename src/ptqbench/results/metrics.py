@@ -6,6 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+<<<<<<< HEAD:src/ptqbench/results/metrics.py
+=======
+import pandas as pd
+
+from ptqbench.evaluate.records import LARGEST
+
+>>>>>>> w2-results:src/ptqbench/results/tables/metrics.py
 ACCURACIES = ("acc", "acc_norm", "exact_match")
 MISSING = "-"
 AVERAGE = "average_"
@@ -58,9 +65,10 @@ def format_nominal(bits: float) -> str:
 
 
 def measured(metric: Mapping[str, Any]) -> float:
-    """The value of a metric in a result; infinity for a perplexity too large for a float, of which only the mean loss is known."""
-    value = metric.get("value")
-    return math.inf if value is None and metric.get("mean_loss") is not None else float(metric["value"])
+    """The value of a metric in a result; infinity for a perplexity that is ``LARGEST`` or has a mean loss alone."""
+    unknown = metric.get("value") is None and metric.get("mean_loss") is not None
+    value = math.inf if unknown else float(metric["value"])
+    return math.inf if value >= LARGEST else value
 
 
 def _format(metric: str, value: float, scale: float) -> str:

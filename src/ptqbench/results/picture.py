@@ -55,7 +55,7 @@ def _panel(axis: Axes, rows: pd.DataFrame, metric: str, reference: pd.DataFrame,
     axis.errorbar(rows[metric], places, xerr=bars, fmt="ko", markersize=5, elinewidth=1, capsize=2)
     axis.set_yticks(places, names, fontsize=7)
     axis.set_ylim(len(rows) - 0.5, -0.5)
-    for value in reference[metric].dropna():
+    for value in reference[metric].replace(float("inf"), float("nan")).dropna():
         axis.axvline(value, color="0.3", linewidth=1, linestyle=":")
     direction = "higher" if higher_is_better(metric) else "lower"
     axis.set_xlabel(f"{metric.replace('/', ' ')} ({direction} is better)", fontsize=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ptqbench.errors import PtqbenchError
 from ptqbench.results.tables import KEYS, Absent, Source
+from ptqbench.runs.folder import DONE, UNREADABLE
 from ptqbench.sweeps.cells import Cell
 from ptqbench.sweeps.compose import Composer, cells
 from ptqbench.sweeps.files import Sweep, Value, describe, excluded, expand, overrides
@@ -39,7 +40,7 @@ def sweep_cells(sweep: Sweep, extra: list[str]) -> list[Source]:
 def _source(cell: Cell) -> Source:
     assert cell.spec is not None
     assert cell.folder is not None
-    if cell.skipped is None or cell.folder.result() is not None:
+    if cell.skipped is None or cell.folder.state() in (DONE, UNREADABLE):
         return cell.folder, cell.spec
     return Absent.of(cell.spec, "skipped", cell.skipped)
 

@@ -60,7 +60,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Mean over seeds; ``std`` (n - 1 in the denominator) and the t interval of the mean are None for a single seed."""
+    """Mean over seeds; ``std`` (n - 1 in the denominator) and the t interval of the mean may be None (see ``over_seeds``)."""
 
     n: int
     mean: float
@@ -241,18 +241,20 @@ def compare_perplexity(
 
 
 def over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Spread:
-    """Summarise the values of one measure over seeds.
+    """Summarise the values of one measure over seeds; one seed or an infinite value leaves the spread unknown.
 
     Raises:
         ConfigError: There is none.
     """
     if not values:
         raise ConfigError("expected the value of at least one seed, got none")
-    mean, error = float(np.mean(values)), standard_error(values)
-    if error is None:
-        return Spread(1, mean, None, None, None)
-    half = error * float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
-    return Spread(len(values), mean, float(np.std(values, ddof=1)), mean - half, mean + half)
+    n, mean = len(values), float(np.mean(values))
+    scale = max(map(abs, values)) or 1.0
+    if n == 1 or math.isinf(scale):
+        return Spread(n, mean, None, None, None)
+    std = scale * float(np.std(np.asarray(values) / scale, ddof=1))  # scaled, so that no square overflows
+    half = std / math.sqrt(n) * float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    return Spread(n, mean, std, mean - half, mean + half)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

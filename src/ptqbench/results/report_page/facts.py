@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import time
 from collections import Counter
@@ -12,14 +13,21 @@ from typing import Any, cast
 import pandas as pd
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
+<<<<<<< HEAD
 from ptqbench.results.metrics import AVERAGE, MISSING, kind
+=======
+from ptqbench.errors import StorageError
+>>>>>>> w2-results
 from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet, best, format_bits, format_value, higher_is_better
 from ptqbench.results.tables.pivot import draw
 from ptqbench.results.tables.tidy import EVALUATION_TIMINGS, quantize_seconds, spared_seconds
-from ptqbench.runs.folder import DONE, RunFolder, read_json
+from ptqbench.runs.files import number, read_record
+from ptqbench.runs.folder import DONE, RunFolder
 
 NOT_RECORDED = "not recorded"
 MILLION, BILLION, MIB = 1e6, 1e9, 2**20
+YEAR_10000 = 253402300800
+"""Seconds since the epoch; no clock is right beyond."""
 Names = tuple[str, str, str]
 """Model, method and bitwidth, as a table calls them."""
 Facts = list[tuple[str, list[str]]]
@@ -68,9 +76,12 @@ def _cell(row: Mapping[Any, Any], folder: RunFolder | None) -> Cell:
     if folder is None:
         return Cell(names, seed, None, state, {}, [], 0, None)
     result = folder.result() if state == DONE else None
-    read = [read_json(path / "meta.json") for path in folder.attempts]
-    attempts = [meta for meta in read if isinstance(meta, dict)]
-    return Cell(names, seed, folder.run_id, state, result or {}, attempts, len(read), folder.beat_time())
+    try:
+        attempts, beat = [read_record(path / "meta.json") for path in folder.attempts], folder.beat_time()
+    except (StorageError, OSError):
+        attempts, beat = [], None
+    ended = beat if beat is not None and 0 <= beat < YEAR_10000 else None
+    return Cell(names, seed, folder.run_id, state, result or {}, [*filter(None, attempts)], len(attempts), ended)
 
 
 def main_metrics(found: Pivot) -> list[str]:
@@ -124,7 +135,7 @@ def headlines(found: Pivot, references: set[Names]) -> list[str]:
                 continue
             (_, top, _), *others = cast("list[Names]", list(ties.index))
             bits = format_bits(cast("float", found.bits.at[(model, top, bitwidth), "effective_w_bits"]))
-            tied = f"; {_and(key[1] for key in others)} within one standard error of it" if others else ""
+            tied = f"; {_and(key[1] for key in others)} within the spread of the difference to it" if others else ""
             reference = reference_value(found, references, str(model), metric)
             full = "" if reference is None else f"; {format_value(metric, reference)} unquantized"
             value = format_value(metric, float(ties.iloc[0]))
@@ -133,8 +144,8 @@ def headlines(found: Pivot, references: set[Names]) -> list[str]:
 
 
 def reference_value(found: Pivot, references: set[Names], model: str, metric: str) -> float | None:
-    """A metric of the unquantized model, None where it was not measured."""
-    values = found.mean[metric].dropna()
+    """A metric of the unquantized model, None where it was not measured or is infinite."""
+    values = found.mean[metric].replace(math.inf, math.nan).dropna()
     return next((float(value) for key, value in values.items() if key in references and key[0] == model), None)
 
 
@@ -190,8 +201,8 @@ def cost(cells: Sequence[Cell], found: Pivot) -> Sheet:
 
 def _rest(done: Sequence[Cell]) -> list[Entry]:
     """Entries behind the time to quantize."""
-    packed = _mean(cell.result.get("bits", {}).get("packed_bytes") for cell in done)
-    memory = [_mean(cell.result.get(name) for cell in done) for name in ("peak_host_gib", "peak_gpu_gib")]
+    packed = _mean(number(_part(cell.result, "bits"), "packed_bytes") for cell in done)
+    memory = [_mean(number(cell.result, name) for cell in done) for name in ("peak_host_gib", "peak_gpu_gib")]
     size = None if packed is None else packed / MIB
     return [Entry(_evaluation(done)), *(Entry(MISSING if n is None else f"{n:.2f}") for n in (size, *memory))]
 
@@ -206,7 +217,7 @@ def _found(done: Sequence[Cell], sheet: Sheet) -> Entry:
 
 def _evaluation(done: Sequence[Cell]) -> str:
     """Mean seconds of evaluation."""
-    sums = [[cell.result.get("timings", {}).get(name, 0.0) for name in EVALUATION_TIMINGS] for cell in done]
+    sums = [[number(_part(cell.result, "timings"), name) or 0.0 for name in EVALUATION_TIMINGS] for cell in done]
     return f"{_mean(map(sum, sums)):.1f}"
 
 
@@ -218,9 +229,9 @@ def provenance(cells: Sequence[Cell]) -> Facts:
     started = [str(meta["time"]) for cell in done for meta in cell.attempts if "time" in meta]
     ended = [_utc(cell.ended) for cell in done if cell.ended is not None]
     return [
-        ("ptqbench", _shared(done, lambda meta: meta.get("packages", {}).get("ptqbench"))),
+        ("ptqbench", _shared(done, lambda meta: _part(meta, "packages").get("ptqbench"))),
         ("Commit", _shared(done, lambda meta: _commit(meta.get("git")))),
-        ("Packages", _shared(done, lambda meta: _packages(meta.get("packages", {})))),
+        ("Packages", _shared(done, lambda meta: _packages(_part(meta, "packages")))),
         ("Python", _shared(done, lambda meta: meta.get("python"))),
         ("Host", _shared(done, lambda meta: meta.get("host"))),
         ("Platform", _shared(done, lambda meta: meta.get("platform"))),
@@ -232,9 +243,9 @@ def provenance(cells: Sequence[Cell]) -> Facts:
 
 def reproduce(cells: Sequence[Cell], command: Sequence[str]) -> list[str]:
     """Command lines that make the cells again; with the commit where all attempts were made from one, unchanged."""
-    states = [meta.get("git") for cell in cells if cell.result for meta in cell.attempts]
-    commits = {state["commit"] for state in states if isinstance(state, dict) and "commit" in state}
-    clean = all(isinstance(state, dict) and "dirty" not in state for state in states)
+    states = [_part(meta, "git") for cell in cells if cell.result for meta in cell.attempts]
+    commits = {str(state["commit"]) for state in states if "commit" in state}
+    clean = all(state and "dirty" not in state for state in states)
     lines = [f"git checkout {commits.pop()}"] if len(commits) == 1 and clean else []
     if not command:
         return [*lines, "python -m ptqbench.run RUN_FOLDER   # each on a copy that holds spec.json alone"]
@@ -257,11 +268,11 @@ def _sizes(cells: Sequence[Cell]) -> dict[str, str]:
     """Weights in the linears of each model, from the packed bytes of a finished cell and its true bits."""
     sizes = {}
     for cell in cells:
-        bits = cell.result.get("bits", {})
-        if cell.names[0] not in sizes and bits.get("packed_bytes") and bits.get("effective_w_bits"):
-            n = 8 * bits["packed_bytes"] / bits["effective_w_bits"]
-            number = f"{n / BILLION:.3g} billion" if n >= BILLION else f"{n / MILLION:.3g} million"
-            sizes[cell.names[0]] = f"{number} weights in its linears"
+        packed, bits = (number(_part(cell.result, "bits"), name) for name in ("packed_bytes", "effective_w_bits"))
+        if cell.names[0] not in sizes and packed and bits:
+            n = 8 * packed / bits
+            said = f"{n / BILLION:.3g} billion" if n >= BILLION else f"{n / MILLION:.3g} million"
+            sizes[cell.names[0]] = f"{said} weights in its linears"
     return sizes
 
 
@@ -297,7 +308,7 @@ def _measures(found: Pivot) -> list[str]:
 def _share_a_process(cells: Sequence[Cell]) -> bool:
     last = [cell.attempts[-1] for cell in cells if cell.result and cell.attempts]
     return any(
-        n > 1 for n in Counter((meta.get("host"), meta.get("pid"), str(meta.get("command"))) for meta in last).values()
+        n > 1 for n in Counter(str([meta.get(name) for name in ("host", "pid", "command")]) for meta in last).values()
     )
 
 
@@ -318,6 +329,12 @@ def _commit(git: Any) -> str | None:
         return None
     changes = f" with uncommitted changes ({git['dirty']})" if "dirty" in git else ""
     return f"{git.get('commit')}{changes}"
+
+
+def _part(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object within a record; empty where there is none."""
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _packages(packages: Mapping[str, str]) -> str:

@@ -29,8 +29,8 @@ class Pivot:
 
     Attributes:
         bits: Columns ``nominal_w_bits``, ``effective_w_bits`` and ``n_seeds`` (those that were asked for).
-        mean: Mean over seeds; NaN where any seed that was asked for is missing.
-        spread: Sample standard deviation over seeds; NaN for one seed.
+        mean: Mean over seeds; NaN where any seed that was asked for is missing, infinite where a seed has no finite value.
+        spread: Sample standard deviation over seeds; NaN for one seed, and where the mean is infinite.
         error: Standard error of the mean: from the seeds where there are several, else the sampling error of the evaluation.
         count: Number of seeds in the mean.
         reasons: Why a row has missing cells: state, reason and seeds in words.
@@ -62,10 +62,13 @@ def pivot(frame: pd.DataFrame) -> Pivot:
     rows = pd.MultiIndex.from_frame(_row_order(known))
     cells = known.drop_duplicates([*KEYS, "draw", "run_id", "state"])
     wanted = cells[~cells["state"].isin(NEVER_RUN)]
+    scale = done.groupby([*KEYS, "metric"], sort=False)["value"].transform(lambda found: found.abs().max() or 1.0)
+    done = done.assign(scale=scale, scaled=(done["value"] / scale).where(np.isfinite(scale)))  # no square overflows
     grouped = done.groupby([*KEYS, "metric"], sort=False)
     statistics = grouped.agg(
-        mean=("value", "mean"), spread=("value", "std"), count=("draw", "nunique"), sampling=("stderr", "mean")
+        mean=("value", "mean"), spread=("scaled", "std"), count=("draw", "nunique"), sampling=("stderr", "mean")
     )
+    statistics["spread"] *= grouped["scale"].first()
     names = sorted(done["metric"].unique(), key=order)
     wide = {name: statistics[name].unstack("metric").reindex(index=rows, columns=names) for name in statistics}
     complete = wide["count"] >= _expected(done, wanted, rows, names)

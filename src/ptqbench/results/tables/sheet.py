@@ -6,10 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import pandas as pd
 
 from ptqbench.errors import ConfigError
+<<<<<<< HEAD
 from ptqbench.results.metrics import (
+=======
+from ptqbench.evaluate.records import LARGEST
+from ptqbench.results.tables.metrics import (
+>>>>>>> w2-results
     AVERAGE,
     MISSING,
     format_bits,
@@ -26,6 +32,7 @@ BOLD = (
     "(over seeds where there are several, else the standard error of the evaluation)."
 )
 SPREAD = "±: sample standard deviation over seeds."
+INFINITE = f"inf: a perplexity above {LARGEST:.0e} in one seed or more."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +194,7 @@ def _legend(found: Pivot, metrics: list[str], look: _Lookup) -> list[str]:
     if found.spread.notna().any(axis=None):
         counts = sorted(set(found.count.where(found.mean.notna(), 0).to_numpy().ravel().tolist()) - {0, 1})
         lines.append(f"{SPREAD} n = {' or '.join(map(str, counts))}.")
+    lines += [INFINITE] if np.isinf(found.mean[metrics]).any(axis=None) else []
     lines += [f"{name}: {found.protocols[name]}." for name in metrics if "@" in name or name.startswith(AVERAGE)]
     return lines
 

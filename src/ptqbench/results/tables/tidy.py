@@ -7,6 +7,7 @@ is a digest of just that. ``names`` sees to it that what is equal has one name a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -19,11 +20,16 @@ import pandas as pd
 from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import identity_texts, joined
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS, RunSpec
+<<<<<<< HEAD
 from ptqbench.errors import PtqbenchError
 from ptqbench.results.metrics import measured
+=======
+from ptqbench.errors import PtqbenchError, StorageError
+from ptqbench.results.tables.metrics import measured
+>>>>>>> w2-results
 from ptqbench.results.tables.names import KEYS, settle
 from ptqbench.results.tables.specs import SpecReader
-from ptqbench.runs.folder import DONE, RunFolder
+from ptqbench.runs.folder import DAMAGED, DONE, UNREADABLE, RunFolder
 
 SETTINGS = [
     "calibration", "basis_samples", "objective", "granularity", "true_sequential", "act_order", "scheme", "clip_search",
@@ -107,7 +113,7 @@ def tidy(cells: Iterable[Source]) -> pd.DataFrame:
             else:
                 texts = identity_texts(spec)
         except PtqbenchError as error:
-            rows.append(_unreadable(folder, str(error)))
+            rows.append(_nameless(folder, error))
             continue
         rows += _measurements(folder, spec, {**_key(spec), "run_id": folder.run_id, **_digests(texts)})
     settle(rows)
@@ -121,11 +127,14 @@ def _framed(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame({name: pd.Series(columns[name], dtype=kind) for name, kind in kinds.items()})
 
 
-def _unreadable(folder: Measured, reason: str) -> dict[str, Any]:
+def _nameless(folder: Measured, error: PtqbenchError) -> dict[str, Any]:
     """Name a cell whose spec is lost from its result, which repeats the names."""
-    result = folder.result() or {}
+    state = UNREADABLE if isinstance(error, StorageError) else DAMAGED
+    result: dict[str, Any] = {}
+    with contextlib.suppress(StorageError):
+        result = folder.result() or {}
     names = {key: result[key] for key in (*KEYS, "seed") if isinstance(result.get(key), str | int)}
-    return {**names, "run_id": folder.run_id, "state": "damaged", "reason": reason}
+    return {**names, "run_id": folder.run_id, "state": state, "reason": str(error)}
 
 
 def _digests(texts: dict[str, str]) -> dict[str, str]:
@@ -186,16 +195,19 @@ def nominal(spec: RunSpec, low: float) -> float:
 
 
 def _measurements(folder: Measured, spec: RunSpec, key: dict[str, Any]) -> list[dict[str, Any]]:
-    result = folder.result()
-    if result is None:
-        state = folder.state()
-        message = str((folder.failure() or {}).get("message") or "") if state != DONE else ""
-        return [{**key, "state": state, "reason": " ".join(message.split())}]
+    try:
+        result = folder.result()
+        if result is None:
+            state = folder.state()
+            message = str((folder.failure() or {}).get("message") or "") if state != DONE else ""
+            return [{**key, "state": state, "reason": " ".join(message.split())}]
+    except StorageError as error:
+        return [{**key, "state": UNREADABLE, "reason": str(error)}]
     try:
         shared, metrics = _shared(result), list(result["metrics"].items())
         rows = [{**key, **shared, **_measurement(spec, name, metric)} for name, metric in metrics]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        return [{**key, "state": "damaged", "reason": f"result.json lacks something: {error!r}"}]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        return [{**key, "state": DAMAGED, "reason": f"result.json lacks something: {error!r}"}]
     return rows or [{**key, **shared, "reason": "the cell measures nothing"}]
 
 
