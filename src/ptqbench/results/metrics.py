@@ -6,13 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-<<<<<<< HEAD:src/ptqbench/results/metrics.py
-=======
-import pandas as pd
-
 from ptqbench.evaluate.records import LARGEST
 
->>>>>>> w2-results:src/ptqbench/results/tables/metrics.py
 ACCURACIES = ("acc", "acc_norm", "exact_match")
 MISSING = "-"
 AVERAGE = "average_"

@@ -13,11 +13,8 @@ from typing import Any, cast
 import pandas as pd
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
-<<<<<<< HEAD
-from ptqbench.results.metrics import AVERAGE, MISSING, kind
-=======
 from ptqbench.errors import StorageError
->>>>>>> w2-results
+from ptqbench.results.metrics import AVERAGE, MISSING, kind
 from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet, best, format_bits, format_value, higher_is_better
 from ptqbench.results.tables.pivot import draw
 from ptqbench.results.tables.tidy import EVALUATION_TIMINGS, quantize_seconds, spared_seconds

@@ -10,12 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ptqbench.errors import ConfigError
-<<<<<<< HEAD
-from ptqbench.results.metrics import (
-=======
 from ptqbench.evaluate.records import LARGEST
-from ptqbench.results.tables.metrics import (
->>>>>>> w2-results
+from ptqbench.results.metrics import (
     AVERAGE,
     MISSING,
     format_bits,

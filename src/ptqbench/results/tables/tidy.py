@@ -20,13 +20,8 @@ import pandas as pd
 from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import identity_texts, joined
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS, RunSpec
-<<<<<<< HEAD
-from ptqbench.errors import PtqbenchError
-from ptqbench.results.metrics import measured
-=======
 from ptqbench.errors import PtqbenchError, StorageError
-from ptqbench.results.tables.metrics import measured
->>>>>>> w2-results
+from ptqbench.results.metrics import measured
 from ptqbench.results.tables.names import KEYS, settle
 from ptqbench.results.tables.specs import SpecReader
 from ptqbench.runs.folder import DAMAGED, DONE, UNREADABLE, RunFolder
