@@ -3,8 +3,8 @@
 import math
 
 import pytest
-from conftest import random_checkpoint
 
+from conftest import random_checkpoint
 from ptqbench.cell.folders import group_names
 from ptqbench.run import run_cell
 from ptqbench.runs.folder import create
