@@ -1,4 +1,4 @@
-# make demo | test | docs | torture | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
+# make demo | test | test-fast | docs | torture | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(C
 DEMO ?= demo
 DOCS ?= docs/_build
 PYTEST ?=
+# Laws, structure, identity, and one cell of every method; fused_columns interprets a kernel, which is slow.
+FAST := tests/numerics tests/cell tests/test_structure.py tests/test_every_method.py --ignore=tests/numerics/test_fused_columns.py
 MINUTES ?= 60
 SEED ?= 0
 WORKERS ?= 2
@@ -15,11 +17,12 @@ ONLY ?=
 NUMBER ?=
 PROVE ?=
 
-.PHONY: demo test docs torture lint format clean help
+.PHONY: demo test test-fast docs torture lint format clean help
 
 help:
 	@echo "make demo     quantize the embedded model with every method, show the comparison, write a report"
 	@echo "make test     run the tests (PYTEST='-k gptq' passes options)"
+	@echo "make test-fast  laws, structure, identity, one cell of every method"
 	@echo "make docs     build the documentation site into docs/_build (DOCS=FOLDER)"
 	@echo "make torture  kills, full disks, races, wrong requests (MINUTES=60 SEED=0 WORKERS=2 ONLY=kills,disk NUMBER=17 PROVE=1)"
 	@echo "make lint     ruff and mypy"
@@ -33,6 +36,9 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest $(FAST) $(PYTEST)
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs $(DOCS)

@@ -74,11 +74,13 @@ def checkpoint(tmp_path):
     return lambda kind="llama", **changes: random_checkpoint(tmp_path / f"{kind}-model", kind, **changes)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def real_data():
     """The folder with a real pretrained model and real texts; skips where it is absent."""
     if not (REAL_DATA / "models" / "stories260K" / "config.json").is_file():
-        pytest.skip(f"no real test data at {REAL_DATA} (set PTQBENCH_TEST_DATA)")
+        pytest.skip(
+            f"no models/stories260K in {REAL_DATA}: set PTQBENCH_TEST_DATA=FOLDER, which holds models/ and text/"
+        )
     return REAL_DATA
 
 

@@ -12,18 +12,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def measure(tmp_path_factory):
-    from conftest import REAL_DATA
-
-    if not (REAL_DATA / "models" / "stories260K").is_dir():
-        pytest.skip(f"no real test data at {REAL_DATA} (set PTQBENCH_TEST_DATA)")
-    root, text = tmp_path_factory.mktemp("runs"), REAL_DATA / "text" / "tinystories.train_head.txt"
+def measure(tmp_path_factory, real_data):
+    root, text = tmp_path_factory.mktemp("runs"), real_data / "text" / "tinystories.train_head.txt"
 
     @functools.cache
     def run(*words):
         spec = compose_cell(
             [
-                "model=local", f"model.path={REAL_DATA / 'models' / 'stories260K'}", "calibration=file",
+                "model=local", f"model.path={real_data / 'models' / 'stories260K'}", "calibration=file",
                 f"calibration.path={text}", "calibration.separator='<|endoftext|>'", "calibration.portion=[0,0.8]",
                 "calibration.n_samples=128", "calibration.seq_len=512", "evaluation=file", f"evaluation.texts.file.path={text}",
                 "evaluation.texts.file.separator='<|endoftext|>'", "evaluation.texts.file.portion=[0.95,1]",

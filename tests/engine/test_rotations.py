@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from given_windows import GivenWindows
 from ptqbench.cell.fingerprint import run_id
 from ptqbench.cell.registry import create
 from ptqbench.cell.spec import RoleSpec, RunSpec, build
@@ -380,7 +381,7 @@ def test_prepare_does_what_a_transform_needs(checkpoint, tmp_path):
 
     model, path = open_model(checkpoint()), tmp_path / "R.bin"
     spinquant_file(path, model.architecture)
-    calibration = Calibration()
+    calibration = GivenWindows(WINDOWS)
     run = lambda transform, name: Preparation(model, cell(), tmp_path / name, IDENTITY, Silent(), calibration).of(
         transform
     )
@@ -436,20 +437,6 @@ def codes_files(folder, transform, architecture, found, per_block=False):
     }
 
 
-class Calibration:
-    """Calibration windows, counted and shared with nobody."""
-
-    def __init__(self):
-        self.asked = []
-
-    def windows(self, n_samples):
-        self.asked.append(n_samples)
-        return WINDOWS[:n_samples]
-
-    def shelf(self, n_samples):
-        return None
-
-
 @pytest.mark.parametrize("granularity", ["full_shared", "per_layer"])
 @pytest.mark.parametrize("per_block", [False, True])
 def test_bases_and_factors_of_a_file_replace_those_that_would_be_computed(checkpoint, tmp_path, granularity, per_block):
@@ -461,10 +448,10 @@ def test_bases_and_factors_of_a_file_replace_those_that_would_be_computed(checkp
     prepared = lambda transform, name, calibration: Preparation(
         model, cell(), tmp_path / name, IDENTITY, Silent(), calibration
     ).of(transform)
-    computed = prepared(own, "own", Calibration())
+    computed = prepared(own, "own", GivenWindows(WINDOWS))
     files = codes_files(tmp_path, own, model.architecture, computed, per_block)
     given = create("transform", RoleSpec("subspace", {**options, "rotation_seed": 7, **files}))
-    calibration = Calibration()
+    calibration = GivenWindows(WINDOWS)
     read = prepared(given, "given", calibration)
     assert calibration.asked == []  # nothing is left to compute
     first, second = (t.basis(cell(), model.architecture, b) for t, b in ((own, computed), (given, read)))
@@ -473,7 +460,7 @@ def test_bases_and_factors_of_a_file_replace_those_that_would_be_computed(checkp
             assert torch.allclose(getattr(first, kind)(index), getattr(second, kind)(index), atol=1e-12)
     # Each file alone leaves the rest as it is without files.
     half = create("transform", RoleSpec("subspace", {**options, **{k: v for k, v in files.items() if "rotation" in k}}))
-    calibration = Calibration()
+    calibration = GivenWindows(WINDOWS)
     third = half.basis(cell(), model.architecture, prepared(half, "half", calibration))
     assert calibration.asked == [4]
     assert torch.allclose(third.attention_basis(1), first.attention_basis(1), atol=1e-12)

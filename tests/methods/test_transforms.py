@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from given_windows import GivenWindows
 from ptqbench.cell.folders import conf_folder
 from ptqbench.cell.registry import complete, create
 from ptqbench.cell.spec import RoleSpec, RunSpec, build, to_dict
@@ -92,19 +93,9 @@ def open_model(folder, dtype=torch.float64):
     return BlockwiseModel(ModelSource(folder), dtype, torch.device("cpu"))
 
 
-class Windows:
-    """Calibration windows, shared with nobody."""
-
-    def windows(self, n_samples):
-        return WINDOWS[:n_samples]
-
-    def shelf(self, n_samples):
-        return None
-
-
 def in_basis(model, transform, spec, folder):
     """Open a model in the basis of a transform; eigenbases are computed in ``folder``."""
-    bases = Preparation(model, spec, folder, "test", Silent(), Windows()).of(transform)
+    bases = Preparation(model, spec, folder, "test", Silent(), GivenWindows(WINDOWS)).of(transform)
     return model.reopened(transform.basis(spec, model.architecture, bases))
 
 
