@@ -297,14 +297,21 @@ def test_dtypes() -> None:
     exact = hadamard_transform(x)
     assert exact.dtype == torch.float64
     assert torch.equal(x, untouched)
-    single = hadamard_transform(x.float())
-    assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), exact, atol=1e-5, rtol=0)
+    single = hadamard_transform(x, dtype=torch.float32)
+    assert single.dtype == torch.float64
+    assert torch.equal(single, single.float().double())
+    assert torch.equal(hadamard_transform(x.float()), hadamard_transform(x.float(), dtype=torch.float32))
+    assert not torch.equal(hadamard_transform(x.float()), hadamard_transform(x.float(), dtype=torch.float64))
     for dtype in (torch.bfloat16, torch.float16):
         half = x.to(dtype)
         assert torch.equal(hadamard_transform(half), hadamard_transform(half.float()).to(dtype))
-    with pytest.raises(ConfigError, match="floating point"):
-        hadamard_transform(x.long())
+    wide = hadamard_transform(x.half(), dtype=torch.float64)
+    assert torch.equal(wide, hadamard_transform(x.half().double()).half())
+    rough = hadamard_transform(x.half(), dtype=torch.float16)
+    assert not torch.equal(rough, hadamard_transform(x.half())), "half precision rounds after every factor"
+    torch.testing.assert_close(rough.double(), exact, atol=2e-2, rtol=0)
+    with pytest.raises(ConfigError, match="floating-point type"):
+        hadamard_transform(x, dtype=torch.int64)
 
 
 def test_empty_batch_and_fresh_matrices() -> None:

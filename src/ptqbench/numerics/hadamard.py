@@ -115,27 +115,28 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.kron(_base(base), _sylvester(power)).to(dtype)
 
 
-def hadamard_transform(x: Tensor, *, odd_factor: Tensor | None = None) -> Tensor:
+def hadamard_transform(x: Tensor, *, dtype: torch.dtype | None = None, odd_factor: Tensor | None = None) -> Tensor:
     """Multiply the last axis by the orthogonal ``bar H_n^T``.
 
     A weight's input side and the activations entering it use the same call: ``(x H^T)(W H^T)^T = x W^T``.
 
     Args:
         x: (..., n) floating point, not modified. NaN spreads over its row.
+        dtype: Type of the arithmetic; None takes float64 for float64 input and float32 otherwise. On a GPU float32 needs
+            full-precision matrix products (TF32 off). Half precision, as in the QuaRot code, rounds after every factor.
         odd_factor: (K, K) orthogonal matrix in place of H_K / sqrt(K), with n / K a power of two; see
             `orthogonal.odd_factor`.
 
     Returns:
-        (..., n) in the dtype of x; computed in float64 for float64 input, else in float32. On a GPU float32 needs full-precision
-        matrix products (TF32 off).
+        (..., n) in the dtype of x.
 
     Raises:
         ConfigError: x is not floating point, or odd_factor does not fit n.
         UnsupportedError: The order cannot be built.
     """
-    if not x.is_floating_point():
-        raise ConfigError(f"expected floating point for a Hadamard transform, got {x.dtype}")
-    dtype = compute_dtype(x)
+    dtype = dtype or compute_dtype(x)
+    if not dtype.is_floating_point:
+        raise ConfigError(f"expected a floating-point type for a Hadamard transform, got {dtype}")
     n = x.shape[-1]
     if odd_factor is None:
         base, power = factorise_order(n)

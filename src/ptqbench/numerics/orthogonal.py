@@ -243,7 +243,7 @@ def rotate_head_inputs(weight: Tensor, rotations: Tensor, heads_per_kv: int) -> 
     return torch.einsum("ohi,hij->ohj", heads, per_head).reshape(weight.shape).to(weight.dtype)
 
 
-def mix_heads(x: Tensor, n_heads: int) -> Tensor:
+def mix_heads(x: Tensor, n_heads: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """Apply ``bar H_H`` across heads: ``x (bar H_H kron I_e)^T``.
 
     The same call serves o_proj's weight (offline) and the attention output entering it (online), where it cancels.
@@ -252,6 +252,7 @@ def mix_heads(x: Tensor, n_heads: int) -> Tensor:
     Args:
         x: (..., H e), not modified.
         n_heads: H.
+        dtype: Arithmetic type, see `hadamard.hadamard_transform`.
 
     Returns:
         (..., H e) in the dtype of x.
@@ -263,7 +264,7 @@ def mix_heads(x: Tensor, n_heads: int) -> Tensor:
     if x.shape[-1] % n_heads:
         raise ConfigError(f"expected a last axis divisible by {n_heads} heads, got {x.shape[-1]}")
     heads = x.reshape(*x.shape[:-1], n_heads, x.shape[-1] // n_heads)
-    return hadamard_transform(heads.mT).mT.reshape(x.shape)
+    return hadamard_transform(heads.mT, dtype=dtype).mT.reshape(x.shape)
 
 
 def _per_head(rotations: Tensor, width: int, repeats: int) -> Tensor:
