@@ -56,7 +56,7 @@ def test_main_job_runs_and_a_second_call_says_done(checkpoint, tmp_path):
     assert second.returncode == 0, second.stderr
     assert "already done" in second.stdout
     assert (folder / "result.json").read_bytes() == written
-    assert second.stdout.split("\n")[1:] == first.stdout.split("\n")[1:]
+    assert second.stdout.split("metric", 1)[1] == first.stdout.split("metric", 1)[1]
     assert len(list((folder / "attempts").iterdir())) == 1
 
 
@@ -70,7 +70,7 @@ def test_multirun_flag_anywhere_runs_every_combination_and_counts(checkpoint, tm
     status = ptqbench("status", cwd=tmp_path)
     assert "2 done" in status.stdout
     table = ptqbench("table", "--format", "md", cwd=tmp_path)
-    assert "| local | fp16 | fp16 | 16 | 16.00 |" in table.stdout
+    assert "| fp16 | fp16 | 16 | 16.00 |" in table.stdout
 
 
 BAD = [

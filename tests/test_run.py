@@ -159,12 +159,13 @@ def lose_a_signal(then):
 
 @pytest.mark.parametrize("follows", ["an error", "the next step"])
 def test_whatever_follows_a_signal_is_an_interruption(tmp_path, follows):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start us with it ignored
     folder = make(tmp_path)
     with pytest.raises(KeyboardInterrupt), attempt(folder, Silent()) as current:
         lose_a_signal(current.advance if follows == "the next step" else lambda: int("UntypedStorage"))
     assert folder.state() == store.INTERRUPTED
     assert not folder.failure_path.exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_a_holder_that_was_taken_over_ends_without_a_result_or_a_failure(tmp_path, monkeypatch):

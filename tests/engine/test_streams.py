@@ -35,6 +35,7 @@ class Asking:
 
     needs: frozenset = EVERYTHING
     rms_scale: str = "split"
+    exclude: tuple = ()
 
     def aim(self, weight, statistics):
         return Weight().aim(weight, statistics)
@@ -46,9 +47,9 @@ class Recording(Gptq):
 
     seen: list = dataclasses.field(default_factory=list, compare=False)
 
-    def solve(self, aim, statistics, grid):
+    def solve(self, aim, statistics, grid, *more, **named):
         self.seen.append(statistics)
-        return super().solve(aim, statistics, grid)
+        return super().solve(aim, statistics, grid, *more, **named)
 
 
 class Rewriting(BlockwiseModel):
@@ -269,7 +270,7 @@ def test_quantizers_are_on_again_even_after_a_failure(checkpoint, tmp_path):
     model.rewrite = rewrite
 
     class Failing(Recording):
-        def solve(self, aim, statistics, grid):
+        def solve(self, aim, statistics, grid, *more, **named):
             assert not blocks[0].get_submodule(NAMES[0]).enabled
             raise KeyError
 

@@ -78,7 +78,7 @@ def test_bad_cells_stop_no_other_and_are_listed_with_class_reason_and_log(small,
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(HOOK)
-    environment = {"PYTHONPATH": str(hook), "TEST_CRASH": "local-rtn-w3", "TEST_HUNGRY": "local-rtn-w2"}
+    environment = {"PYTHONPATH": str(hook), "TEST_CRASH": "-rtn-w3-", "TEST_HUNGRY": "-rtn-w2-"}
     done = small.command("sweep", small.sweep, "launcher=local", "launcher.workers=2", **environment)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "4 failed, 2 done" in done.stdout or "2 done, 4 failed" in done.stdout, done.stdout

@@ -452,7 +452,14 @@ def test_a_composed_cell_has_the_type_of_the_weights_where_the_configuration_has
 
     folder = checkpoint()
     typed(as_type(torch.bfloat16), ("dtype",))(folder)
-    words = ["+method=fp16", "bitwidth=fp16", "model=local", f"model.path={folder}", "evaluation=tiny"]
+    words = [
+        "+method=fp16",
+        "bitwidth=fp16",
+        "model=local",
+        f"model.path={folder}",
+        "evaluation=tiny",
+        "evaluation.texts.tiny.seq_len=64",
+    ]
     assert compose_cell(words).model.dtype == "bfloat16"
 
 

@@ -119,7 +119,7 @@ def test_offline_file_holds_the_whole_cell(done):
     run = next(record.run for record in found if record.WhichOneof("record_type") == "run")
     assert (run.run_id, run.run_group, run.job_type, run.project) == (done.folder.run_id, "a group", "gptq", "ptqbench")
     assert list(run.tags) == ["local path=model", "w3", "mine"]
-    assert run.display_name == "local-gptq-w3-s0"
+    assert run.display_name.startswith("local_path_model-gptq-w3-")
     config = items(run.config.update)
     assert config["method"]["solver"] == json.loads(json.dumps(identity_fields(done.spec.method.solver)))
     assert config["bitwidth"]["name"] == "w3"
@@ -321,7 +321,7 @@ def test_tracking_is_a_group_of_the_configuration(tmp_path):
     composed = compose_data(["+method=rtn", "bitwidth=w4", "tracking=online", "tracking.tags=[a]"])
     assert validated(composed).tracking == TrackingSpec(mode="online", tags=("a",))
     path = tmp_path / "s.yaml"
-    grid = {"zip": {"seed": [0, 1], "tracking.group": ["null", "given"]}}
+    grid = {"zip": {"seed": [0, 1], "tracking.group": [None, "given"]}}
     path.write_text(yaml.safe_dump({"name": "my sweep", "common": ["method=rtn"], "grids": [grid]}))
     found = cells(load_sweep(str(path)), ["tracking=offline"])
     assert [(cell.spec.tracking.mode, cell.spec.tracking.group) for cell in found] == [
