@@ -118,8 +118,13 @@ def test_a_sweep_with_a_failing_cell_is_honest_on_both_sides(slurm):
     assert "config: " in row
     assert "log.txt" in re.sub(r"[\s│]", "", done.stdout.split("failed cells")[1])  # a narrow terminal folds the path
     number = re.findall(r"submitted job (\d+)", done.stdout)[0]
-    shown = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True, check=True).stdout
-    assert sorted(re.findall(r"JobState=(\w+)", shown)) == ["COMPLETED", "COMPLETED", "FAILED"]
+
+    def ended():
+        shown = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True, check=True).stdout
+        states = sorted(re.findall(r"JobState=(\w+)", shown))
+        return states if not {"RUNNING", "COMPLETING"} & set(states) else None
+
+    assert wait_for(ended) == ["COMPLETED", "COMPLETED", "FAILED"]  # a result is there before its job has ended
     pool = slurm.command("sweep", slurm.sweep, "launcher=local", "--runs-dir", "pool")
     assert pool.returncode == 1
     slurm.grids("{method: [rtn], bitwidth: [w4, w3]}")
