@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ptqbench.errors import ConfigError
+from ptqbench.models.source import digest, locate
 from ptqbench.numerics.orthogonal import generator, haar
 
 F64 = torch.float64
@@ -58,3 +60,10 @@ def rotation_stack(model: PreTrainedModel, seed: int = 0) -> Tensor:
 def relative(actual: Tensor, expected: Tensor) -> float:
     """Return ||actual - expected|| / ||expected||."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def verify(spec):
+    """What ``sweeps.pins`` does when a cell starts, for its model alone."""
+    locate(spec)
+    if digest(spec) != spec.digest:
+        raise ConfigError(f"the model has changed since the cell was composed: expected {spec.digest}")

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from reference_models import verify
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
@@ -20,13 +21,6 @@ from ptqbench.models.stages import forward
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-def verify(spec):
-    """What ``sweeps.pins`` does when a cell starts, for its model alone."""
-    locate(spec)
-    if digest(spec) != spec.digest:
-        raise ConfigError(f"the model has changed since the cell was composed: expected {spec.digest}")
 
 
 def edit_config(folder, drop=(), **values):

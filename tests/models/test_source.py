@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from reference_models import verify
 
 from ptqbench.cell.spec import ModelSpec
 from ptqbench.errors import ConfigError
@@ -26,13 +27,6 @@ def tiny(tmp_path):
 def pinned(folder):
     spec = ModelSpec(name="local", path=str(folder))
     return dataclasses.replace(spec, digest=digest(spec))
-
-
-def verify(spec):
-    """What ``sweeps.pins`` does when a cell starts, for its model alone."""
-    locate(spec)
-    if digest(spec) != spec.digest:
-        raise ConfigError(f"the model has changed since the cell was composed: expected {spec.digest}")
 
 
 def test_digest_of_a_folder_is_the_one_it_always_had(tiny):

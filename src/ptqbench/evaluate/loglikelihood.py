@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import NumericalError
+from ptqbench.evaluate.perplexity import CHUNK_ELEMENTS
 from ptqbench.evaluate.trees import Row, batches, pack
 from ptqbench.models.blockwise import BlockwiseModel, Overlay
 from ptqbench.models.stages import forward
 
-CHUNK_ELEMENTS = 1 << 26
-"""Logits held at once, in float32 elements (256 MiB)."""
 TOKEN_BUDGET = {"cpu": 1 << 12, "cuda": 1 << 14}
 """Tokens per forward of a block."""
 CHUNK_BYTES = 16 << 30
