@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import NumericalError
+from ptqbench.evaluate.passes import through_blocks
 from ptqbench.evaluate.perplexity import CHUNK_ELEMENTS
 from ptqbench.evaluate.trees import Row, batches, pack
 from ptqbench.models.blockwise import BlockwiseModel, Overlay
-from ptqbench.models.stages import forward
+from ptqbench.models.stages import Positions
 
 TOKEN_BUDGET = {"cpu": 1 << 12, "cuda": 1 << 14}
 """Tokens per forward of a block."""
@@ -85,21 +86,13 @@ def _through_blocks(
 ) -> list[Tensor]:
     """Residual stream behind the last block, (rows, tokens, hidden_size) per group."""
     tokens = [_padded([torch.tensor(row.tokens) for row in group]) for group in groups]
-    used = torch.cat([t.flatten() for t in tokens])
-    sizes = [t.numel() for t in tokens]
-    embedded = model.embed(used[None])[0]
-    home = model.resting_place(embedded)
-    hidden = [h.view(*t.shape, -1).to(home) for h, t in zip(embedded.split(sizes), tokens, strict=True)]
-    del embedded
     depths = [_padded([torch.tensor(row.depth) for row in group]) for group in groups]
-    for index in range(model.n_blocks):
-        with model.block(index, overlay) as block:
-            for i, group in enumerate(groups):
-                mask = torch.stack([row.mask(tokens[i].shape[1]) for row in group])[:, None]
-                positions = model.tree_positions(depths[i], mask)
-                hidden[i] = forward(block, hidden[i].to(model.device), positions).to(home)
-        on_block(index)
-    return hidden
+
+    def positions(i: int) -> Positions:
+        mask = torch.stack([row.mask(tokens[i].shape[1]) for row in groups[i]])[:, None]
+        return model.tree_positions(depths[i], mask)
+
+    return through_blocks(model, tokens, positions, overlay, on_block)
 
 
 def _padded(rows: list[Tensor]) -> Tensor:

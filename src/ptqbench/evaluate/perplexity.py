@@ -19,9 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptqbench.errors import NumericalError
+from ptqbench.evaluate.passes import through_blocks
 from ptqbench.evaluate.records import LARGEST
 from ptqbench.models.blockwise import BlockwiseModel, Overlay
-from ptqbench.models.stages import forward
+
+Observer = Callable[[Tensor, Tensor], None]
+"""Sees logits (positions, vocabulary) and the tokens that follow (positions,), window by window, in chunks."""
 
 CHUNK_ELEMENTS = 1 << 26
 """Logits held at once, in float32 elements (256 MiB)."""
@@ -68,6 +71,7 @@ def perplexity(
     batch_size: int = 8,
     on_block: Callable[[int], None] = lambda index: None,
     dtype: torch.dtype = torch.float32,
+    observe: Observer = lambda logits, wanted: None,
 ) -> Perplexity:
     """Measure perplexity block by block.
 
@@ -78,25 +82,18 @@ def perplexity(
         batch_size: Windows per forward.
         on_block: Called with the index of every finished block.
         dtype: Type of logits and of the loss per token: float32 (float64 for a float64 model) or bfloat16.
+        observe: Shown the logits of every predicted position, before they are rounded to ``dtype``.
 
     Raises:
         NumericalError: The loss is not finite.
     """
-    batches, embedded = windows.split(batch_size), model.embed(windows)
-    home = model.resting_place(embedded)
-    hidden = list(embedded.to(home).split(batch_size))
-    positions = model.positions(windows.shape[1])
-    # One block at a time: all windows pass through it before the next is loaded.
-    for index in range(model.n_blocks):
-        with model.block(index, overlay) as block:
-            for i, states in enumerate(hidden):
-                hidden[i] = forward(block, states.to(model.device), positions).to(home)
-        on_block(index)
+    batches, positions = windows.split(batch_size), model.positions(windows.shape[1])
+    hidden = through_blocks(model, batches, lambda batch: positions, overlay, on_block)
     # nll of a window = -sum_t log p(x_t | x_<t), from the stream behind the last block.
     with model.head() as head:
         nll = torch.cat(
             [
-                _window_nll(head, h.to(model.device), w.to(model.device), dtype)
+                _window_nll(head, h.to(model.device), w.to(model.device), dtype, observe)
                 for h, w in zip(hidden, batches, strict=True)
             ]
         ).cpu()
@@ -110,17 +107,20 @@ def perplexity(
     return Perplexity(float(nll.sum()) / n_tokens, nll, n_tokens)
 
 
-def _window_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+def _window_nll(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, dtype: torch.dtype, observe: Observer
+) -> Tensor:
     """Sum the negative log-likelihood of tokens 1.. of each window: (batch,) float64."""
     # Position t predicts token t + 1.
     states, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     # Logits of a chunk of positions at a time, so that (tokens, vocabulary) never exists as a whole.
     vocabulary = head(states[:1]).shape[-1]
     step = max(1, CHUNK_ELEMENTS // vocabulary)
-    losses = [
-        functional.cross_entropy(_as(head(s), dtype), y, reduction="none")
-        for s, y in zip(states.split(step), labels.split(step), strict=True)
-    ]
+    losses = []
+    for chunk, wanted in zip(states.split(step), labels.split(step), strict=True):
+        logits = head(chunk)
+        observe(logits, wanted)
+        losses.append(functional.cross_entropy(_as(logits, dtype), wanted, reduction="none"))
     return torch.cat(losses).view(tokens.shape[0], -1).double().sum(1)
 
 
