@@ -212,7 +212,8 @@ class EvaluationSpec:
     only the first examples of every task (to try things out). ``data_dir`` holds task data as JSON lines, read instead of the
     hub; ``task_digests`` identifies what was read. ``ppl_dtype`` is the type of the logits and of the loss per token behind
     perplexities, whatever the type of the model. ``engine: blocks`` scores tasks block by block, for models that the device does
-    not hold; ``whole`` is lm-eval's own class on the whole model in memory.
+    not hold; ``whole`` is lm-eval's own class on the whole model in memory. ``fidelity`` also measures how far the model is from
+    its own unquantized one.
     """
 
     name: str = execution()
@@ -225,6 +226,7 @@ class EvaluationSpec:
     data_dir: str | None = execution(default=None)
     task_digests: dict[str, str] = identity(default_factory=dict)
     engine: Literal["whole", "blocks"] = added("whole")
+    fidelity: bool = added(False)
 
 
 @dataclass(frozen=True, config=STRICT)

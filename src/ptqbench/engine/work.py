@@ -200,9 +200,12 @@ class Work:
     def evaluate(self) -> dict[str, Any]:
         """Measure the model with the stored weights; returns the metrics by column name."""
         from ptqbench.evaluate.cell import CellEvaluation
+        from ptqbench.evaluate.unquantized import Unquantized
 
         overlay = self.state.overlay if self.spec.bitwidth.w_bits < UNTOUCHED_BITS else None
-        measured = (self.model, overlay, self.tokenizer, self.observer, self.timings.measure, self.ready)
+        key = {"model": identity_fields(self.spec.model), "device": self.model.device.type}
+        unquantized = Unquantized(self.model, key, self.calibration.artefacts)
+        measured = (self.model, overlay, self.tokenizer, self.observer, self.timings.measure, self.ready, unquantized)
         return CellEvaluation(self.spec.evaluation, self.folder, *measured).run()
 
     def bits(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
     from ptqbench.evaluate.scores import Request, Score, Scores
+    from ptqbench.evaluate.unquantized import Unquantized
     from ptqbench.evaluate.zero_shot import Harness, Prepared
     from ptqbench.models.blockwise import BlockwiseModel, Overlay
     from ptqbench.runs.attempt import Observer
@@ -54,6 +55,7 @@ class CellEvaluation:
         observer: Told of progress.
         measure: Context that adds the seconds inside it to a named timing.
         ready: What ``load`` found before the model was quantized.
+        unquantized: What the model is compared with.
     """
 
     spec: EvaluationSpec
@@ -64,27 +66,33 @@ class CellEvaluation:
     observer: Observer
     measure: Callable[[str], AbstractContextManager[None]]
     ready: Ready
+    unquantized: Unquantized
 
     def run(self) -> dict[str, Any]:
         """Measure what is not measured yet and return all metrics: name -> value, stderr and the facts behind them."""
         metrics: dict[str, Any] = {}
         for label, text in self.spec.texts.items():
-            path = self.folder.windows_path(label)
-            done = read_summary(path, self.folder.run_id)
-            metrics[f"{label}/perplexity"] = done if done is not None else self._perplexity(label, text)
+            done = read_summary(self.folder.windows_path(label), self.folder.run_id)
+            facts = dict(done if done is not None else self._text(label, text))
+            compared = facts.pop("fidelity", {})
+            metrics |= {f"{label}/{name}": found for name, found in {"perplexity": facts, **compared}.items()}
         return metrics | self._tasks()
 
-    def _perplexity(self, label: str, text: PerplexitySpec) -> dict[str, Any]:
+    def _text(self, label: str, text: PerplexitySpec) -> dict[str, Any]:
+        """Measure a text and write its records; returns the facts of its perplexity, and under ``fidelity`` further metrics."""
         import torch
 
+        from ptqbench.evaluate import fidelity
         from ptqbench.evaluate.perplexity import perplexity
 
         windows = self.ready.windows[label]
         dtype: torch.dtype = getattr(torch, self.spec.ppl_dtype)
+        compared = fidelity.Divergence(self._reference(label, windows)) if self.spec.fidelity else None
         self.observer.stage(f"perplexity {label}", self.model.n_blocks)
         with self.measure("perplexity_s"):
-            advance = lambda index: self.observer.advance()  # noqa: E731
-            found = perplexity(self.model, windows, self.overlay, self.spec.batch_size, advance, dtype)
+            found = perplexity(
+                self.model, windows, self.overlay, self.spec.batch_size, self._advance, dtype, compared or _nobody
+            )
         bos = self.tokenizer.bos_token_id
         summary = {
             "value": found.perplexity,
@@ -98,12 +106,27 @@ class CellEvaluation:
             "batch_size": self.spec.batch_size,
             "ppl_dtype": self.spec.ppl_dtype,
         }
+        columns = {"nll": found.window_nll}
+        if compared is not None:
+            judged = fidelity.summarise(compared, len(windows))
+            columns |= judged.windows
+            noise = self.unquantized.noise(windows, self.spec.batch_size, self._advance)
+            summary["fidelity"] = judged.metrics(noise)
         rows = [
-            {"text": label, "window": i, "digest": _digest(window), "nll": float(nll), "n_tokens": windows.shape[1] - 1}
-            for i, (window, nll) in enumerate(zip(windows, found.window_nll, strict=True))
+            {"text": label, "window": i, "digest": _digest(window), "n_tokens": windows.shape[1] - 1}
+            | {name: float(values[i]) for name, values in columns.items()}
+            for i, window in enumerate(windows)
         ]
         write_records(self.folder.windows_path(label), rows, self.folder.run_id, summary)
         return summary
+
+    def _reference(self, label: str, windows: Tensor) -> dict[str, Tensor]:
+        self.observer.stage(f"reference {label}", self.model.n_blocks)
+        with self.measure("reference_s"):
+            return self.unquantized.of_text(windows, self._advance)
+
+    def _advance(self, index: int) -> None:
+        self.observer.advance()
 
     def _tasks(self) -> dict[str, Any]:
         """Score all requests in one pass over the blocks, then let lm-eval make figures of them, task by task."""
@@ -167,7 +190,7 @@ class CellEvaluation:
 
         def compute(requests: list[Request]) -> list[Score]:
             self.observer.stage("log-likelihoods", self.model.n_blocks)
-            return log_likelihoods(self.model, requests, longest, self.overlay, None, lambda _: self.observer.advance())
+            return log_likelihoods(self.model, requests, longest, self.overlay, None, self._advance)
 
         return Scores(compute, self._scores_path, self.folder.run_id, chunk_tokens(self.model))
 
@@ -230,6 +253,10 @@ def averages(tasks: tuple[str, ...], metrics: dict[str, Any]) -> dict[str, Any]:
             "tasks": list(tasks),
         }
     }
+
+
+def _nobody(logits: Tensor, wanted: Tensor) -> None:
+    """Observe nothing."""
 
 
 def _digest(window: Tensor) -> str:

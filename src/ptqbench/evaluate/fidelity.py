@@ -81,9 +81,9 @@ class Divergence:
         then = {name: tensor[here].to(logits.device) for name, tensor in self._reference.items()}
         ids = then["ids"].long()
         log_q = logits.log_softmax(-1)
-        # p and q over the kept tokens and one bucket of all others; p sums to one again after its rounding to float16.
+        # p and q over the kept tokens and one bucket of all others; both sum to one again after their rounding.
         p = torch.cat([then["log_p"], then["log_rest"][:, None]], 1).double().log_softmax(-1)
-        q = torch.cat([log_q.gather(1, ids), _rest(log_q, ids)[:, None]], 1).double()
+        q = torch.cat([log_q.gather(1, ids), _rest(log_q, ids)[:, None]], 1).double().log_softmax(-1)
         # KL = sum p (log p - log q); a bucket without probability adds nothing.
         self.kl[here] = torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1).cpu()
         self.same_top[here] = (logits.gather(1, ids[:, :1])[:, 0] == logits.amax(-1)).cpu()
@@ -102,6 +102,15 @@ class Fidelity:
 
     windows: dict[str, Tensor]
     summary: dict[str, Any]
+
+    def metrics(self, noise: float) -> dict[str, Any]:
+        """The metrics of the text: ``kl``, with all that is known about it, and ``top1``.
+
+        Args:
+            noise: Mean KL divergence of the reference from itself.
+        """
+        about = {"noise": noise, "top": TOP, "moved": self.summary["moved"]}
+        return {"kl": self.summary["kl"] | about, "top1": self.summary["top1"]}
 
 
 def summarise(found: Divergence, n_windows: int) -> Fidelity:
