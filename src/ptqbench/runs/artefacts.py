@@ -27,14 +27,21 @@ from filelock import Timeout
 
 from ptqbench.cell.fingerprint import canonical_json
 from ptqbench.errors import StorageError
-from ptqbench.runs.files import TEMPORARY, errno_of, file_lock, is_readable, remove_temporaries, replacing
+from ptqbench.runs.files import (
+    abandoned,
+    errno_of,
+    file_lock,
+    is_readable,
+    remove_temporaries,
+    replacing,
+    temporary_prefix,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PRODUCER = 1
 FOLDER = ".artefacts"
-STALE_S = 86_400.0
 IN_USE_S = 3_600.0
 """An artefact read or written this recently does not make room for another."""
 
@@ -165,7 +172,6 @@ class Artefacts:
             with contextlib.suppress(OSError):  # in a folder where this process may not write nothing is shared
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(file_lock(path.with_suffix(".lock")))
-                remove_temporaries(path.parent.glob(f".{path.name}.*"))  # of whoever was killed while making it
             self.waited_s += time.perf_counter() - start
             yield
 
@@ -184,12 +190,11 @@ def collect_garbage(root: Path, budget_bytes: int, in_use_s: float = 0.0) -> tup
     if not root.is_dir():
         return 0, 0, 0
     now, removed, freed = time.time(), 0, 0
-    for path in root.glob(TEMPORARY):
+    for path in abandoned(root):
         with contextlib.suppress(OSError):  # another process collects too, or it belongs to somebody else
-            if now - path.stat().st_mtime > STALE_S:
-                size = sum(part.stat().st_size for part in (path, *path.rglob("*")))
-                remove_temporaries([path])
-                freed, removed = freed + size, removed + 1
+            size = sum(part.stat().st_size for part in (path, *path.rglob("*")))
+            remove_temporaries([path])
+            freed, removed = freed + size, removed + 1
     files = []
     for path in root.glob("*.safetensors"):
         with contextlib.suppress(FileNotFoundError):
@@ -253,6 +258,6 @@ def _write(path: Path, tensors: dict[str, Tensor], seconds: float) -> None:
     from safetensors.torch import save_file
 
     # safetensors writes a nameless file beside its target first: in a folder that says whose it is, it can be removed after a kill.
-    with replacing(path) as temporary, tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as own:
+    with replacing(path) as temporary, tempfile.TemporaryDirectory(".tmp", temporary_prefix(path), path.parent) as own:
         save_file(tensors, Path(own) / "new", metadata={"sha256": _digest(tensors), "seconds": f"{seconds:.6f}"})
         (Path(own) / "new").replace(temporary)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import math
 import os
@@ -21,9 +23,14 @@ from typing import Any
 from filelock import FileLock
 
 from ptqbench.errors import StorageError
+from ptqbench.runs.processes import machine, started
 
 TEMPORARY = ".*tmp*"
 """Pattern of files half written: those of ``replacing``, and those that safetensors writes beside them (``.tmpXXXXXX``)."""
+OLD_S = 3600.0
+"""A file half written that is so old has no writer any more, wherever that was."""
+WRITER = re.compile(r"\.([0-9a-f]{8})-(\d+)\.")
+"""Which machine and which process write a temporary file, in its name."""
 END_OF_TIME_S = 253402300800.0
 """The beginning of the year 10000, which no calendar of the system goes beyond."""
 ABSENT = (errno.ENOENT, errno.ENOTDIR)
@@ -43,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
         Where to write the new content. It takes the file's place when the block ends, and is removed when the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_prefix(path) + "tmp")
     try:
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -54,6 +61,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the names of files begin that this process writes on the way to ``path``; they end in ``tmp``."""
+    return f".{path.name}.{_here()}-{os.getpid()}."
+
+
+@functools.cache
+def _here() -> str:
+    return hashlib.sha256(machine().encode()).hexdigest()[:8]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -150,10 +167,18 @@ def file_lock(path: Path, timeout: float = -1) -> FileLock:
     return FileLock(path, timeout=timeout, mode=stat.S_IMODE(path.stat().st_mode))
 
 
-def remove_temporaries(paths: Iterable[Path], older_than_s: float = 0.0) -> None:
-    """Remove those files or folders of killed writers that have reached an age; the caller knows that younger ones are nobody's."""
-    newest = time.time() - older_than_s
+def remove_temporaries(paths: Iterable[Path]) -> None:
+    """Remove files or folders half written whose writer is gone; the caller knows that they are nobody's."""
     for path in paths:
         with contextlib.suppress(OSError):
-            if path.stat().st_mtime <= newest:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def abandoned(folder: Path) -> Iterator[Path]:
+    """Find the files half written in a folder whose process is gone from this machine, or that are older than ``OLD_S``."""
+    for path in folder.glob(TEMPORARY):
+        writer = WRITER.search(path.name)
+        gone = writer is not None and writer[1] == _here() and started(int(writer[2])) is None
+        with contextlib.suppress(OSError):  # its writer has just put it in its place
+            if gone or time.time() - path.stat().st_mtime > OLD_S:
+                yield path

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 from filelock import Timeout
 
 from ptqbench.errors import CellBusy, StorageError
-from ptqbench.runs.files import TEMPORARY, file_lock, moment, read_record, remove_temporaries, write_json
+from ptqbench.runs import artefacts
+from ptqbench.runs.files import TEMPORARY, abandoned, file_lock, moment, read_record, remove_temporaries, write_json
 from ptqbench.runs.liveness import me
 
 if TYPE_CHECKING:
     from ptqbench.runs.folder import RunFolder
 
 LOCK_TIMEOUT_S = 60.0
-OLD_S = 3600.0
-"""Temporary files of what commands write beside the holder may be those of a living command, unless they are so old."""
 WRITTEN_BY_COMMANDS = ("spec", "submission", "cancel", "synced")
+"""Files of a run folder that other processes than the holder write."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +118,8 @@ def drop_stale(folder: RunFolder) -> None:
 
 def _clean(folder: RunFolder) -> None:
     """Remove the temporary files of killed processes; called under the lock, where nobody works on the cell."""
-    for path in folder.path.glob(TEMPORARY):
-        of_command = path.name.split(".")[1] in WRITTEN_BY_COMMANDS
-        remove_temporaries([path], OLD_S if of_command else 0.0)
+    mine = (path for path in folder.path.glob(TEMPORARY) if path.name.split(".")[1] not in WRITTEN_BY_COMMANDS)
+    remove_temporaries([*mine, *abandoned(folder.path), *abandoned(folder.path.parent / artefacts.FOLDER)])
     for place in (folder.state_path, folder.path / "attempts", folder.records_path):
         remove_temporaries(place.rglob(TEMPORARY))
 

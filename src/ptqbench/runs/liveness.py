@@ -13,13 +13,11 @@ from __future__ import annotations
 import os
 import platform
 import time
-import uuid
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from ptqbench.runs.files import number
+from ptqbench.runs.processes import machine, started
 
 HEARTBEAT_INTERVAL_S = 10.0
 HEARTBEAT_EXPIRY_S = 90.0
@@ -52,10 +50,10 @@ def alive(held: Mapping[str, Any], beat: float | None, now: float | None = None)
 
 def local_process(held: Mapping[str, Any]) -> int | None:
     """Number of the living process of this machine that a lease names; None if it names none."""
-    pid, started = number(held, "pid"), number(held, "started")
-    if held.get("machine") != _machine() or pid is None or started is None:
+    pid, begun = number(held, "pid"), number(held, "started")
+    if held.get("machine") != machine() or pid is None or begun is None:
         return None
-    return int(pid) if _started(int(pid)) == started else None
+    return int(pid) if started(int(pid)) == begun else None
 
 
 def me() -> dict[str, Any]:
@@ -63,44 +61,9 @@ def me() -> dict[str, Any]:
     job = os.environ.get("SLURM_JOB_ID")
     return {
         "host": platform.node(),
-        "machine": _machine(),
+        "machine": machine(),
         "pid": os.getpid(),
-        "started": _started(os.getpid()),
+        "started": started(os.getpid()),
         "slurm_job": job,
         "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
     }
-
-
-@cache
-def _machine() -> str:
-    """Identify boot and process namespace: where both agree, a process number means the same process."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{platform.node()}:{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return f"{platform.node()}:{uuid.getnode()}"
-
-
-def _started(pid: int) -> float | None:
-    """When a process was started; None if there is no such process (or a zombie).
-
-    Linux: clock ticks since boot, by the kernel, which no change of the clock moves. Elsewhere: seconds since the epoch.
-    """
-    try:
-        # The name in parentheses may hold anything; behind it, state is the first field and the start the twentieth.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else float(fields[19])
-    except FileNotFoundError:
-        return None if Path("/proc/self/stat").exists() else _created(pid)
-    except (OSError, IndexError, ValueError):  # it ended meanwhile
-        return None
-
-
-def _created(pid: int) -> float | None:
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except (psutil.Error, ValueError, OverflowError):
-        return None
