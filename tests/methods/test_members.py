@@ -21,7 +21,7 @@ from ptqbench.models.source import ModelSource
 from ptqbench.models.stages import STAGES, finish, staged
 from ptqbench.numerics.gptaq import repeated_damping
 from ptqbench.numerics.grid import GridSpec, uniform_grid
-from ptqbench.numerics.null_space import refine_null_space, signal_space
+from ptqbench.numerics.null_space import null_space_row_scale, signal_space
 from ptqbench.numerics.report import relative_output_error
 
 WINDOWS = torch.randint(0, 100, (3, 48), generator=torch.Generator().manual_seed(5))
@@ -248,7 +248,7 @@ def test_the_working_reference_is_the_copy_of_the_column_loop(block):
     space = NullSpace(reference="working", threshold=0.01, ridge=0.1)
     repaired = space.repair(weight, Weight().aim(weight, statistics), result, statistics)
     signal = signal_space(moment, threshold=0.01)
-    expected = refine_null_space(copy, result.dequantized, signal, ridge=0.1).row_scale
+    expected = null_space_row_scale(copy, result.dequantized, signal, ridge=0.1)
     assert torch.allclose(repaired.row_scale, expected, atol=1e-4)
 
 
@@ -317,7 +317,7 @@ def test_the_order_of_the_projector_is_that_of_the_weights_or_the_original_one()
         for choice, columns in (("permuted", torch.arange(16)), ("as_code", order)):
             repaired = NullSpace(projector_order=choice).repair(weight, aim, result, statistics)
             pair = weight[:, columns], result.dequantized[:, columns]
-            expected = refine_null_space(*pair, signal, ridge=0.2).row_scale
+            expected = null_space_row_scale(*pair, signal, ridge=0.2)
             assert torch.equal(repaired.row_scale, expected)
             assert torch.allclose(repaired.result.dequantized, expected[:, None] * result.dequantized)
         assert not act_order or not torch.equal(order, torch.arange(16))

@@ -66,22 +66,22 @@ class NullSpace(Refine):
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         """Return the rescaled result; unchanged, with rank None, if the rank rule finds no signal space."""
-        from ptqbench.numerics.null_space import apply_row_scale, refine_null_space, signal_space
+        from ptqbench.numerics.null_space import apply_row_scale, null_space_row_scale, signal_space
 
         moment = statistics.second_moment if self.moment == "full" else statistics.position_moment
         assert moment is not None, "the pipeline collects what a member needs"
         # U1: the leading eigenvectors of the moment, as many as the rank rule says.
-        space = signal_space(moment, threshold=self.threshold)
+        basis = signal_space(moment, threshold=self.threshold)
+        if basis is None:
+            return Repaired(result)
         reference = weight if self.reference == "original" else aim.weight if result.working is None else result.working
         rounded = result.dequantized
         if self.projector_order == "as_code" and result.order is not None:
             reference, rounded = reference[:, result.order], rounded[:, result.order]
         # alpha_i = 1 + <(w_i - q_i) U1, q_i U1> / (||q_i||^2 + ridge). A scale per row applies to columns in any order.
-        refined = refine_null_space(reference, rounded, space, ridge=self.ridge, solver=self.solver)
-        if refined.rank is None:
-            return Repaired(result)
-        dequantized = apply_row_scale(refined.row_scale, result.dequantized)
-        return Repaired(_rescaled(result, refined.row_scale, dequantized), refined.row_scale, refined.rank)
+        alpha = null_space_row_scale(reference, rounded, basis, ridge=self.ridge, solver=self.solver)
+        dequantized = apply_row_scale(alpha, result.dequantized)
+        return Repaired(_rescaled(result, alpha, dequantized), alpha, basis.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)

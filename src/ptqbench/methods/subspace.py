@@ -296,7 +296,7 @@ class Subspace(Transform):
         """R1 of the residual stream and R2 of the heads (one, or one per block where they are learned)."""
         import torch
 
-        from ptqbench.numerics.orthogonal import block_diag, generator
+        from ptqbench.numerics.orthogonal import generator
         from ptqbench.numerics.subspace import random_rotations
 
         hidden, head = (self.layout().parts(n) for n in (architecture.hidden_size, architecture.head_dim))
@@ -306,12 +306,12 @@ class Subspace(Transform):
         source = "given" if f"given.residual_{_first(hidden)}" in bases else "rotation"
         if source == "rotation" and not self.learned_rotation:
             return random_rotations(hidden, head, generator(self.rotation_seed, "subspace"))
-        residual = block_diag([bases[f"{source}.residual_{i}"] for i, size in enumerate(hidden) if size])
+        residual = torch.block_diag(*(bases[f"{source}.residual_{i}"] for i, size in enumerate(hidden) if size))
         if f"{source}.head_{_first(head)}" in bases:
-            return residual, block_diag([bases[f"{source}.head_{i}"] for i, size in enumerate(head) if size])
+            return residual, torch.block_diag(*(bases[f"{source}.head_{i}"] for i, size in enumerate(head) if size))
         blocks = range(architecture.n_blocks)
         own = ([bases[f"{source}.head_{at}_{i}"] for i, size in enumerate(head) if size] for at in blocks)
-        return residual, tuple(block_diag(parts) for parts in own)
+        return residual, tuple(torch.block_diag(*parts) for parts in own)
 
 
 def _first(parts: tuple[int, ...]) -> int:
