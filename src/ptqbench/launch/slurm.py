@@ -1,10 +1,14 @@
 """SLURM through submitit: one array per resource group, chunked to the cluster's largest array.
 
-Every array is prepared before the first is submitted. The token of an array is written into its run folders before the
-submission and the job's number after it, so that a process killed in between submits nothing twice (``ptqbench.runs.queue``).
-Where ``sbatch`` fails, the queue is asked for that token before anything is believed, and commands that submit into one
-folder of runs take turns.
-The state of a cell is never asked of submitit or of SLURM's accounting: it is in the run folder.
+A command that is killed at any moment of a submission leaves either no job or sound jobs, and submits nothing twice:
+
+* The token of an array is written into its run folders before the submission. The array's name holds the token, so a later
+  command finds the jobs in the queue (``ptqbench.runs.queue``), even where the job's number was never written down.
+* The tasks of an array are written before the submission too, under names that do not depend on the job's number. Every job
+  links its own task to the name under which submitit looks for it (``TAKE_TASK``).
+
+Where ``sbatch`` fails, the queue is asked for the token before the failure is believed. Commands that submit into the same
+folder of runs take turns. The state of a cell comes from its run folder, never from submitit or SLURM's accounting.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -52,7 +57,12 @@ REPLACED = "%\\\n"
 """Characters that SLURM does not take as they are in the names of output files."""
 WARNING_SHARE = 4  # the warning comes in the last quarter of a short job at the earliest, else it would never work
 KEPT = ("SLURM_CONF",)
-
+TAKE_TASK = (
+    "id=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}\n"
+    'task={logs}/"$id"_submitted.pkl; [ -e "$task" ] || ln -s "task_${{SLURM_ARRAY_TASK_ID:-0}}.pkl" "$task"'
+)
+"""Lines of the batch script by which a job takes its task, one of those that ``_write_tasks`` wrote. What is there already stays:
+submitit puts an equal file there after the submission, and one that counts the requeues when a job is requeued."""
 
 CONFIG_FILES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
 
@@ -217,16 +227,16 @@ def _submit_array(amount: Needs, members: Sequence[Row], token: str, launcher: L
     tasks = [CellJob(str(folder.path.resolve()), work_s) for folder in folders]
     for task, folder in enumerate(folders):
         _record(folder, token, task, None, logs)
+    _write_tasks(tasks, logs, amount.time_min, launcher.max_requeues)
     try:
         with _clean_environment(), contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the exception
             executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=launcher.max_requeues)
-            executor.update_parameters(**_parameters(amount, token, launcher))
+            executor.update_parameters(**_parameters(amount, token, logs, launcher))
             with executor.batch():
                 jobs = [executor.submit(task) for task in tasks]
             number = str(jobs[0].job_id).partition("_")[0]
     except (submitit.core.utils.FailedJobError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
         number = _taken(error, token, folders, f"{len(folders)} cells ({amount.describe()})")
-        _hand_over(number, tasks, logs, amount.time_min, launcher.max_requeues)
     for task, folder in enumerate(folders):
         _record(folder, token, task, number, logs)
     summary.say(f"submitted job {number}: {len(folders)} cells, {amount.describe()}; output in {logs}")
@@ -261,15 +271,15 @@ def _taken(error: BaseException, token: str, folders: Sequence[RunFolder], what:
     raise ConfigError(f"sbatch refused {what}: {said}") from None
 
 
-def _hand_over(number: str, tasks: Sequence[CellJob], logs: Path, time_min: int, max_requeues: int) -> None:
-    """Put the tasks of an array where its jobs look for them, which submitit does once it has the number from ``sbatch``."""
-    from submitit.core.utils import DelayedSubmission, JobPaths
+def _write_tasks(tasks: Sequence[CellJob], logs: Path, time_min: int, max_requeues: int) -> None:
+    """Write the tasks of an array in submitit's form, ahead of the submission."""
+    from submitit.core.utils import DelayedSubmission
 
+    logs.mkdir(parents=True, exist_ok=True)
     for index, task in enumerate(tasks):
         delayed = DelayedSubmission(task)
         delayed.set_timeout(time_min, max_requeues)
-        name = number if len(tasks) == 1 else f"{number}_{index}"
-        delayed.dump(JobPaths(logs, job_id=name).submitted_pickle)
+        delayed.dump(logs / f"task_{index}.pkl")
 
 
 def _record(folder: RunFolder, token: str, task: int, number: str | None, logs: Path) -> None:
@@ -277,7 +287,7 @@ def _record(folder: RunFolder, token: str, task: int, number: str | None, logs: 
     write_json(folder.submission_path, record)
 
 
-def _parameters(amount: Needs, token: str, launcher: LauncherSpec) -> dict[str, Any]:
+def _parameters(amount: Needs, token: str, logs: Path, launcher: LauncherSpec) -> dict[str, Any]:
     known: dict[str, Any] = {
         "job_name": JOB_NAME.format(token=token),
         "time": amount.time_min,
@@ -286,7 +296,7 @@ def _parameters(amount: Needs, token: str, launcher: LauncherSpec) -> dict[str, 
         "array_parallelism": launcher.array_parallelism,
         "signal_delay_s": _signal_delay_s(amount, launcher),
         "stderr_to_stdout": True,
-        "setup": list(launcher.setup) or None,
+        "setup": [TAKE_TASK.format(logs=shlex.quote(str(logs))), *launcher.setup],
         "partition": launcher.partition,
         "account": launcher.account,
         "qos": launcher.qos,
