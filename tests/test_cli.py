@@ -101,7 +101,7 @@ BAD = [
 
 TOO_LONG = "a" * 500
 BAD += [
-    (["plan"], ["plan", "required: sweep"]),
+    (["plan"], ["plan", "required: SWEEP"]),
     (["plan", "demo", "--nosuch"], ["unrecognized arguments: --nosuch"]),
     (["plan", "demo", "seed=["], ["seed=[", "quote"]),
     (["plan", "demo", "foo"], ["expected key=value", "'foo'"]),

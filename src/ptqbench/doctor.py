@@ -1,4 +1,4 @@
-"""What is installed, what this machine has, and what will get in the way."""
+"""What is installed, what this machine has, and what may hinder a sweep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,11 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def print_doctor(runs_dir: str = "runs") -> None:
-    """Print versions, devices, SLURM, folders and the offline state, with a remark where something will get in the way."""
+    """Print versions, devices, SLURM, folders and whether the hub is switched off, with remarks on what may hinder a sweep.
+
+    Args:
+        runs_dir: Folder of run folders, which need not exist.
+    """
     facts = provenance.collect()
     print(f"python        {facts['python']} on {facts['platform']}")
     for name, version in facts["packages"].items():
@@ -42,20 +47,20 @@ def _slurm() -> Iterator[str]:
     if shutil.which("sbatch") is None:
         yield "no sbatch on PATH: launcher=auto is the local pool"
         return
-    yield shutil.which("sbatch") or ""
+    yield str(shutil.which("sbatch"))
     try:
         done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
         yield f"scontrol does not answer ({type(error).__name__})"
         return
     if done.returncode != 0:
-        yield f"the controller does not answer: {' '.join(done.stderr.split())[:160]}"
+        yield f"the controller does not answer: {textwrap.shorten(done.stderr, 160, placeholder=' ...')}"
         return
     yield from slurm_remarks(done.stdout)
 
 
 def slurm_remarks(config: str) -> Iterator[str]:
-    """Say what the cluster's configuration means for sweeps.
+    """Remarks on what the cluster's configuration means for sweeps.
 
     Args:
         config: Output of ``scontrol show config``.
@@ -77,6 +82,7 @@ def slurm_remarks(config: str) -> Iterator[str]:
 
 
 def _folder(path: Path) -> str:
+    """A folder with the free space of its disk; one that does not exist yet is judged by the nearest that does."""
     existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free / 2**30
     writable = "" if os.access(existing, os.W_OK) else ", NOT WRITABLE"

@@ -1,4 +1,4 @@
-"""The callable that a SLURM task runs: nothing but the path of a run folder, so that no code or state is pickled."""
+"""The callable that a SLURM task runs. It holds the path of a run folder and a time, so that no code or state is pickled."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from ptqbench.runs.folder import RunFolder
 
 USED_UP = 0.7
-"""Share of its time after which an attempt that was interrupted counts as ended by the limit."""
+"""Share of its time after which an interrupted attempt counts as ended by the time limit."""
 
 
 class CellJob:
-    """Run the cell of a folder; after a warning (time limit, preemption) the same again, which goes on where it stopped."""
+    """Run the cell of a folder. After a warning (time limit, preemption) the job is requeued and goes on where it stopped."""
 
     def __init__(self, folder: str, work_s: float) -> None:
-        """Name the cell.
+        """Keep what the task needs.
 
         Args:
             folder: Absolute path of the run folder.
@@ -30,11 +30,11 @@ class CellJob:
         """Run the cell.
 
         Returns:
-            The run id. A cell that another process works on counts as run.
+            The run id, also where another process works on the cell.
 
         Raises:
-            RunFailed: The cell failed, which makes the task FAILED for SLURM too.
-            TimeLimitTooShort: Two attempts of this job in a row used up their time without finishing anything.
+            RunFailed: The cell failed. SLURM shows the task as FAILED too.
+            TimeLimitTooShort: The last two attempts of this job used up their time without finishing anything.
         """
         from pathlib import Path
 
@@ -58,22 +58,22 @@ class CellJob:
         return folder.run_id
 
     def checkpoint(self) -> Any:
-        """What submitit requeues; finished blocks are on disk already."""
+        """The task that submitit puts in place of this one when it requeues the job; finished blocks are on disk already."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(CellJob(self.folder, self.work_s))
 
 
 def stalled(folder: RunFolder, work_s: float, job: str | None) -> bool:
-    """Whether requeuing a cell once more would go on for ever.
+    """Whether a job is requeued again and again without progress.
 
     Args:
         folder: The cell.
         work_s: Seconds that an attempt has before it is warned.
-        job: Number of the job whose attempts count; those of a job submitted before had another limit perhaps.
+        job: Number of the job. Only its attempts count, since those of an earlier job may have had another time limit.
 
     Returns:
-        True where the last two attempts of this job both used up their time and no file of finished work appeared.
+        True where the last two attempts are of this job, used up their time, and left no new file of finished work.
     """
     from ptqbench.runs.files import read_record
 

@@ -1,10 +1,10 @@
 """How the local pool starts the process of a cell.
 
-On GPUs it is a fresh interpreter. On CPU it is forked from a server that has imported everything a cell needs and computed
-nothing (the standard library's ``forkserver``): ten seconds of imports would exceed the work of a small cell. A process that has
-touched CUDA must not be forked, and importing is enough for some drivers; hence the difference.
+On CPU the process is forked from a server (the standard library's ``forkserver``) that has imported everything a cell needs and
+computed nothing, because ten seconds of imports would exceed the work of a small cell. On a GPU the process is a fresh interpreter,
+because a process that has touched CUDA must not be forked, and for some drivers importing is enough.
 
-Either way ``ptqbench.run.main`` does the work, output goes to a file, and the worker ends with the pool.
+In both cases ``ptqbench.run.main`` does the work, output goes to a file, and the worker ends with the pool.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ PRELOADED = (
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """What one worker may use: a GPU by its index, or cores."""
+    """What one worker may use.
+
+    Attributes:
+        gpu: Index of its GPU; None for a worker on CPU.
+        threads: Number of cores.
+    """
 
     gpu: str | None
     threads: int
@@ -46,10 +51,10 @@ class Child(Protocol):
         """Exit status, negative for a signal; None while it runs."""
 
     def wait(self, timeout: float) -> bool:
-        """Wait so many seconds for its end; whether it came."""
+        """Wait for its end, at most ``timeout`` seconds; returns whether it has ended."""
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal, unless the process has ended."""
 
 
 def start(folder: Path, log: Path, slot: Slot) -> Child:
@@ -57,7 +62,7 @@ def start(folder: Path, log: Path, slot: Slot) -> Child:
 
     Args:
         folder: Run folder with ``spec.json``.
-        log: Where output goes; its folder exists.
+        log: File for its output, in an existing folder.
         slot: What the worker may use.
     """
     return _Spawned(folder, log, slot) if slot.gpu is not None else _Forked(folder, log, slot)
@@ -90,12 +95,12 @@ class _Spawned:
 
 
 class _Forked:
-    """A copy of a server that has imported everything."""
+    """A fork of a server that has imported everything."""
 
     def __init__(self, folder: Path, log: Path, slot: Slot) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
-        with _environment(OMP_NUM_THREADS=str(slot.threads)):
+        with _environment("OMP_NUM_THREADS", str(slot.threads)):  # read once, when the server imports torch
             forkserver.ensure_running()
         arguments = (folder, log, slot.threads, dict(os.environ))
         self._process: ForkServerProcess = context.Process(target=_work, args=arguments)
@@ -115,9 +120,10 @@ class _Forked:
 
 
 def _work(folder: Path, log: Path, threads: int, environment: dict[str, str]) -> None:
-    """Be the worker, in a forked process; the server may be older than the environment."""
+    """Run the cell in a forked process."""
+    # The server has the environment of its own start; the one of this moment is passed along.
     os.environ.update(environment | {"OMP_NUM_THREADS": str(threads)})
-    with log.open("wb") as stream:
+    with log.open("wb") as stream:  # standard output and error, of native code too
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
     import torch
@@ -129,14 +135,12 @@ def _work(folder: Path, log: Path, threads: int, environment: dict[str, str]) ->
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        del os.environ[name]
+        os.environ |= {} if before is None else {name: before}
