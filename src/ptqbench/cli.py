@@ -148,12 +148,7 @@ def _cancel(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from ptqbench.results.terminal import print_status
 
-    if options.sweep is None:
-        folders = [folder for folder, _ in _every_run(options)]
-    else:
-        cells = _cells(options)
-        folders = [cell.folder for cell in cells if cell.folder is not None and cell.skipped is None]
-    print_status(folders, options.all)
+    print_status([folder for folder, _ in _chosen(options)], options.all)
     return 0
 
 
@@ -193,11 +188,7 @@ def _report(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from ptqbench.tracking.sync import sync
 
-    if options.sweep is None:
-        found = _every_run(options)
-    else:
-        found = [(cell.folder, cell.spec) for cell in _cells(options) if cell.folder is not None]
-    return sync(found, "offline" if options.offline else "online", options.project, options.entity)
+    return sync(_chosen(options), "offline" if options.offline else "online", options.project, options.entity)
 
 
 def _prefetch(options: argparse.Namespace) -> int:
@@ -238,8 +229,10 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     return cells(load_sweep(options.sweep), _overrides(options))
 
 
-def _every_run(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | None]]:
-    """All run folders, for a command without a sweep."""
+def _chosen(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | None]]:
+    """The run folders of a sweep with their cells; without a sweep, all run folders."""
+    if options.sweep is not None:
+        return [(c.folder, c.spec) for c in _cells(options) if c.folder is not None and c.skipped is None]
     from ptqbench.runs.folder import all_runs
 
     return [(folder, None) for folder in all_runs(Path(options.runs_dir or "runs"))]
@@ -248,7 +241,7 @@ def _every_run(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | N
 def _table_sources(options: argparse.Namespace) -> tuple[list[Source], str, tuple[str, ...]]:
     """The cells of a sweep with its title and columns; without a sweep, all run folders."""
     if options.sweep is None:
-        return [*_every_run(options)], "", ("metric",)
+        return [*_chosen(options)], "", ("metric",)
     from ptqbench.results.sources import sweep_cells
     from ptqbench.sweeps.files import load_sweep
 
@@ -317,7 +310,7 @@ COMMANDS = {
         (
             _option("--format", choices=_STYLES, help="default: terminal, or by the suffix of --output"),
             _option("--output", metavar="FILE", type=output_file, help="write a .md, .tex, .html or .csv file"),
-            _option("--check", action="store_true", help="show the papers' figures too, and whether ours agree"),
+            _option("--check", action="store_true", help="show the papers' figures beside ours, and how they compare"),
             _option("--picture", metavar="FILE", type=picture_file, help="also draw the figures to a PNG or PDF file"),
             _option("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders"),
         ), existing_runs_folder,

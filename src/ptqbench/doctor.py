@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ptqbench.cell import folders as confdir
-from ptqbench.runs import provenance
+from ptqbench.errors import ConfigError
+from ptqbench.runs import provenance, queue
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -30,7 +29,7 @@ def print_doctor(runs_dir: str = "runs") -> None:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"GPU           {', '.join(gpus) or 'none'}")
-    print(f"cores         {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}")
+    print(f"cores         {provenance.cores()}")
     for line in _slurm():
         print(f"SLURM         {line}")
     print(f"conf          {confdir.conf_folder()}")
@@ -49,26 +48,13 @@ def _slurm() -> Iterator[str]:
         return
     yield str(shutil.which("sbatch"))
     try:
-        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        yield f"scontrol does not answer ({type(error).__name__})"
-        return
-    if done.returncode != 0:
-        yield f"the controller does not answer: {textwrap.shorten(done.stderr, 160, placeholder=' ...')}"
-        return
-    yield from slurm_remarks(done.stdout)
+        yield from _remarks(queue.settings())
+    except ConfigError as problem:
+        yield str(problem)
 
 
-def slurm_remarks(config: str) -> Iterator[str]:
-    """Remarks on what the cluster's configuration means for sweeps.
-
-    Args:
-        config: Output of ``scontrol show config``.
-
-    Yields:
-        One line per remark.
-    """
-    values = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", config, re.MULTILINE))
+def _remarks(values: Mapping[str, str]) -> Iterator[str]:
+    """What the configuration of the cluster means for sweeps, one line per remark."""
     yield f"version {values.get('SLURM_VERSION', 'unknown')}, largest array {values.get('MaxArraySize', 'unknown')}"
     if values.get("JobRequeue") == "0":
         yield "JobRequeue=0: ptqbench submits with --requeue, which overrides it"

@@ -10,7 +10,7 @@ import pytest
 
 from ptqbench.errors import ConfigError
 from ptqbench.launch import slurm
-from ptqbench.launch.dispatch import launch
+from ptqbench.launch.dispatch import cancel, launch
 from ptqbench.launch.summary import Summary, print_plan
 from ptqbench.runs import queue as squeue
 from ptqbench.runs.folder import create
@@ -187,6 +187,19 @@ def test_folders_that_slurm_would_rename_are_refused_before_anything_is_submitte
     with pytest.raises(ConfigError, match="in the names of output files"):
         launch(resolved([("x", words)]))
     assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("option", ["job-name", "job_name", "array"])
+def test_options_by_which_jobs_are_recognised_are_refused(programs, cells, tmp_path, option):
+    programs(sbatch=TAKE)
+    words = ["+method=rtn", "launcher=slurm", f"+launcher.sbatch.{option}=x", f"execution.runs_dir={tmp_path}/runs"]
+    with pytest.raises(ConfigError, match=r"launcher\.sbatch: expected no job-name or array"):
+        launch(resolved([("x", words)]))
+    assert not (tmp_path / "calls").exists()
+
+
+def test_nothing_to_cancel_is_said(cells):
+    assert cancel(cells) == "no cell runs or waits"
 
 
 def test_a_folder_that_cannot_be_made_fails_alone(programs, cells, tmp_path, capsys):

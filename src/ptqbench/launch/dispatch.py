@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from ptqbench.cell.spec import LauncherSpec
-from ptqbench.errors import CellBusy, ConfigError, RunFailed, StorageError
+from ptqbench.errors import CellBusy, RunFailed, StorageError
 from ptqbench.launch import local, slurm
 from ptqbench.launch.summary import Summary, print_plan
 from ptqbench.runs.failures import classify
@@ -140,6 +140,7 @@ def _how(kind: str, launcher: LauncherSpec) -> str:
 def _run(
     kind: str, launcher: LauncherSpec, todo: list[Row], elsewhere: list[Row], wait: bool, summary: Summary
 ) -> None:
+    """Run what is to do, or follow it where SLURM runs it; ``elsewhere`` are cells that run or wait already."""
     if kind == "slurm" and wait:
         slurm.follow([*todo, *elsewhere], launcher, summary)
     elif kind == "slurm":
@@ -151,13 +152,12 @@ def _run(
             summary.say("follow with: python -m ptqbench status, or the same command with --wait")
     elif kind == "local":
         local.run_pool([*todo, *[row for row in elsewhere if row.state == RUNNING]], summary, launcher.workers)
-    elif kind == "inline":
-        _run_inline(todo, summary)
     else:
-        raise ConfigError(f"unknown launcher {kind!r}")
+        _run_inline(todo, summary)
 
 
 def _run_inline(todo: list[Row], summary: Summary) -> None:
+    """Run cells one after another in this process."""
     from ptqbench.foreground import run_shown
 
     for row in todo:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ptqbench.runs.folder import RunFolder
+from ptqbench.errors import CellBusy, TimeLimitTooShort
+from ptqbench.runs.attempt import record_failure
+from ptqbench.runs.files import read_record
+from ptqbench.runs.folder import RunFolder
 
 USED_UP = 0.7
 """Share of its time after which an interrupted attempt counts as ended by the time limit."""
@@ -36,12 +37,7 @@ class CellJob:
             RunFailed: The cell failed. SLURM shows the task as FAILED too.
             TimeLimitTooShort: The last two attempts of this job used up their time without finishing anything.
         """
-        from pathlib import Path
-
-        from ptqbench.errors import CellBusy, TimeLimitTooShort
         from ptqbench.run import run_folder
-        from ptqbench.runs.attempt import record_failure
-        from ptqbench.runs.folder import RunFolder
 
         folder = RunFolder(Path(self.folder))
         if stalled(folder, self.work_s, os.environ.get("SLURM_JOB_ID")):
@@ -75,8 +71,7 @@ def stalled(folder: RunFolder, work_s: float, job: str | None) -> bool:
     Returns:
         True where the last two attempts are of this job, used up their time, and left no new file of finished work.
     """
-    from ptqbench.runs.files import read_record
-
+    # The last two attempts are of this job, and each used up its time.
     last = folder.attempts[-2:]
     if job is None or len(last) < 2:
         return False
@@ -84,6 +79,7 @@ def stalled(folder: RunFolder, work_s: float, job: str | None) -> bool:
         slurm = read_record(path / "meta.json").get("slurm")
         if not isinstance(slurm, dict) or slurm.get("SLURM_JOB_ID") != job or _duration(path) < USED_UP * work_s:
             return False
+    # Nothing in the folders of finished work is younger than the first of them.
     began = (last[0] / "meta.json").stat().st_mtime
     finished = [path for root in (folder.state_path, folder.records_path) for path in root.rglob("*") if path.is_file()]
     return all(path.stat().st_mtime < began for path in finished)

@@ -21,6 +21,7 @@ from pathlib import Path
 from ptqbench.errors import StorageError
 from ptqbench.launch.summary import Summary
 from ptqbench.launch.worker import Child, Slot, start
+from ptqbench.runs import provenance
 from ptqbench.runs.attempt import log_lines, record_death
 from ptqbench.runs.failures import KINDS, classify
 from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE, RunFolder
@@ -83,7 +84,7 @@ def slots(rows: Sequence[Row], workers: int | None) -> list[Slot]:
         rows: Cells to run.
         workers: As ``run_pool`` has it.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = provenance.cores()
     gpus = visible_gpus() if any(row.needs is not None and row.needs.gpus for row in rows) else []
     if gpus:
         chosen = gpus[: workers or len(gpus)]

@@ -34,7 +34,7 @@ from ptqbench.launch.summary import Summary
 from ptqbench.runs.failures import KINDS
 from ptqbench.runs.files import file_lock, write_json
 from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE, RunFolder
-from ptqbench.runs.queue import JOB_NAME, QUEUED, Queue, ask
+from ptqbench.runs.queue import JOB_NAME, QUEUED, Queue, ask, settings
 from ptqbench.sweeps.plan import Row, groups, plan
 from ptqbench.sweeps.resolve import Known
 
@@ -241,8 +241,7 @@ def _submit_array(amount: Needs, members: Sequence[Row], token: str, launcher: L
     work_s = amount.time_min * 60 - _signal_delay_s(amount, launcher)
     tasks = [CellJob(str(folder.path.resolve()), work_s) for folder in folders]
     # Ahead of the submission: what later commands and the jobs themselves need, should this process be killed.
-    for task, folder in enumerate(folders):
-        _record(folder, token, task, None, logs)
+    _record(folders, token, None, logs)
     _write_tasks(tasks, logs, amount.time_min, launcher.max_requeues)
     try:
         with _clean_environment(), contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the exception
@@ -253,8 +252,7 @@ def _submit_array(amount: Needs, members: Sequence[Row], token: str, launcher: L
             number = str(jobs[0].job_id).partition("_")[0]
     except (submitit.core.utils.FailedJobError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
         number = _taken(error, token, folders, f"{len(folders)} cells ({amount.describe()})")
-    for task, folder in enumerate(folders):
-        _record(folder, token, task, number, logs)
+    _record(folders, token, number, logs)
     summary.say(f"submitted job {number}: {len(folders)} cells, {amount.describe()}; output in {logs}")
     return number
 
@@ -299,9 +297,11 @@ def _write_tasks(tasks: Sequence[CellJob], logs: Path, time_min: int, max_requeu
         delayed.dump(logs / f"task_{index}.pkl")
 
 
-def _record(folder: RunFolder, token: str, task: int, number: str | None, logs: Path) -> None:
-    record = {"launcher": "slurm", "token": token, "task": task, "job": number, "logs": str(logs), "time": time.time()}
-    write_json(folder.submission_path, record)
+def _record(folders: Sequence[RunFolder], token: str, number: str | None, logs: Path) -> None:
+    """Write the ``submission.json`` of the cells of an array; its number is None as long as it is not known."""
+    common = {"launcher": "slurm", "token": token, "job": number, "logs": str(logs), "time": time.time()}
+    for task, folder in enumerate(folders):
+        write_json(folder.submission_path, common | {"task": task})
 
 
 def _parameters(amount: Needs, token: str, logs: Path, launcher: LauncherSpec) -> dict[str, Any]:
@@ -329,12 +329,10 @@ def _signal_delay_s(amount: Needs, launcher: LauncherSpec) -> int:
 
 
 def _largest_array() -> int:
-    try:
-        text = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return DEFAULT_ARRAY
-    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
-    return max(1, int(match[1]) - 1) if match else DEFAULT_ARRAY
+    """Number of tasks that one array may have."""
+    with contextlib.suppress(ConfigError, KeyError, ValueError):
+        return max(1, int(settings()["MaxArraySize"]) - 1)
+    return DEFAULT_ARRAY
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import dataclasses
 import re
 import shutil
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -85,25 +86,27 @@ def submission(folder: RunFolder) -> dict[str, Any] | None:
     return data if data.get("launcher") == "slurm" else None
 
 
+@dataclasses.dataclass(frozen=True)
 class Queue:
-    """A snapshot of the jobs of this user: (token, task) -> job.
+    """A snapshot of the jobs of this user.
 
     Attributes:
-        problem: Why SLURM did not answer, in which case the snapshot is empty; None where it answered.
+        jobs: By token and number of the task.
+        problem: Why SLURM did not answer, in which case there are no jobs; None where it answered.
     """
 
-    def __init__(self, jobs: Mapping[tuple[str, int], Job], problem: str | None = None) -> None:
-        self._jobs, self.problem = dict(jobs), problem
+    jobs: Mapping[tuple[str, int], Job]
+    problem: str | None = None
 
     def job_of(self, folder: RunFolder) -> Job | None:
         """The job of a cell that waits or runs, if any."""
         sent = submission(folder) or {}
         task = number(sent, "task")
-        return None if task is None else self._jobs.get((str(sent.get("token")), int(task)))
+        return None if task is None else self.jobs.get((str(sent.get("token")), int(task)))
 
     def number_of(self, token: str) -> str | None:
         """Number of the array that was submitted under a token and waits or runs, if any."""
-        ids = (job.job_id.partition("_")[0] for (name, _), job in self._jobs.items() if name == token)
+        ids = (job.job_id.partition("_")[0] for (name, _), job in self.jobs.items() if name == token)
         return next(ids, None)
 
 
@@ -146,6 +149,22 @@ def ask(tries: int = TRIES, timeout_s: float = TIMEOUT_S) -> Queue:
             task = job_id.partition("_")[2]
             jobs[name.removeprefix("ptqbench-"), int(task) if task.isdigit() else 0] = Job(job_id, state, reason)
     return Queue(jobs)
+
+
+def settings() -> dict[str, str]:
+    """The configuration of the cluster, by name.
+
+    Raises:
+        ConfigError: The controller does not answer.
+    """
+    try:
+        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"scontrol does not answer ({type(error).__name__})") from error
+    if done.returncode != 0:
+        said = textwrap.shorten(done.stderr, 160, placeholder=" ...")
+        raise ConfigError(f"the controller does not answer: {said}")
+    return dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", done.stdout, re.MULTILINE))
 
 
 def _was_submitted(folder: RunFolder) -> bool:
