@@ -83,6 +83,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if first in COMMANDS:
         return _run(first, arguments[1:])
+    # Not a word of Hydra's grammar, so a command was meant.
     if not first.startswith(("-", "+", "~")) and "=" not in first:
         from ptqbench.cell.spec import nearest
 
@@ -96,6 +97,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _print_anything() -> None:
     """Print characters that the terminal's encoding lacks in ASCII, instead of raising an error."""
+    # Signs of our own tables and messages have a readable replacement; others are escaped.
     plain = dict(zip("±×–—−…≤≥→↓↑µ", ["+-", "x", "-", "-", "-", "...", "<=", ">=", "->", "v", "^", "u"], strict=True))
 
     def written(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -356,4 +358,4 @@ def _run(name: str, arguments: list[str]) -> int:
     parser.add_argument(
         "--runs-dir", metavar="FOLDER", type=command.runs_dir, help="where the run folders are (default: runs)"
     )
-    return command.run(parser.parse_intermixed_args(arguments))
+    return command.run(parser.parse_intermixed_args(arguments))  # options may stand between overrides

@@ -58,6 +58,7 @@ def _remarks(values: Mapping[str, str]) -> Iterator[str]:
     yield f"version {values.get('SLURM_VERSION', 'unknown')}, largest array {values.get('MaxArraySize', 'unknown')}"
     if values.get("JobRequeue") == "0":
         yield "JobRequeue=0: ptqbench submits with --requeue, which overrides it"
+    # Each setting below changes what happens to jobs of a sweep.
     modes = values.get("PreemptMode", "OFF").upper()
     if "CANCEL" in modes:
         yield f"PreemptMode={modes}: preempted jobs are cancelled, not requeued; use sweep --wait, which submits them again"

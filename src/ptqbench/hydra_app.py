@@ -86,6 +86,7 @@ def _ask(arguments: list[str], words: list[str]) -> _Asked:
         "1"  # Hydra raises its errors instead of printing them, so that they become one line
     )
     before, sys.argv = sys.argv, ["ptqbench", *arguments]
+    # What Hydra prints on the way is shown only where it accepts the command line.
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -113,6 +114,7 @@ def note_multirun(overrides: Iterable[Override], compose: Compose) -> None:
     Raises:
         ConfigError: There are more than ``MOST_CELLS`` jobs, or a word has no values that can be listed.
     """
+    # The product is counted before it is formed.
     values = {override.get_key_element(): _values(override) for override in overrides}
     if math.prod(map(len, values.values())) > MOST_CELLS:
         raise ConfigError(f"the command line asks for more than {MOST_CELLS:,} cells, which is the most that are taken")

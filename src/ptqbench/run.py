@@ -66,7 +66,7 @@ def run_folder(folder: RunFolder) -> dict[str, Any]:
         return run_cell(folder.read_spec(), folder)
     except (CellBusy, RunFailed):  # nothing is wrong, or the attempt has recorded it
         raise
-    except PtqbenchError as error:
+    except PtqbenchError as error:  # before an attempt began, which would have recorded it
         with contextlib.suppress(OSError):
             if folder.spec_path.exists():  # else there is no cell whose failure could be recorded
                 record_failure(folder, error)
@@ -90,6 +90,7 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
 
     observer.stage("load", 1)
     _configure(spec)
+    # Every step writes what it finishes, and skips what is finished.
     cell = Work.begin(spec, folder, observer)
     if spec.calibrates:
         cell = cell.transformed()

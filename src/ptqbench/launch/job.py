@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,17 @@ USED_UP = 0.7
 """Share of its time after which an interrupted attempt counts as ended by the time limit."""
 
 
+@dataclasses.dataclass(frozen=True)
 class CellJob:
-    """Run the cell of a folder. After a warning (time limit, preemption) the job is requeued and goes on where it stopped."""
+    """Run the cell of a folder. After a warning (time limit, preemption) the job is requeued and goes on where it stopped.
 
-    def __init__(self, folder: str, work_s: float) -> None:
-        """Keep what the task needs.
+    Attributes:
+        folder: Absolute path of the run folder.
+        work_s: Seconds from the start of the job to the warning before its time limit.
+    """
 
-        Args:
-            folder: Absolute path of the run folder.
-            work_s: Seconds from the start of the job to the warning before its time limit.
-        """
-        self.folder, self.work_s = folder, work_s
+    folder: str
+    work_s: float
 
     def __call__(self) -> str:
         """Run the cell.
@@ -54,10 +55,10 @@ class CellJob:
         return folder.run_id
 
     def checkpoint(self) -> Any:
-        """The task that submitit puts in place of this one when it requeues the job; finished blocks are on disk already."""
+        """The task that submitit keeps for the requeued job: the same, since finished blocks are on disk already."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(CellJob(self.folder, self.work_s))
+        return DelayedSubmission(self)
 
 
 def stalled(folder: RunFolder, work_s: float, job: str | None) -> bool:

@@ -184,6 +184,7 @@ class Pool:
     def _died(self, worker: Worker, status: int) -> None:
         """Start a cell again whose worker died without a record, unless it dies again and again without progress."""
         task, name = worker.task, _describe(status)
+        # Progress is a further finished block; it starts the count of deaths anew.
         finished = sum(1 for _ in task.folder.state_path.glob("*")) if task.folder.state_path.is_dir() else 0
         task.deaths = 1 if finished > task.progress else task.deaths + 1
         task.progress = max(finished, task.progress)
@@ -215,6 +216,7 @@ class Pool:
     def _stop(self) -> None:
         for worker in self._running:
             worker.process.signal(signal.SIGINT)
+        # One deadline for all of them, then the hard way.
         deadline = time.time() + GRACE_S
         for worker in self._running:
             if not worker.process.wait(max(0.1, deadline - time.time())):

@@ -131,7 +131,7 @@ def submit(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> lis
                 f"launcher=slurm: SLURM replaces % and \\ in the names of output files, got {str(root)!r}; choose another "
                 "execution.runs_dir, or launcher=local"
             )
-    # Every array is prepared before the first is submitted.
+    # Cells with equal needs share an array, unless it would be larger than the cluster allows.
     size, arrays = _largest_array(), []
     for amount, members in groups(rows).items():
         for start in range(0, len(members), size):
@@ -280,6 +280,7 @@ def _taken(error: BaseException, token: str, folders: Sequence[RunFolder], what:
             ) from None
         if number is not None:
             return number
+    # No job can have the token: without it the cells are pending again.
     if sure:
         for folder in folders:
             folder.submission_path.unlink(missing_ok=True)

@@ -157,6 +157,7 @@ class Summary:
             table.add_row(*map(Text, words))
         if len(running) > RUNNING_SHOWN:
             table.add_row(f"and {len(running) - RUNNING_SHOWN} more", "", "")
+        # At the rate of finished cells so far, which covers any number of workers.
         spent, left = time.time() - self._began, waiting + len(running)
         eta = duration(spent / self._finished * left / 60) if self._finished else "not known yet"
         state = f"{len(running)} running, {waiting} waiting, {self._summary() or 'none finished'}; time left: {eta}"
@@ -229,6 +230,7 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
         _print_cells(console, [PLAN_COLUMNS, *(_plan_line(row, notes) for row in rows)])
         for reason, mark in notes.items():
             _line(console, f"{mark} {reason}")
+    # What there is to do, by resources.
     todo = groups(rows)
     for amount, members in todo.items():
         hours = sum(row.needs.estimate_min for row in members if row.needs is not None) / 60
@@ -236,6 +238,7 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
             console,
             f"{len(members)} cells: {amount.describe()}; estimated {hours:.1f} {'GPU-' if amount.gpus else ''}hours",
         )
+    # What cannot be done here yet.
     absent = [row for row in rows if row.state == INVALID and row.needs is not None]
     if absent:
         hours = sum(row.needs.estimate_min for row in absent if row.needs is not None) / 60
@@ -245,6 +248,7 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
             f"{len(absent)} cells whose models or data are not on this machine ({names}): estimated {hours:.1f} GPU-hours; "
             "load them with: python -m ptqbench prefetch",
         )
+    # How far the estimates above were corrected by finished cells.
     for (model, on_gpu), found in calibrated(rows).items():
         peak = (
             "" if found.peak_gib is None else f"; peak memory {found.peak_gib:.3g} of {found.asked_gib:g} GiB asked for"

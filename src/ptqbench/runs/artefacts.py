@@ -75,6 +75,7 @@ class Artefacts:
 
     def path(self, kind: str, key: Mapping[str, Any]) -> Path:
         """The file of an artefact."""
+        # 24 hexadecimal digits are 96 bits, too many for two keys to meet.
         named = canonical_json({"producer": PRODUCER, "kind": kind, "key": dict(key)})
         return self.root / f"{kind}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.safetensors"
 
@@ -139,6 +140,7 @@ class Artefacts:
         self._paid.add(path)
         size = sum(tensor.nbytes for tensor in held.values())
         try:
+            # Make room first; where artefacts in use leave too little, this one is not stored.
             if self.budget_bytes is not None:
                 left = collect_garbage(self.root, self.budget_bytes - size, IN_USE_S)[2]
                 if left + size > self.budget_bytes:
@@ -202,6 +204,7 @@ def collect_garbage(root: Path, budget_bytes: int, in_use_s: float = 0.0) -> tup
         if total <= budget_bytes or now - used < in_use_s:
             break
         try:
+            # A lock that is held belongs to a process that is making this very artefact.
             with file_lock(path.with_suffix(".lock"), timeout=0):
                 path.unlink(missing_ok=True)
             path.with_suffix(".lock").unlink(missing_ok=True)
@@ -247,6 +250,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
     except FileNotFoundError:  # another process has just removed it
         return None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
+        # An error of the system says nothing about the content, which may be sound.
         if errno_of(error) is not None:
             raise StorageError(f"{path} cannot be read: {error}") from error
         path.unlink(missing_ok=True)

@@ -178,6 +178,7 @@ def _give_up(folder: RunFolder, current: Attempt, error: Exception) -> None:
     # An interruption, except where submitit says that it does not requeue the job: then the time limit is too short.
     if current.interrupted and classify(error).name != "time_limit":
         raise KeyboardInterrupt from error
+    # A process that took the cell over owns its records; nothing is written for this one.
     if isinstance(error, CellBusy) or current.superseded():
         raise error if isinstance(error, CellBusy) else CellBusy(f"{folder.path.name} was taken over") from error
     logging.getLogger("ptqbench").error("the attempt failed", exc_info=error)
@@ -205,6 +206,7 @@ def _logged(path: Path) -> Iterator[None]:
     """Write all log records to ``log.txt``, ours from INFO on."""
     handler = _Log(path / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # Warnings of libraries are kept too; of ours, every stage.
     root, ours = logging.getLogger(), logging.getLogger("ptqbench")
     root.addHandler(handler)
     level = ours.level
@@ -223,6 +225,7 @@ def _interruptible(current: Attempt) -> Iterator[None]:
 
     SIGINT, by which cells are cancelled, interrupts even where it was ignored, as in a background job of a shell.
     """
+    # Python lets only the main thread set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

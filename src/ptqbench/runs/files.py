@@ -45,14 +45,16 @@ def replacing(path: Path) -> Iterator[Path]:
         The temporary file to write into. It replaces the file when the block ends, and is removed when the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The process number keeps two writers apart; the pattern TEMPORARY finds the file after a kill.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        # Made here first, so that its permissions are known before the block replaces it.
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         with temporary.open("rb") as stream:
             os.fchmod(stream.fileno(), mode)
-            os.fsync(stream.fileno())
+            os.fsync(stream.fileno())  # before the rename, else a power loss could leave an empty file under the name
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -103,6 +105,7 @@ def read_record(path: Path | str) -> dict[str, Any]:
 def number(record: Mapping[str, Any], name: str) -> float | None:
     """Read a field of a record that is a finite number; None where it is missing or anything else."""
     value = record.get(name)
+    # True is an int for Python, and no number for JSON.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -147,6 +150,7 @@ def file_lock(path: Path, timeout: float = -1) -> FileLock:
         path: The lock's file, created with the permissions that the umask gives.
         timeout: Seconds to wait for the lock; -1 waits for ever.
     """
+    # filelock would create the file with permissions of its own.
     if not path.exists():
         path.touch()
     return FileLock(path, timeout=timeout, mode=stat.S_IMODE(path.stat().st_mode))

@@ -101,7 +101,7 @@ class RunFolder:
     def new_attempt(self) -> Path:
         """Create the folder of the next attempt; two processes never get the same one."""
         number = len(self.attempts) + 1
-        while True:
+        while True:  # the number may have been taken meanwhile
             path = self.path / "attempts" / f"{number:03d}"
             with contextlib.suppress(FileExistsError):
                 path.mkdir(parents=True)
@@ -179,6 +179,7 @@ class RunFolder:
             return UNREADABLE, str(StorageError.of(error, f"{error.filename or self.path} cannot be read"))
 
     def _state(self, now: float | None) -> str:
+        # In the order of what outweighs what: a result counts whatever else lies there, a living holder more than an old failure.
         if self.result_path.exists():
             return DONE if self.result() is not None else DAMAGED
         if self.holder(now) is not None:
@@ -225,6 +226,7 @@ def create(spec: RunSpec, folder: RunFolder | None = None) -> RunFolder:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         data = to_dict(spec)
+        # Of a sweep that is asked for again, no file is written and flushed once more.
         if read_json(folder.spec_path) != data:
             write_json(folder.spec_path, data)
     except OSError as error:
@@ -237,6 +239,7 @@ def all_runs(root: Path) -> Iterator[RunFolder]:
     if not root.is_dir():
         return
     for name in sorted(os.listdir(root)):
+        # The name is checked before the disk is asked: there may be thousands of folders.
         tail = name[-RUN_ID_LENGTH:]
         named = len(name) > RUN_ID_LENGTH and all(c in "0123456789abcdef" for c in tail)
         if named and os.path.exists(f"{root}/{name}/spec.json"):

@@ -98,6 +98,7 @@ def lease(folder: RunFolder) -> Iterator[Lease]:
                 f"{folder.path.name} is being worked on by process {held.get('pid')} on {held.get('host')} "
                 f"since {_when(held)}; left to it (the same command shows its result when it is done)"
             )
+        # Nobody works on the cell now, so whatever is half written is a dead process's.
         _clean(folder)
         write_json(folder.lease_path, mine.record)
     try:
@@ -120,6 +121,7 @@ def drop_stale(folder: RunFolder) -> None:
 def _clean(folder: RunFolder) -> None:
     """Remove the temporary files of killed processes; called under the lock, while no process works on the cell."""
     for path in folder.path.glob(TEMPORARY):
+        # ".spec.json.4711.tmp" was to become spec.json.
         of_command = path.name.split(".")[1] in WRITTEN_BY_COMMANDS
         remove_temporaries([path], OLD_S if of_command else 0.0)
     for place in (folder.state_path, folder.path / "attempts", folder.records_path):

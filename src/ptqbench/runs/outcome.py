@@ -49,6 +49,7 @@ def outcome(error: BaseException) -> tuple[str, int]:
         place = isinstance(error.__cause__, OSError) and error.__cause__.errno in WRONG_PLACE
         wrong = isinstance(error, ConfigError | UnsupportedError | CalibrationError) or place
         return one_line(error), 2 if wrong else 1
+    # A path that a person named.
     if isinstance(error, OSError) and error.filename is not None and error.errno in WRONG_PLACE:
         return f"{str(error.filename)!r} {WRONG_PLACE[error.errno]}", 2
     # Errors of the system and of libraries get the advice of their kind.
@@ -62,6 +63,7 @@ def outcome(error: BaseException) -> tuple[str, int]:
         return f"out of memory; {kind.advice}", 1
     if kind.name != "code":
         return f"{type(error).__name__}: {one_line(error)}; {kind.advice}", status
+    # No check and no library has foreseen it.
     return f"a defect of ptqbench, please report it: {type(error).__name__}: {one_line(error)} ({_place(error)})", 1
 
 

@@ -48,6 +48,7 @@ def write_output(name: str, text: str) -> None:
     """
     from ptqbench.runs.files import write_text
 
+    # A rename would replace a link, a device or a pipe instead of writing to it.
     path = Path(os.path.realpath(name))
     if path.exists() and not path.is_file():
         with path.open("w", encoding="utf-8") as stream:

@@ -45,6 +45,7 @@ def git_state() -> dict[str, str] | None:
         changes = _git(folder, "diff", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
+    # A commit alone does not name the code where files were edited since.
     dirty = {"dirty": hashlib.sha256(changes.encode()).hexdigest()[:12]} if changes else {}
     return {"commit": commit} | dirty
 

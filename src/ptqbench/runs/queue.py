@@ -64,6 +64,7 @@ class Job:
         """Why the job can never start, and what to do about it; None where waiting can help."""
         if self.state not in HELD:
             return None
+        # SLURM writes reasons in one word or several, by version: "JobHoldMaxRequeue", "launch failed requeued held".
         word = self.reason.replace(" ", "").replace("_", "").lower()
         if OF_ONE_JOB.search(word):
             return (
@@ -185,6 +186,7 @@ def _squeue(tries: int, timeout_s: float) -> list[str]:
             continue
         if done.returncode == 0:
             return done.stdout.splitlines()
+        # The controller is busy or restarts: it answers again within seconds.
         problem = " ".join(done.stderr.split())
         if attempt + 1 < tries:
             time.sleep(PAUSE_S)
