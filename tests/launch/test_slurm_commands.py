@@ -93,13 +93,16 @@ def test_a_submitter_killed_during_the_submission_leaves_sound_jobs_and_submits_
     assert (tmp_path / "calls").read_text().count("x") == 1
 
 
-def test_a_requeued_job_keeps_its_count_of_requeues(programs, cells, tmp_path):
+def test_a_requeued_job_keeps_its_count_of_requeues_and_can_be_requeued_again(programs, cells, tmp_path):
     programs(sbatch=TAKE + "echo Submitted batch job 17\n")
     launch(cells[:1])
     (path,) = tmp_path.glob("runs/.slurm/*/17_submitted.pkl")
     path.write_text("written when the job was put back into the queue")
+    half = path.with_suffix(".pkl.save_tmp")
+    half.write_text("half written by a process that was killed")
     subprocess.run(["bash", tmp_path / "script"], env=os.environ | {"SLURM_JOB_ID": "17"}, check=True)
     assert path.read_text().startswith("written when")
+    assert not half.exists()
 
 
 @pytest.mark.parametrize("ending", [TIMED_OUT, "kill -9 $$\n", "echo Accepted: seventeen\n"])

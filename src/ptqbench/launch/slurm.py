@@ -63,10 +63,12 @@ OURS = ("job-name", "array")
 """Options of ``sbatch`` by which the jobs of cells are recognised."""
 TAKE_TASK = (
     "id=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}\n"
-    'task={logs}/"$id"_submitted.pkl; [ -e "$task" ] || ln -s "task_${{SLURM_ARRAY_TASK_ID:-0}}.pkl" "$task"'
+    'task={logs}/"$id"_submitted.pkl; rm -f "$task.save_tmp"\n'
+    '[ -e "$task" ] || ln -s "task_${{SLURM_ARRAY_TASK_ID:-0}}.pkl" "$task"'
 )
 """Lines of the batch script by which a job takes its task, one of those that ``_write_tasks`` wrote. What is there already stays:
-submitit puts an equal file there after the submission, and one that counts the requeues when a job is requeued."""
+submitit puts an equal file there after the submission, and one that counts the requeues when a job is requeued. A job killed while
+it writes the latter leaves a ``.save_tmp``, because of which submitit would not requeue it again."""
 
 CONFIG_FILES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
 

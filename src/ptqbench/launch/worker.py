@@ -122,5 +122,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[name]
-        os.environ |= {} if before is None else {name: before}
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
