@@ -94,6 +94,7 @@ BAD = [
     (["+method=gptq", "calibration=file", "calibration.path=nowhere.txt"], ["nowhere.txt", "does not exist"]),
     (["+method=fp16", "bitwidth=w4"], ["skipped", "rounds nothing"]),
     (["model=tiny"], ["no method given", "gptq"]),
+    (["gptq"], ["unknown command 'gptq'", "+method=NAME"]),
     (["swep", "demo"], ["unknown command 'swep'", "did you mean 'sweep'"]),
     (["sweep", "demoo"], ["no sweep 'demoo'", "did you mean 'demo'"]),
 ]
@@ -101,7 +102,7 @@ BAD = [
 
 TOO_LONG = "a" * 500
 BAD += [
-    (["plan"], ["plan", "required: sweep"]),
+    (["plan"], ["plan", "required: SWEEP"]),
     (["plan", "demo", "--nosuch"], ["unrecognized arguments: --nosuch"]),
     (["plan", "demo", "seed=["], ["seed=[", "quote"]),
     (["plan", "demo", "foo"], ["expected key=value", "'foo'"]),
@@ -327,6 +328,7 @@ def test_rewrite():
 
 
 def test_help_and_cfg(tmp_path):
+    assert "usage: python -m ptqbench plan" in ptqbench("help", "plan", cwd=tmp_path).stdout
     assert "+method=NAME" in ptqbench("--help", cwd=tmp_path).stdout
     shown = ptqbench("+method=gptq", "seed=7", "--cfg", "job", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr

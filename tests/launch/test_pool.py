@@ -241,6 +241,6 @@ def test_a_worker_that_said_why_it_could_not_begin_did_not_die(tmp_path, status,
     log.write_text(said + "\n")
     summary = SimpleNamespace(failed=lambda *seen: failed.append(seen[1:3]), say=lambda *_: None)
     pool = Pool([], [], summary)
-    pool._ended(Worker(Task(SimpleNamespace(name="cell"), folder), Ended(status), log))
+    pool._ended(Worker(Task(SimpleNamespace(name="cell"), folder), None, Ended(status), log))
     assert failed == ([] if kind is None else [(kind, said.rpartition("ptqbench: ")[2])])
     assert len(pool._waiting) == (kind is None)

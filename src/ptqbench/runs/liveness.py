@@ -2,10 +2,10 @@
 
 The holder of a lease (``ptqbench.runs.lease``) is dead
 
-* on the same host and boot: when its process is gone (or its number was given to another process since, which the kernel's
-  count of ticks tells, not the clock), at once;
-* in the same SLURM job: when the job has been restarted since, at once (SLURM has ended the previous incarnation);
-* elsewhere: when it has not given a sign of life for ``HEARTBEAT_EXPIRY_S``.
+* on the same host and boot: as soon as its process is gone. A process that got the same number later has another start, which
+  the kernel counts in ticks since boot, independent of the clock;
+* in the same SLURM job: as soon as the job has been restarted, since SLURM ends a job before it restarts it;
+* elsewhere: when it has given no sign of life for ``HEARTBEAT_EXPIRY_S``.
 """
 
 from __future__ import annotations
@@ -24,23 +24,20 @@ HEARTBEAT_EXPIRY_S = 90.0
 
 
 def alive(held: Mapping[str, Any], beat: float | None, now: float | None = None) -> bool:
-    """Tell whether the holder of a lease still works.
+    """Whether the holder of a lease still works.
 
     Args:
-        held: Content of ``lease.json``; a field that is missing or of another type tells nothing.
+        held: Content of ``lease.json``; a field that is missing or of another type is ignored.
         beat: Time of the last heartbeat in the folder, seconds since the epoch, or None.
-        now: The time it is; None asks the clock.
+        now: The time, seconds since the epoch; None asks the clock.
 
     Returns:
-        False only where the holder is certainly gone, silent for longer than ``HEARTBEAT_EXPIRY_S``, or heard of at no time
-        but a future one, which a wrong clock or a damaged file has written.
+        False only where the holder is certainly gone, was silent for longer than ``HEARTBEAT_EXPIRY_S``, or has signs of life
+        only in the future, which are those of a wrong clock or a damaged file.
     """
     here = me()
-    if (
-        held.get("machine") == here["machine"]
-        and number(held, "pid") is not None
-        and number(held, "started") is not None
-    ):
+    known = number(held, "pid") is not None and number(held, "started") is not None
+    if held.get("machine") == here["machine"] and known:
         return local_process(held) is not None
     if held.get("slurm_job") is not None and held["slurm_job"] == here["slurm_job"]:
         return bool((number(held, "slurm_restart") or 0) >= here["slurm_restart"])
@@ -49,7 +46,7 @@ def alive(held: Mapping[str, Any], beat: float | None, now: float | None = None)
 
 
 def local_process(held: Mapping[str, Any]) -> int | None:
-    """Number of the living process of this machine that a lease names; None if it names none."""
+    """Number of the process that a lease names, where it lives on this machine; else None."""
     pid, begun = number(held, "pid"), number(held, "started")
     if held.get("machine") != machine() or pid is None or begun is None:
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @cache
 def machine() -> str:
-    """Identify boot and process namespace: where both agree, a process number means the same process."""
+    """Identify host, boot and process namespace: where all agree, a process number means the same process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{platform.node()}:{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -19,12 +19,12 @@ def machine() -> str:
 
 
 def started(pid: int) -> float | None:
-    """When a process of this machine was started; None if there is no such process (or a zombie).
+    """When a process of this machine was started; None where there is no such process, or a zombie.
 
-    Linux: clock ticks since boot, by the kernel, which no change of the clock moves. Elsewhere: seconds since the epoch.
+    On Linux: the kernel's clock ticks since boot, which do not depend on the clock. Elsewhere: seconds since the epoch.
     """
     try:
-        # The name in parentheses may hold anything; behind it, state is the first field and the start the twentieth.
+        # The name in parentheses may hold any character. Behind it the first field is the state, the twentieth the start.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else float(fields[19])
     except FileNotFoundError:
