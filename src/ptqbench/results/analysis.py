@@ -115,7 +115,8 @@ def wins(report: pd.DataFrame, first: str, second: str, value: str = "relative_o
     # The same linear of the same block and seed in both.
     ratio = (sides[1] / sides[0]).dropna().rename("ratio").reset_index()
     grouped = ratio.groupby(["model", "bitwidth", "linear"], sort=False)["ratio"]
-    return grouped.agg(median_ratio="median", share_lower=lambda found: float((found < 1).mean()))
+    share = grouped.agg(lambda found: float((found < 1).mean()))
+    return pd.DataFrame({"median_ratio": grouped.median(), "share_lower": share})
 
 
 def pareto(frame: pd.DataFrame, metric: str, cost: str = "effective_w_bits") -> pd.DataFrame:
@@ -314,8 +315,8 @@ def plot_effects(effects: pd.DataFrame, metric: str) -> Figure:
     effects = effects[np.isfinite(effects["difference"])]
     figure, (axis,) = new_figure(6.0, 1.0 + 0.22 * max(len(effects), 4))
     places = list(range(len(effects)))
-    errors, style = effects["error"].fillna(0.0), {"fmt": "ko", "markersize": 4, "capsize": 2, "elinewidth": 1}
-    axis.errorbar(effects["difference"], places, xerr=errors, **style)
+    style: dict[str, Any] = {"fmt": "ko", "markersize": 4, "capsize": 2, "elinewidth": 1}
+    axis.errorbar(effects["difference"], places, xerr=effects["error"].fillna(0.0), **style)
     axis.axvline(0.0, color="0.4", linewidth=1, linestyle=":")
     axis.set_yticks(places, [f"{key[0]}  ({' + '.join(map(str, key[1:]))})" for key in effects.index], fontsize=6)
     axis.invert_yaxis()

@@ -80,7 +80,8 @@ def without_common(sheet: Sheet, names: Sequence[str]) -> tuple[Sheet, list[str]
 def _parts(sheet: Sheet, width: int) -> list[_Part]:
     """Columns side by side, in one part where they fit; no part where they never do."""
     places = tuple(range(len(sheet.columns)))
-    least, natural = zip(*(_widths(sheet, place) for place in places), strict=True) if places else ((), ())
+    widths = [_widths(sheet, place) for place in places]
+    least, natural = [one for one, _ in widths], tuple(one for _, one in widths)
     # Everything at its natural width, with lines between the columns or without.
     for dense, gap in ((False, GAP), (True, DENSE_GAP)):
         if sum(natural) + gap * (len(places) - 1) <= width:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    Numbers = pd.Series[float]
 INCHES_PER_METHOD = 0.27
 
 
@@ -37,20 +38,20 @@ def draw(found: Pivot, path: str) -> None:
     axes = figure.subplots(len(metrics), len(groups), squeeze=False)
     for row, metric in enumerate(metrics):
         for axis, (key, rows) in zip(axes[row], groups, strict=True):
-            _panel(axis, found, rows[metric], reference[metric])
+            _panel(axis, rows[metric], found.error[metric], bits, reference[metric])
             axis.set_title(" ".join(map(str, key)), fontsize=9)
             direction = "higher" if higher_is_better(metric) else "lower"
             axis.set_xlabel(f"{metric.replace('/', ' ')} ({direction} is better)", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
-def _panel(axis: Axes, found: Pivot, values: pd.Series[float], reference: pd.Series[float]) -> None:
+def _panel(axis: Axes, values: Numbers, errors: Numbers, bits: Numbers, reference: Numbers) -> None:
     # Methods from top to bottom, with their standard errors.
     values = values[values.abs() < math.inf]
-    bits, errors = (frame.loc[values.index] for frame in (found.bits["effective_w_bits"], found.error[values.name]))
-    places = list(range(len(values)))
-    axis.errorbar(values, places, xerr=errors.fillna(0.0), fmt="ko", markersize=5, elinewidth=1, capsize=2)
-    axis.set_yticks(places, [f"{key[1]} ({format_bits(n)} bits)" for key, n in bits.items()], fontsize=7)
+    places, bars = list(range(len(values))), errors.loc[values.index].fillna(0.0)
+    axis.errorbar(values, places, xerr=bars, fmt="ko", markersize=5, elinewidth=1, capsize=2)
+    keys = zip(values.index, bits.loc[values.index], strict=True)
+    axis.set_yticks(places, [f"{key[1]} ({format_bits(n)} bits)" for key, n in keys], fontsize=7)
     axis.set_ylim(len(values) - 0.5, -0.5)
     # A dotted line for each unquantized model.
     for value in reference.replace(math.inf, math.nan).dropna():

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -49,7 +49,7 @@ def load() -> tuple[pd.DataFrame, dict[str, Any]]:
 
     folder = reported_folder()
     frame = pd.read_csv(folder / "reported.csv", dtype=str, keep_default_na=False)
-    frame[NUMBERS] = frame[NUMBERS].apply(pd.to_numeric)
+    frame = frame.assign(**{name: pd.to_numeric(frame[name]) for name in NUMBERS})
     return frame, yaml.safe_load((folder / "protocols.yaml").read_text(encoding="utf-8"))
 
 
@@ -181,7 +181,7 @@ def _column(found: Pivot, key: tuple[str, ...], metric: str) -> str | None:
 
 
 def _number(frame: pd.DataFrame, key: tuple[str, ...], column: str | None) -> float:
-    return float("nan") if column is None else float(frame.at[key, column])  # type: ignore[arg-type]
+    return float("nan") if column is None else float(cast("float", frame.at[key, column]))
 
 
 def _verdict(figure: _Figure, ours: float, objections: bool) -> str:

@@ -179,7 +179,7 @@ def compare_accuracy(first: Scores, second: Scores, confidence: float = CONFIDEN
     low, high = paired_bootstrap(a, b, confidence, seed=seed)
     exact = _binary(a, b)
     p_value = mcnemar(a, b) if exact else _t_test(b - a, confidence)[0]
-    means = (float(values.mean()) for values in (a, b, b - a))
+    means = float(a.mean()), float(b.mean()), float((b - a).mean())
     test = "exact McNemar" if exact else "paired t"
     return Comparison("accuracy", *means, low, high, p_value, len(a), test, confidence)
 
@@ -231,11 +231,11 @@ def compare_perplexity(
     a, b = (sums / tokens_per_window for sums in paired(first, second))
     if len(a) < 2:
         raise ConfigError("expected at least two windows to compare perplexities, got one: use a longer text")
-    p_value, *interval = _t_test(b - a, confidence)
-    values = (math.exp(min(float(losses.mean()), LARGEST_LOSS)) for losses in (a, b))
+    p_value, low, high = _t_test(b - a, confidence)
+    values = math.exp(min(float(a.mean()), LARGEST_LOSS)), math.exp(min(float(b.mean()), LARGEST_LOSS))
     # exp(difference of mean losses) is the ratio of the perplexities; 1 less is the relative change.
-    changes = (math.expm1(min(loss, LARGEST_LOSS)) for loss in (float((b - a).mean()), *interval))
-    return Comparison("perplexity", *values, *changes, p_value, len(a), "paired t", confidence)
+    change, low, high = (math.expm1(min(loss, LARGEST_LOSS)) for loss in (float((b - a).mean()), low, high))
+    return Comparison("perplexity", *values, change, low, high, p_value, len(a), "paired t", confidence)
 
 
 def over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Spread:

@@ -51,8 +51,8 @@ def report_page(
     references = facts.unquantized(frame)
     cells, papers = facts.read_cells(frame, folders), check(frame)
     # The page: the template lays out what these functions say.
-    loader, blocks = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=StrictUndefined)
+    environment.loader = FileSystemLoader(Path(__file__).parent)
     return environment.get_template(TEMPLATE).render(
         title=title or "Comparison of finished cells",
         lead=facts.lead(found, cells, references),

@@ -106,7 +106,7 @@ def best(found: Pivot) -> pd.DataFrame:
         A boolean frame like ``found.mean``; nothing is marked where a value has no rival.
     """
     # Accuracies change their sign, so that the smallest is the best of every metric.
-    loss = found.mean * [-1.0 if higher_is_better(metric) else 1.0 for metric in found.mean]
+    loss = found.mean.mul([-1.0 if higher_is_better(metric) else 1.0 for metric in found.mean.columns])
     groups = loss.groupby(level=["model", "bitwidth"], sort=False)
     errors, top = found.spread.fillna(found.error).fillna(0.0), groups.transform("min")
     # Where several values are best, the largest of their errors counts.
