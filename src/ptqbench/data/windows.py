@@ -144,7 +144,8 @@ def _crops(
     ``draw(n)`` gives an integer below n; documents are drawn with replacement. Deviation: the GPTQ code also accepts a document of
     exactly ``seq_len`` tokens and then fails in ``randint``. Here another document is drawn.
     """
-    windows, (n_windows, seq_len) = [], shape
+    n_windows, seq_len = shape
+    windows = []
     for _ in range(n_windows):
         rows = (encode(documents[draw(len(documents))]) for _ in range(MAX_DRAWS))
         row = next((row for row in rows if len(row) > seq_len), None)
