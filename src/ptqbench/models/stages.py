@@ -1,17 +1,17 @@
-"""Run a decoder block in stages, so that every linear is executed exactly once while it is being quantized.
+"""Run a decoder block in stages, so that every linear is executed exactly once while the block is quantized.
 
 A pre-norm decoder block has four points at which the input of a group of linears is complete:
 
     norm -> [q, k, v] | attention -> [o] | norm -> [gate, up] | activation -> [down]
 
-``staged`` runs an installed transformers block as a generator that yields the input of each group. Between two yields the
-caller may replace the weights of the group just announced; the block then continues with them. Attention (RoPE, query and
-key norms, grouped queries, the attention kernel) and the gated activation are the installed modules themselves: their
-linears are swapped for modules that play back the outputs already computed, and their output projection for the identity.
+``staged`` runs an installed transformers block as a generator that yields the input of each group. The caller may then replace
+the weights of that group; the block continues with the new weights. Attention (RoPE, query and key norms, grouped queries, the
+attention kernel) and the gated activation are the installed modules themselves. Their linears are swapped for modules that play
+back outputs already computed, and their output projections for the identity.
 
 A rewritten block (``models.quantized``) may have linears with a method ``prepare`` (online transform, quantizer, order of
-channels; applied by their own forward), and ``basis_changes``, a pair of functions or None: the residual stream goes through
-the first before the output of o is added and through the second before that of down; the norms take it unchanged.
+channels), which their own forward applies. It may also have ``basis_changes``, a pair of functions or None. The residual stream
+goes through the first before the output of o is added, and through the second before that of down; the norms read it unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A group of linears that share one input; ``adds`` where the output is added to the residual stream."""
+    """A group of linears with one input. ``adds``: whether their output is added to the residual stream."""
 
     name: str
     linears: tuple[str, ...]
@@ -45,12 +45,12 @@ STAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class StageInput:
-    """What is known when a stage is reached.
+    """The tensors at the beginning of a stage.
 
     Attributes:
         inputs: Input of its linears before ``prepare``, (batch, tokens, in_features).
-        residual: What their output will be added to, (batch, tokens, hidden_size), after a basis change; None for stages
-            that do not add.
+        residual: The stream that their output will be added to, (batch, tokens, hidden_size), after a basis change; None for
+            stages that do not add.
     """
 
     inputs: Tensor
@@ -59,7 +59,7 @@ class StageInput:
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """What every block needs to know about token positions; the same for all windows of one length.
+    """RoPE tables and mask; the same for all blocks and all windows of one length.
 
     ``rope`` holds cos and sin, each (1, tokens, head_dim); ``mask`` is what the installed mask builder returns for
     unpadded causal windows (None where the attention kernel is causal by itself).
@@ -97,7 +97,7 @@ def _outputs(block: nn.Module, linears: tuple[str, ...], inputs: Tensor) -> dict
 
 
 Run = Generator[StageInput | None, None, Tensor]
-"""A block that is being run: yields the input of each stage (then None, where it parks), returns the stream that leaves it."""
+"""A run of a block: yields the input of each stage (with parking, then None), and returns the stream that leaves the block."""
 
 
 def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.device | None = None) -> Run:
@@ -107,7 +107,7 @@ def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.d
         block: An installed transformers decoder layer (Llama, Qwen2 or Qwen3), stock or rewritten.
         hidden: Residual stream entering the block, (batch, tokens, hidden_size), not modified.
         positions: RoPE tables and mask for this window length.
-        park: Where tensors wait while the run is paused; None leaves them where they are.
+        park: Device on which tensors wait while the run is paused; None for their own.
 
     Yields:
         Input and residual of each stage in order; with ``park`` each is followed by a second pause with None, in which the run
@@ -176,6 +176,6 @@ def forward(block: nn.Module, hidden: Tensor, positions: Positions) -> Tensor:
 
 
 def prepared(linear: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the factor that meets the weight of a linear: ``prepare`` of the inputs, or the inputs themselves."""
+    """Return the factor that is multiplied with the weight of a linear: ``prepare`` of the inputs, or the inputs themselves."""
     prepare: Callable[[Tensor], Tensor] | None = getattr(linear, "prepare", None)
     return inputs if prepare is None else prepare(inputs)

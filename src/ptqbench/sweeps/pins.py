@@ -16,7 +16,7 @@ from ptqbench.cell.spec import ROLES, CalibrationSpec, ModelSpec, Role, RoleSpec
 from ptqbench.data import hub
 from ptqbench.data.overlap import check_disjoint
 from ptqbench.data.protocols import complete as complete_text
-from ptqbench.data.tasks import task_digest, task_digests
+from ptqbench.data.tasks import task_digest, task_digests, writes
 from ptqbench.data.texts import check_options, check_text, text_digest
 from ptqbench.data.window_files import pin_windows
 from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError, unreadable
@@ -100,13 +100,14 @@ def pin(spec: RunSpec, known: Known) -> RunSpec:
         if calibration is not None:
             check_disjoint(calibration, text, label)
     tasks = task_digests(spec.evaluation, known.commit)
+    generation = known.checkpoint(spec.model).generation_digest if writes(spec.evaluation.tasks) else None
     pinned: dict[str, Any] = {role: _pin_files(role, getattr(spec.method, role)) for role in ROLES}
     found = dataclasses.replace(
         spec,
         model=model,
         method=dataclasses.replace(spec.method, **pinned),
         calibration=calibration,
-        evaluation=dataclasses.replace(spec.evaluation, texts=texts, task_digests=tasks),
+        evaluation=dataclasses.replace(spec.evaluation, texts=texts, task_digests=tasks, generation_digest=generation),
         seed=spec.seed if spec.calibrates else 0,
     )
     _check_context(found, known.config(spec.model).get("max_position_embeddings"))
@@ -187,6 +188,9 @@ def _contents(spec: RunSpec) -> Iterator[tuple[str, str | None, Callable[[], str
     """Everything a cell reads: what it is, its digest in the identity, and how to find the digest of what lies there now."""
     model, data = spec.model, spec.calibration
     yield f"model {model.path or model.hub_id or model.name}", model.digest, lambda: source.digest(model)
+    if writes(spec.evaluation.tasks):
+        what = f"generation_config.json of model {model.path or model.hub_id or model.name}"
+        yield what, str(spec.evaluation.generation_digest), lambda: str(source.locate(model).generation_digest)
     texts: list[tuple[str, TextSpec]] = [("calibration text", data)] if data and data.windows is None else []
     texts += [(f"text of evaluation.texts.{label}", text) for label, text in spec.evaluation.texts.items()]
     for what, text in texts:
