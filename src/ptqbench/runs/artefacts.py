@@ -42,11 +42,6 @@ if TYPE_CHECKING:
 
 PRODUCER = 1
 FOLDER = ".artefacts"
-<<<<<<< HEAD
-=======
-STALE_S = 86_400.0
-"""Age in seconds from which a temporary file is that of a killed process."""
->>>>>>> w3-runs
 IN_USE_S = 3_600.0
 """Seconds for which an artefact that was read or written is not removed to make room for another."""
 
@@ -178,10 +173,6 @@ class Artefacts:
             with contextlib.suppress(OSError):  # where this process may not write, nothing is shared
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(file_lock(path.with_suffix(".lock")))
-<<<<<<< HEAD
-=======
-                remove_temporaries(path.parent.glob(f".{path.name}.*"))  # of processes that were killed while making it
->>>>>>> w3-runs
             self.waited_s += time.perf_counter() - start
             yield
 
@@ -200,22 +191,13 @@ def collect_garbage(root: Path, budget_bytes: int, in_use_s: float = 0.0) -> tup
     if not root.is_dir():
         return 0, 0, 0
     now, removed, freed = time.time(), 0, 0
-<<<<<<< HEAD
+    # Files and folders half written by processes that were killed.
     for path in abandoned(root):
-        with contextlib.suppress(OSError):  # another process collects too, or it belongs to somebody else
+        with contextlib.suppress(OSError):  # another process removes it too, or it belongs to another user
             size = sum(part.stat().st_size for part in (path, *path.rglob("*")))
             remove_temporaries([path])
             freed, removed = freed + size, removed + 1
-=======
-    # Files and folders half written by processes that were killed.
-    for path in root.glob(TEMPORARY):
-        with contextlib.suppress(OSError):  # another process removes it too, or it belongs to another user
-            if now - path.stat().st_mtime > STALE_S:
-                size = sum(part.stat().st_size for part in (path, *path.rglob("*")))
-                remove_temporaries([path])
-                freed, removed = freed + size, removed + 1
     # Artefacts, the least recently used first.
->>>>>>> w3-runs
     files = []
     for path in root.glob("*.safetensors"):
         with contextlib.suppress(FileNotFoundError):
@@ -286,13 +268,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
 def _write(path: Path, tensors: dict[str, Tensor], seconds: float) -> None:
     from safetensors.torch import save_file
 
-<<<<<<< HEAD
-    # safetensors writes a nameless file beside its target first: in a folder that says whose it is, it can be removed after a kill.
+    # safetensors first writes a file of a random name beside its target. Here that is in a folder whose name says who writes it,
+    # so that it can be removed after a kill.
     with replacing(path) as temporary, tempfile.TemporaryDirectory(".tmp", temporary_prefix(path), path.parent) as own:
-=======
-    # safetensors first writes a file of a random name beside its target. Here that is in a folder named after the artefact, so that
-    # ``held`` can remove it after a kill.
-    with replacing(path) as temporary, tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as own:
->>>>>>> w3-runs
         save_file(tensors, Path(own) / "new", metadata={"sha256": _digest(tensors), "seconds": f"{seconds:.6f}"})
         (Path(own) / "new").replace(temporary)

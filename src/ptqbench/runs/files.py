@@ -26,15 +26,11 @@ from ptqbench.errors import StorageError
 from ptqbench.runs.processes import machine, started
 
 TEMPORARY = ".*tmp*"
-<<<<<<< HEAD
-"""Pattern of files half written: those of ``replacing``, and those that safetensors writes beside them (``.tmpXXXXXX``)."""
-OLD_S = 3600.0
-"""A file half written that is so old has no writer any more, wherever that was."""
-WRITER = re.compile(r"\.([0-9a-f]{8})-(\d+)\.")
-"""Which machine and which process write a temporary file, in its name."""
-=======
 """Pattern of half-written files: those of ``replacing``, and those that safetensors makes beside them (``.tmpXXXXXX``)."""
->>>>>>> w3-runs
+OLD_S = 3600.0
+"""Age in seconds from which a temporary file of an unknown writer is that of a killed process."""
+WRITER = re.compile(r"\.([0-9a-f]{8})-(\d+)\.")
+"""Machine and process number of the writer, in the name of a temporary file."""
 END_OF_TIME_S = 253402300800.0
 """The year 10000 in seconds since the epoch; ``time.localtime`` and its like end before it."""
 ABSENT = (errno.ENOENT, errno.ENOTDIR)
@@ -56,12 +52,8 @@ def replacing(path: Path) -> Iterator[Path]:
         The temporary file to write into. It replaces the file when the block ends, and is removed when the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
+    # The name says who writes it; the pattern TEMPORARY finds it after a kill.
     temporary = path.with_name(temporary_prefix(path) + "tmp")
-=======
-    # The process number keeps two writers apart; the pattern TEMPORARY finds the file after a kill.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
->>>>>>> w3-runs
     try:
         # Made here first, so that its permissions are known before the block replaces it.
         temporary.touch()
@@ -76,7 +68,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_prefix(path: Path) -> str:
-    """How the names of files begin that this process writes on the way to ``path``; they end in ``tmp``."""
+    """Beginning of the names of temporary files that this process writes for ``path``; they end in ``tmp``."""
     return f".{path.name}.{_here()}-{os.getpid()}."
 
 
@@ -181,29 +173,18 @@ def file_lock(path: Path, timeout: float = -1) -> FileLock:
     return FileLock(path, timeout=timeout, mode=stat.S_IMODE(path.stat().st_mode))
 
 
-<<<<<<< HEAD
 def remove_temporaries(paths: Iterable[Path]) -> None:
-    """Remove files or folders half written whose writer is gone; the caller knows that they are nobody's."""
-=======
-def remove_temporaries(paths: Iterable[Path], older_than_s: float = 0.0) -> None:
-    """Remove temporary files and folders of killed processes.
-
-    Args:
-        paths: Files and folders. The caller knows that no living process writes those of the age given.
-        older_than_s: Age in seconds from which they are removed.
-    """
-    newest = time.time() - older_than_s
->>>>>>> w3-runs
+    """Remove temporary files and folders; the caller knows that no living process writes them."""
     for path in paths:
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def abandoned(folder: Path) -> Iterator[Path]:
-    """Find the files half written in a folder whose process is gone from this machine, or that are older than ``OLD_S``."""
+    """Find temporary files in a folder whose process has ended on this machine, or that are older than ``OLD_S``."""
     for path in folder.glob(TEMPORARY):
         writer = WRITER.search(path.name)
         gone = writer is not None and writer[1] == _here() and started(int(writer[2])) is None
-        with contextlib.suppress(OSError):  # its writer has just put it in its place
+        with contextlib.suppress(OSError):  # its writer has renamed it meanwhile
             if gone or time.time() - path.stat().st_mtime > OLD_S:
                 yield path

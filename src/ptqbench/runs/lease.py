@@ -28,15 +28,8 @@ if TYPE_CHECKING:
     from ptqbench.runs.folder import RunFolder
 
 LOCK_TIMEOUT_S = 60.0
-<<<<<<< HEAD
-WRITTEN_BY_COMMANDS = ("spec", "submission", "cancel", "synced")
-"""Files of a run folder that other processes than the holder write."""
-=======
-OLD_S = 3600.0
-"""Age in seconds from which a temporary file of a command, which may write without the lease, is that of a killed command."""
 WRITTEN_BY_COMMANDS = ("spec", "submission", "cancel", "synced")
 """Files that commands write without the lease."""
->>>>>>> w3-runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,17 +118,10 @@ def drop_stale(folder: RunFolder) -> None:
 
 
 def _clean(folder: RunFolder) -> None:
-<<<<<<< HEAD
-    """Remove the temporary files of killed processes; called under the lock, where nobody works on the cell."""
+    """Remove the temporary files of killed processes; called under the lock, while no process works on the cell."""
+    # ".spec.json.<writer>.tmp" was to become spec.json.
     mine = (path for path in folder.path.glob(TEMPORARY) if path.name.split(".")[1] not in WRITTEN_BY_COMMANDS)
     remove_temporaries([*mine, *abandoned(folder.path), *abandoned(folder.path.parent / artefacts.FOLDER)])
-=======
-    """Remove the temporary files of killed processes; called under the lock, while no process works on the cell."""
-    for path in folder.path.glob(TEMPORARY):
-        # ".spec.json.4711.tmp" was to become spec.json.
-        of_command = path.name.split(".")[1] in WRITTEN_BY_COMMANDS
-        remove_temporaries([path], OLD_S if of_command else 0.0)
->>>>>>> w3-runs
     for place in (folder.state_path, folder.path / "attempts", folder.records_path):
         remove_temporaries(place.rglob(TEMPORARY))
 
