@@ -58,10 +58,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of the output has closed it, as ``head`` does
         _discard_output()
         return 0
-    except KeyboardInterrupt:
-        print("ptqbench: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
         from ptqbench.runs.outcome import report
 
         status = report(error)

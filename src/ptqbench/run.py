@@ -18,7 +18,7 @@ from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
 from ptqbench.runs.files import write_json
 from ptqbench.runs.folder import RunFolder
 from ptqbench.runs.lease import Lease, lease
-from ptqbench.runs.outcome import report
+from ptqbench.runs.outcome import INTERRUPTED, WRONG, report
 from ptqbench.sweeps.pins import check_unchanged
 from ptqbench.tracking.guard import followed
 
@@ -168,10 +168,11 @@ def main(arguments: list[str]) -> int:
         print(f"ptqbench: {error}", file=sys.stderr)
         return 0
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except Exception as error:
         status = report(error)
-        return 1 if os.path.exists(folder.failure_path) else status  # a cell that failed is no wrong request
+        # A cell that failed is no wrong request.
+        return 1 if status == WRONG and os.path.exists(folder.failure_path) else status
     for name, metric in result["metrics"].items():
         print(f"{name} = {format_value(name, measured(metric))}")
     return 0

@@ -100,7 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         raise ConfigError(_no_weights(folder))
     index = read_json(folder / INDEX)
-    places = index.get("weight_map")
+    places: Any = index.get("weight_map")
     mapped = isinstance(places, dict) and places and all(isinstance(name, str) for name in places.values())
     if not mapped or not isinstance(index.get("metadata"), dict):
         raise ConfigError(

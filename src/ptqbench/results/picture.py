@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
@@ -42,7 +44,10 @@ def draw(found: Pivot, path: str) -> None:
             axis.set_title(" ".join(map(str, key)), fontsize=9)
             direction = "higher" if higher_is_better(metric) else "lower"
             axis.set_xlabel(f"{metric.replace('/', ' ')} ({direction} is better)", fontsize=8)
-    figure.savefig(path, dpi=150)
+    # Drawn in memory first: what matplotlib leaves behind on a full disk hides the error of the disk.
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=Path(path).suffix.removeprefix("."), dpi=150)
+    Path(path).write_bytes(drawn.getvalue())
 
 
 def _panel(axis: Axes, values: Numbers, errors: Numbers, bits: Numbers, reference: Numbers) -> None:

@@ -27,17 +27,31 @@ WRONG_PLACE = {
 """Errors about a path that a person named. All others are faults of a disk or a machine."""
 
 
-def report(error: Exception) -> int:
+WRONG, INTERRUPTED = 2, 130
+"""Exit statuses of a command whose request was wrong, and of one that SIGINT has ended."""
+
+
+def report(error: BaseException) -> int:
     """Print one line about an exception on standard error; raise it again where ``PTQBENCH_TRACEBACK`` is set.
 
     Returns:
         The exit status of the command.
     """
+    if _interrupts(error):
+        print("ptqbench: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return INTERRUPTED
     if os.environ.get("PTQBENCH_TRACEBACK"):
         raise error
     said, status = outcome(error)
     print(f"ptqbench: {said}", file=sys.stderr)
     return status
+
+
+def _interrupts(error: BaseException | None) -> bool:
+    """Whether an exception is an interruption, or a library raised it while it cleaned up after one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def outcome(error: BaseException) -> tuple[str, int]:
