@@ -54,7 +54,7 @@ def test_scalar_axes_are_lists_of_one():
         ({"grids": [{"method": []}]}, "axis method has no values"),
         ({"grids": [{"zip": {"method": []}}]}, "axis method has no values"),
         ({"grids": [{"a=1 b": [1]}]}, "expected an axis"),
-        ({"grids": [{"x": [{"a b": 1}]}]}, "in a mapping, got 'a b'"),
+        ({"grids": [{"x": [{"a b": 1}]}]}, "axis x: .* in a mapping, got 'a b'"),
         ({"grids": [{"hydra.verbose": [True]}]}, "expected an axis"),
         ({"grids": [{"seed": [1], "++seed": [2]}]}, r"axis \+\+seed overwrites what axis seed before it says"),
         (
@@ -201,7 +201,7 @@ def test_a_cell_gets_what_is_written(axis, compose):
     assert compose_data(words)[section] == compose(words)[section]
 
 
-@pytest.mark.parametrize("value", [None, {"w_bits": 4}, ["w4"]])
+@pytest.mark.parametrize("value", [None, {"w_bits": 4}, ["w4"], 4, True])
 def test_a_section_is_chosen_by_name(value):
     (cell,) = cells(Sweep("s", [{"method": "rtn", "bitwidth": [value]}]), [])
     assert re.match(

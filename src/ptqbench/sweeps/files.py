@@ -135,6 +135,11 @@ def _axes(grid: Mapping[str, Any], where: str) -> tuple[dict[str, list[Any]], bo
             )
         if not values:
             raise ConfigError(f"sweep {where}: axis {axis} has no values, so its grid has no cells; leave the grid out")
+        for value in values:
+            try:
+                literal(value)
+            except ConfigError as error:
+                raise ConfigError(f"sweep {where}: axis {axis}: {error}") from None
     for first, second in itertools.combinations(lists, 2):
         if _overwrites(second, lists[second], first):
             raise ConfigError(

@@ -32,11 +32,9 @@ def explain(error: Exception, words: list[str], compose: Compose) -> str:
     several = re.search(r"Ambiguous value for argument '(.+?)' 1\.", text)
     if several:
         return several_values(several[1])
-    if text.startswith("Config group override must be"):
-        word = next(
-            (word for word in reversed(words) if re.search(r"=(null|[\[{])", word) and group_names(key_of(word))), ""
-        )
-        return f"{word}: expected the name of a choice; known: {', '.join(group_names(key_of(word)))}"
+    unnamed = [word for word in words if re.search(r"=(null|true|false|[\d.+[{-])", word) and group_names(key_of(word))]
+    if unnamed and text.startswith("Config group override must be"):
+        return f"{unnamed[-1]}: expected the name of a choice; known: {', '.join(group_names(key_of(unnamed[-1])))}"
     missing = re.search(r"Interpolation key '([^']+)' not found", text)
     if missing:
         return _unknown_key(missing[1], words, compose, "an interpolation names ")
