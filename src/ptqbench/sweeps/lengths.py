@@ -36,7 +36,7 @@ def check_length(text: CalibrationSpec | PerplexitySpec, where: str, folder: Pat
     if (text.dataset in HUB_TEXTS and text.path is None) or not file.is_file():
         return
     documents, join, crops = _reading(text)
-    pieces = documents if join is None or crops else (join.join(documents),)
+    pieces = documents if join is None else (join.join(documents),)
     # A crop lies inside one document; other windows are cut from the tokens of all documents together.
     together = max if crops else sum
     # A start is drawn from all tokens but those of the last window, so there must be one token more than a window.
@@ -46,7 +46,8 @@ def check_length(text: CalibrationSpec | PerplexitySpec, where: str, folder: Pat
     tokenizer = _tokenizer(file, file.stat().st_mtime_ns)
     if tokenizer is None:
         return
-    special = 2 if join is not None or crops else int(_has_bos(folder))
+    # The tokenizer puts its special tokens around joined texts and around crops of an evaluation; else a document has a BOS alone.
+    special = 2 if join is not None or (crops and isinstance(text, PerplexitySpec)) else int(_has_bos(folder))
     most = together(len(tokenizer.encode(piece, add_special_tokens=False).ids) + special for piece in pieces)
     if most < needed:
         raise CalibrationError(
@@ -59,7 +60,8 @@ def _reading(text: CalibrationSpec | PerplexitySpec) -> tuple[tuple[str, ...], s
     """How ``data.windows`` reads a text: its documents, what joins them, and whether each window is a crop of one document."""
     found = load_text(text)
     if isinstance(text, CalibrationSpec):
-        return found.documents, found.join, text.sampling == "document_random"
+        crops = text.sampling == "document_random"
+        return found.documents, None if crops else found.join, crops
     protocol = PROTOCOLS[str(text.protocol)]
     return found.documents[: protocol.first_documents], protocol.join, protocol.sampled
 
