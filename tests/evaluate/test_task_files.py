@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from ptqbench.data.tasks import TASKS
 from ptqbench.errors import ConfigError
 from ptqbench.evaluate import task_files, zero_shot
 from ptqbench.evaluate.task_files import check_tasks
@@ -53,7 +54,8 @@ def test_the_scan_finds_every_name_that_lm_eval_indexes_and_the_same_metrics(few
     compared = 0
     for name, entry in index.items():
         ours = task_files._metrics(name, few / found[name])
-        assert (task_files.folder_of(name) is not None) == (entry.kind.name in ("TASK", "PY_TASK"))
+        if name not in TASKS:
+            assert (task_files.folder_of(name) is not None) == (entry.kind.name in ("TASK", "PY_TASK")), name
         if entry.kind.name != "TASK":
             assert ours is None
         elif ours is not None:

@@ -109,6 +109,7 @@ class CellEvaluation:
         """Score all requests in one pass over the blocks, then let lm-eval compute the metrics, task by task."""
         if not self.ready.tasks:
             return {}
+        # Tasks come last: the whole model, where one needs it, is not run by blocks afterwards.
         self._score_by_blocks()
         asked = requested(self.spec.tasks)
         self.observer.stage("zero-shot", sum(len(members) for members in self.ready.tasks.values()))
@@ -126,6 +127,7 @@ class CellEvaluation:
                 summaries.append(summary)
                 self.observer.advance()
             metrics |= metrics_of(request, asked[request], summaries)
+        # All records exist, so that the scores behind them are not needed any more.
         shutil.rmtree(self._scores_path, ignore_errors=True)
         with contextlib.suppress(OSError):  # the folder may hold finished blocks, which stay
             self.folder.state_path.rmdir()

@@ -27,6 +27,7 @@ def local_changes(name: str, request: str, config: dict[str, Any], shots: int, f
     Raises:
         ConfigError: There is no file for the split that is measured, or for the one that the shots come from.
     """
+    # Read every split that the definition names and the folder has; the others become None.
     known = TASKS.get(request, Task(None, ()))
     rows: dict[str, list[dict[str, Any]]] = {}
     changes: dict[str, Any] = dict.fromkeys(SPLITS)
@@ -43,6 +44,7 @@ def local_changes(name: str, request: str, config: dict[str, Any], shots: int, f
         raise ConfigError(
             f"task {name!r} with {shots} shots needs {name}.{shown}.jsonl in evaluation.data_dir={str(folder)!r}"
         )
+    # Rows that went through lm-eval's own processing before they were written are not processed again.
     ready = {"process_docs": None} if known.processed(rows[tested][0]) else {}
     return {"custom_dataset": lambda **_: dataset(rows), "dataset_kwargs": None, **changes, **ready}
 

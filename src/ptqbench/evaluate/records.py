@@ -87,6 +87,7 @@ def example_scores(folder: RunFolder, metric: str) -> dict[Hashable, float]:
     task, _, word = metric.rpartition("/")
     name, _, chosen = word.partition(":")
     found: dict[Hashable, float] = {}
+    # A group has one file per task, each with the group's name as its request.
     for path in sorted((folder.records_path / "examples").glob("*.parquet")):
         summary = read_summary(path, folder.run_id) or {}
         if task not in (summary.get("task"), summary.get("request")):

@@ -45,6 +45,7 @@ class Scores:
     def __call__(self, requests: Sequence[Request]) -> list[Score]:
         """Score requests, in their order."""
         keys = [_key(request) for request in requests]
+        # Equal requests have one key, so each is scored once. A chunk is computed as a whole even if some of its scores are known.
         for chunk in self._chunks(dict(zip(keys, requests, strict=True))):
             if any(key not in self._known for key in chunk):
                 self._score(chunk)

@@ -78,6 +78,7 @@ def pack(sequences: Sequence[list[int]]) -> list[Row]:
     for number in sorted(range(len(sequences)), key=lambda i: sequences[i]):
         sequence = sequences[number]
         shared = _common(before, sequence)
+        # Only the tokens behind the shared prefix are new to the row.
         if not rows or len(rows[-1].tokens) + len(sequence) - shared > limit:
             rows.append(Row())
             shared = 0

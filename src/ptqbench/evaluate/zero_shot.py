@@ -194,6 +194,7 @@ class Harness:
         from lm_eval import evaluator
 
         task.set_fewshot_seed(FEWSHOT_SEED)
+        # With ``score``, the requests were scored by ``score_all`` before, and lm-eval only computes the metrics.
         report = evaluator.evaluate(
             lm=self._model,
             task_dict={"tasks": {name: task}},
@@ -238,6 +239,7 @@ def metrics_of(request: str, metrics: list[str], summaries: list[dict[str, Any]]
         if any(key not in summary["values"] for summary in summaries):
             known = sorted(summaries[0]["values"])
             raise ConfigError(f"evaluation.tasks: {request!r} yields no {metric!r}; lm-eval yields {', '.join(known)}")
+        # mean over all examples = sum n_i v_i / sum n_i
         sizes = [summary["n_examples"] for summary in summaries]
         values = [summary["values"][key] for summary in summaries]
         errors = [summary["values"].get(error_key) for summary in summaries]
@@ -258,6 +260,7 @@ def _pooled(errors: list[float | None], sizes: list[int]) -> float | None:
     """Standard error of a mean over all examples, from the sample variances n se^2 of the tasks: sqrt(pooled variance / total)."""
     if any(error is None for error in errors):
         return None
+    # pooled variance = sum (n_i - 1) n_i se_i^2 / (N - tasks), as n se^2 is the sample variance within a task
     total = sum(sizes)
     if total == len(sizes):
         return None
@@ -268,6 +271,7 @@ def _pooled(errors: list[float | None], sizes: list[int]) -> float | None:
 def _record(name: str, sample: dict[str, Any]) -> dict[str, Any]:
     """The record of one example: identity, scores, and the log-likelihoods of the choices or the generated text."""
     prompts = hashlib.sha256(repr((sample["arguments"], sample["target"])).encode()).hexdigest()[:DIGEST_LENGTH]
+    # lm-eval gives (log-likelihood, greedy) per choice, or the generated text.
     answers = sample["filtered_resps"]
     scored = all(isinstance(answer, list | tuple) for answer in answers)
     return {
@@ -299,10 +303,12 @@ def _leaves(task: str, root: str | None = None) -> list[str]:
     if task not in index:
         raise ConfigError(unknown_task(task))
     entry = index[task]
+    # A tag is a set of tasks; a group is a list of tasks and groups with rules of its own.
     if entry.kind.name == "TAG":
         return [name for member in sorted(entry.tags) for name in _leaves(member, root or task)]
     if entry.kind.name != "GROUP":
         return [task]
+    # Only the mean over all examples is computed here, on the tasks as they are.
     rules = (entry.cfg or {}).get("aggregate_metric_list") or []
     if any(not rule.get("weight_by_size", True) for rule in rules):
         raise ConfigError(
@@ -322,6 +328,7 @@ def load_task(name: str, request: str, spec: EvaluationSpec) -> Any:
         return TaskManager(include_defaults=False).load([embedded_task()])["tasks"][name]
     manager, known = _manager(request), TASKS.get(request)
     config: dict[str, Any] = manager.task_index[name].cfg or {}
+    # Shots, then the data: local files, or the hub data set at its commit. Tasks outside the table load what lm-eval says.
     changes: dict[str, Any] = {}
     if request in spec.few_shot:
         changes["num_fewshot"] = spec.few_shot[request]

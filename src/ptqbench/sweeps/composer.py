@@ -48,6 +48,7 @@ class Composer:
 
     def __call__(self, words: list[str]) -> dict[str, Any]:
         """Compose override words to plain data, as :func:`compose_data` does."""
+        # Hydra wants "+method=x"; without the sign the word has the form of the others.
         words = [word.removeprefix("+") if re.match(r"\+method=", word) else word for word in words]
         owners = [section_of(word) for word in words]
         if self._interpolates or None in owners:
@@ -58,6 +59,7 @@ class Composer:
             data = self._by_sections(words, owners, choice)
         except ConfigError:  # composing the whole tells what is wrong in view of all words
             return self._compose_words(words)
+        # A word about a section that does not exist has been read by nobody.
         return data if data.keys() >= set(owners) else self._compose_words(words)
 
     def _remembered(self, words: list[str]) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class Composer:
         data = {}
         for section in self._usual(choice):
             about = [word for word, owner in zip(words, owners, strict=True) if owner == section]
+            # A method chooses the bitwidth where no word does.
             if section == "bitwidth" and not any(word.startswith("bitwidth=") for word in about):
                 about = choice + about
             data[section] = pickle.loads(self._compose(section, about, choice))

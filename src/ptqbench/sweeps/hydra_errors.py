@@ -38,6 +38,7 @@ def explain(error: Exception, words: list[str], compose: Compose) -> str:
     missing = re.search(r"Interpolation key '([^']+)' not found", text)
     if missing:
         return _unknown_key(missing[1], words, compose, "an interpolation names ")
+    # An unknown file of a group, an unknown group, an unknown key.
     choice = re.search(r"Could not find '([^']+)'", text)
     if choice:
         group, _, name = choice[1].rpartition("/")

@@ -100,9 +100,9 @@ def pin(spec: RunSpec, known: Known) -> RunSpec:
     _check_options(spec)
     check_tasks(spec.evaluation.tasks)
     model = dataclasses.replace(spec.model, digest=known.model_digest(spec.model), dtype=_dtype(spec.model, known))
-    calibration, texts = spec.calibration if spec.calibrates else None, {}
-    if calibration is not None:
-        calibration = known.calibration(calibration, spec.model)
+    calibration = known.calibration(spec.calibration, spec.model) if spec.calibrates and spec.calibration else None
+    # A text is read by its protocol, and must not contain what calibration may have seen.
+    texts: dict[str, PerplexitySpec] = {}
     for label, text in spec.evaluation.texts.items():
         where = f"evaluation.texts.{label}"
         texts[label] = known.pinned(complete_text(text, where), where, spec.model)

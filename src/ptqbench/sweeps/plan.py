@@ -121,6 +121,7 @@ def _kind(row: Row) -> Kind:
 
 def _corrected(row: Row, factor: float) -> Row:
     """Scale the estimate of an unfinished cell; the time limit only grows."""
+    # A time limit that the request gives stays as it is.
     spec = row.cell.spec or row.cell.draft
     if row.needs is None or row.state == DONE or spec is None:
         return row

@@ -50,6 +50,7 @@ def validated(config: Mapping[str, Any]) -> RunSpec:
     unknown = next((key for key in sorted(data) if key not in fields), None)
     if unknown is not None:
         raise ConfigError(f"unknown key {unknown!r}; {nearest(unknown, fields)}")
+    # Defaults: the model's own, else the method's.
     of_model, of_method = ({key: data[s].pop(key, None) for key in SECTIONS} for s in ("model", "method"))
     usual = {key: of_model[key] or of_method[key] or {} for key in SECTIONS}
     data["calibration"] = _calibration(data["calibration"], usual["calibration"])
