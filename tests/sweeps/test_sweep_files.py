@@ -17,7 +17,7 @@ from ptqbench.sweeps.yaml_file import read_yaml
 
 def write(tmp_path, **content):
     path = tmp_path / "s.yaml"
-    path.write_text(yaml.safe_dump({"name": "s", "grids": [{"method": ["rtn"]}]} | content))
+    path.write_text(yaml.safe_dump({"name": "s", "grids": [{"method": ["rtn"]}]} | content, sort_keys=False))
     return str(path)
 
 
