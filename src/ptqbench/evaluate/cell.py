@@ -53,7 +53,7 @@ class CellEvaluation:
         tokenizer: The tokenizer of the model.
         observer: Is told of progress.
         measure: Context that adds the seconds inside it to a named timing.
-        ready: What ``load`` returned before the model was quantized.
+        ready: What ``load`` found before the model was quantized.
     """
 
     spec: EvaluationSpec

@@ -78,7 +78,6 @@ def _through_blocks(
     model: BlockwiseModel, groups: list[list[Row]], overlay: Overlay | None, on_block: Callable[[int], None]
 ) -> list[Tensor]:
     """Residual stream after the last block, (rows, tokens, hidden_size) per group."""
-    # Embed all groups at once, then cut the result into groups.
     tokens = [_padded([torch.tensor(row.tokens) for row in group]) for group in groups]
     used = torch.cat([t.flatten() for t in tokens])
     sizes = [t.numel() for t in tokens]
@@ -86,7 +85,6 @@ def _through_blocks(
     home = model.resting_place(embedded)
     hidden = [h.view(*t.shape, -1).to(home) for h, t in zip(embedded.split(sizes), tokens, strict=True)]
     del embedded
-    # One block at a time: all groups pass through it before the next is loaded.
     depths = [_padded([torch.tensor(row.depth) for row in group]) for group in groups]
     for index in range(model.n_blocks):
         with model.block(index, overlay) as block:

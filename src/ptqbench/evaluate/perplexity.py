@@ -92,7 +92,7 @@ def perplexity(
             for i, states in enumerate(hidden):
                 hidden[i] = forward(block, states.to(model.device), positions).to(home)
         on_block(index)
-    # nll of a window = -sum_t log p(x_t | x_<t), from the stream after the last block.
+    # nll of a window = -sum_t log p(x_t | x_<t), from the stream behind the last block.
     with model.head() as head:
         nll = torch.cat(
             [
