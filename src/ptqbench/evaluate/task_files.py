@@ -177,7 +177,7 @@ def _config(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """
     if path in seen:
         raise ValueError(f"include cycle at {path}")
-    own = yaml.load(path.read_bytes(), _Loader)
+    own: dict[str, Any] = yaml.load(path.read_bytes(), _Loader)
     included = own.pop("include", None) or []
     merged: dict[str, Any] = {}
     for other in included if isinstance(included, list) else [included]:
