@@ -51,8 +51,9 @@ def check_tasks(words: tuple[str, ...]) -> None:
     """
     for word in words:
         task, _, metric = word.rpartition("/")
-        name, folder = task or metric, tasks_folder()
-        if name in TASKS or folder is None:
+        name = task or metric
+        folder = None if name in TASKS else tasks_folder()
+        if folder is None:
             continue
         path = _file(name, folder)
         if path is None:

@@ -65,11 +65,10 @@ class Known:
         def look() -> Text:
             digest = text_digest(text, self.commit)
             check_text(text)
+            check_length(text, where, self.checkpoint(model).folder)
             return dataclasses.replace(text, digest=digest)
 
-        found = self._once(("text", text), look)
-        self._once(("length", text, where, model), lambda: check_length(text, where, self.checkpoint(model).folder))
-        return found
+        return self._once(("text", text, where, model), look)
 
     def calibration(self, spec: CalibrationSpec, model: ModelSpec) -> CalibrationSpec:
         """The same calibration data with their digest."""
