@@ -14,7 +14,8 @@ from ptqbench.cli import main
 from ptqbench.errors import CalibrationError, ConfigError, RunFailed
 from ptqbench.runs.places import write_output
 from ptqbench.sweeps.compose import Composer, compose_cell
-from ptqbench.sweeps.resolve import resolve
+from ptqbench.sweeps.pins import Known, pin
+from ptqbench.sweeps.resolve import validated
 from ptqbench.sweeps.words import rewrite
 
 
@@ -342,7 +343,7 @@ def test_every_method_composes_and_validates_with_every_role_file():
     composer = Composer()
     for method in group_names("method"):
         for word in words:
-            assert resolve(composer([f"+method={method}", word])).method.name == method
+            assert pin(validated(composer([f"+method={method}", word])), Known()).method.name == method
 
 
 @pytest.mark.parametrize("bitwidth", group_names("bitwidth"))

@@ -16,7 +16,7 @@ from rich.text import Text
 from ptqbench.errors import DataNotHereError, StorageError
 from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE
 from ptqbench.sweeps.cells import INVALID, SKIPPED
-from ptqbench.sweeps.plan import Row, calibrated, counts, groups
+from ptqbench.sweeps.plan import Row, calibrated, groups
 from ptqbench.sweeps.resources import duration
 
 if TYPE_CHECKING:
@@ -230,24 +230,20 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
         _print_cells(console, [PLAN_COLUMNS, *(_plan_line(row, notes) for row in rows)])
         for reason, mark in notes.items():
             _line(console, f"{mark} {reason}")
-    # What there is to do, by resources.
-    todo = groups(rows)
-    for amount, members in todo.items():
+    else:
+        reasons = Counter((row.state, row.detail) for row in rows if row.state in (INVALID, SKIPPED))
+        for (state, reason), count in reasons.items():
+            _line(console, f"{count} {state}: {reason}")
+    # What there is to do, by resources, and what cannot be done here yet.
+    todo, absent = groups(rows), groups(rows, absent=True)
+    for amount, members in [*todo.items(), *absent.items()]:
         hours = sum(row.needs.estimate_min for row in members if row.needs is not None) / 60
-        _line(
-            console,
-            f"{len(members)} cells: {amount.describe()}; estimated {hours:.1f} {'GPU-' if amount.gpus else ''}hours",
-        )
-    # What cannot be done here yet.
-    absent = [row for row in rows if row.state == INVALID and row.needs is not None]
+        missing = ", ".join(sorted({_missing(row.cell) for row in members if row.absent}))
+        where = f" whose models or data are not on this machine ({missing})" if missing else ""
+        unit = "GPU-hours" if amount.gpus else "hours"
+        _line(console, f"{len(members)} cells{where}: {amount.describe()}; estimated {hours:.1f} {unit}")
     if absent:
-        hours = sum(row.needs.estimate_min for row in absent if row.needs is not None) / 60
-        names = ", ".join(sorted({_missing(row.cell) for row in absent}))
-        _line(
-            console,
-            f"{len(absent)} cells whose models or data are not on this machine ({names}): estimated {hours:.1f} GPU-hours; "
-            "load them with: python -m ptqbench prefetch",
-        )
+        _line(console, "load what is not on this machine with: python -m ptqbench prefetch")
     # How far the estimates above were corrected by finished cells.
     for (model, on_gpu), found in calibrated(rows).items():
         peak = (
@@ -259,6 +255,9 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
             f"(median){peak}",
         )
     running = [row for row in rows if row.state == RUNNING]
-    _line(console, ", ".join(f"{n} {state}" for state, n in sorted(counts(rows).items())) or "no cells")
+    _line(
+        console,
+        ", ".join(f"{n} {state}" for state, n in sorted(Counter(row.state for row in rows).items())) or "no cells",
+    )
     if not todo and not running:
         console.print("nothing to run")
