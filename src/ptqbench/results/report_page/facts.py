@@ -32,7 +32,7 @@ Facts = list[tuple[str, list[str]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class PageCell:
     """One cell as a page needs it.
 
     Attributes:
@@ -56,7 +56,7 @@ class Cell:
     ended: float | None
 
 
-def read_cells(frame: pd.DataFrame, folders: Mapping[str, RunFolder]) -> list[Cell]:
+def read_cells(frame: pd.DataFrame, folders: Mapping[str, RunFolder]) -> list[PageCell]:
     """Read results and provenance of the cells of a tidy frame, in its order.
 
     Args:
@@ -67,18 +67,18 @@ def read_cells(frame: pd.DataFrame, folders: Mapping[str, RunFolder]) -> list[Ce
     return [_cell(row, folders.get(str(row["run_id"]))) for row in known.to_dict("records")]
 
 
-def _cell(row: Mapping[Any, Any], folder: RunFolder | None) -> Cell:
+def _cell(row: Mapping[Any, Any], folder: RunFolder | None) -> PageCell:
     names, state = cast("Names", tuple(str(row[key]) for key in KEYS)), str(row["state"])
     seed = draw(row["seed"], row["rotation_seed"])
     if folder is None:
-        return Cell(names, seed, None, state, {}, [], 0, None)
+        return PageCell(names, seed, None, state, {}, [], 0, None)
     result = folder.result() if state == DONE else None
     try:
         attempts, beat = [read_record(path / "meta.json") for path in folder.attempts], folder.beat_time()
     except (StorageError, OSError):
         attempts, beat = [], None
     ended = beat if beat is not None and 0 <= beat < YEAR_10000 else None
-    return Cell(names, seed, folder.run_id, state, result or {}, [*filter(None, attempts)], len(attempts), ended)
+    return PageCell(names, seed, folder.run_id, state, result or {}, [*filter(None, attempts)], len(attempts), ended)
 
 
 def main_metrics(found: Pivot) -> list[str]:
@@ -96,7 +96,7 @@ def unquantized(frame: pd.DataFrame) -> set[Names]:
     return set(zip(*(rows[key] for key in KEYS), strict=True))
 
 
-def lead(found: Pivot, cells: Sequence[Cell], references: set[Names]) -> str:
+def lead(found: Pivot, cells: Sequence[PageCell], references: set[Names]) -> str:
     """What was measured, in one sentence."""
     if not cells:
         return "There is no cell to report on."
@@ -113,7 +113,7 @@ def lead(found: Pivot, cells: Sequence[Cell], references: set[Names]) -> str:
     )
 
 
-def states(cells: Sequence[Cell]) -> str:
+def states(cells: Sequence[PageCell]) -> str:
     """How many cells are done, and what the others are."""
     counts = Counter(cell.state for cell in cells)
     done = counts.pop(DONE, 0)
@@ -146,7 +146,7 @@ def reference_value(found: Pivot, references: set[Names], model: str, metric: st
     return next((float(value) for key, value in values.items() if key in references and key[0] == model), None)
 
 
-def measured(frame: pd.DataFrame, found: Pivot, cells: Sequence[Cell]) -> Facts:
+def measured(frame: pd.DataFrame, found: Pivot, cells: Sequence[PageCell]) -> Facts:
     """What was measured: models, bitwidths, calibration, evaluation protocols, seeds."""
     sizes = _sizes(cells)
     models = [f"{name}: {sizes[name]}" if name in sizes else name for name in dict.fromkeys(c.names[0] for c in cells)]
@@ -166,7 +166,7 @@ def measured(frame: pd.DataFrame, found: Pivot, cells: Sequence[Cell]) -> Facts:
     return [(term, lines) for term, lines in facts if any(lines)]
 
 
-def cost(cells: Sequence[Cell], found: Pivot) -> Sheet:
+def cost(cells: Sequence[PageCell], found: Pivot) -> Sheet:
     """Time, memory and size of every row of the table, means over its finished cells."""
     heads = [Column(key, numeric=False) for key in KEYS]
     heads += [Column(name, "time, s") for name in ("quantize", "of it found", "evaluate")]
@@ -196,7 +196,7 @@ def cost(cells: Sequence[Cell], found: Pivot) -> Sheet:
     return sheet
 
 
-def _rest(done: Sequence[Cell]) -> list[Entry]:
+def _rest(done: Sequence[PageCell]) -> list[Entry]:
     """Entries behind the time to quantize."""
     packed = _mean(number(_part(cell.result, "bits"), "packed_bytes") for cell in done)
     memory = [_mean(number(cell.result, name) for cell in done) for name in ("peak_host_gib", "peak_gpu_gib")]
@@ -204,7 +204,7 @@ def _rest(done: Sequence[Cell]) -> list[Entry]:
     return [Entry(_evaluation(done)), *(Entry(MISSING if n is None else f"{n:.2f}") for n in (size, *memory))]
 
 
-def _found(done: Sequence[Cell], sheet: Sheet) -> Entry:
+def _found(done: Sequence[PageCell], sheet: Sheet) -> Entry:
     """Mean seconds that made what the cells found."""
     spared = [spared_seconds(cell.result) for cell in done]
     if None in spared and any(quantize_seconds(cell.result) for cell in done):
@@ -212,13 +212,13 @@ def _found(done: Sequence[Cell], sheet: Sheet) -> Entry:
     return Entry(f"{_mean(spared) or 0.0:.1f}")
 
 
-def _evaluation(done: Sequence[Cell]) -> str:
+def _evaluation(done: Sequence[PageCell]) -> str:
     """Mean seconds of evaluation."""
     sums = [[number(_part(cell.result, "timings"), name) or 0.0 for name in EVALUATION_TIMINGS] for cell in done]
     return f"{_mean(map(sum, sums)):.1f}"
 
 
-def provenance(cells: Sequence[Cell]) -> Facts:
+def provenance(cells: Sequence[PageCell]) -> Facts:
     """Software, machines and time of the finished cells; a value that not all of them share says how many do."""
     done = [cell for cell in cells if cell.result]
     if not done:
@@ -238,7 +238,7 @@ def provenance(cells: Sequence[Cell]) -> Facts:
     ]
 
 
-def reproduce(cells: Sequence[Cell], command: Sequence[str]) -> list[str]:
+def reproduce(cells: Sequence[PageCell], command: Sequence[str]) -> list[str]:
     """Command lines that make the cells again; with the commit where all attempts were made from one, unchanged."""
     states = [_part(meta, "git") for cell in cells if cell.result for meta in cell.attempts]
     commits = {str(state["commit"]) for state in states if "commit" in state}
@@ -250,7 +250,7 @@ def reproduce(cells: Sequence[Cell], command: Sequence[str]) -> list[str]:
     return [*lines, *(shlex.join(["python", "-m", "ptqbench", word, *words]) for word in ("sweep", "report"))]
 
 
-def listing(cells: Sequence[Cell]) -> Sheet:
+def listing(cells: Sequence[PageCell]) -> Sheet:
     """Every cell with its run id, state and the time it ended."""
     heads = [*KEYS, "seed", "run id", "state", "ended", "attempts"]
     sheet = Sheet([Column(name, numeric=name in ("seed", "attempts")) for name in heads])
@@ -261,7 +261,7 @@ def listing(cells: Sequence[Cell]) -> Sheet:
     return sheet
 
 
-def _sizes(cells: Sequence[Cell]) -> dict[str, str]:
+def _sizes(cells: Sequence[PageCell]) -> dict[str, str]:
     """Weights in the linears of each model, from the packed bytes of a finished cell and its true bits."""
     sizes = {}
     for cell in cells:
@@ -302,14 +302,14 @@ def _measures(found: Pivot) -> list[str]:
     return [f"perplexity on {_and(texts)}"] * bool(texts) + [f"accuracy on {scores}"] * bool(tasks)
 
 
-def _share_a_process(cells: Sequence[Cell]) -> bool:
+def _share_a_process(cells: Sequence[PageCell]) -> bool:
     last = [cell.attempts[-1] for cell in cells if cell.result and cell.attempts]
     return any(
         n > 1 for n in Counter(str([meta.get(name) for name in ("host", "pid", "command")]) for meta in last).values()
     )
 
 
-def _shared(done: Sequence[Cell], value: Any) -> list[str]:
+def _shared(done: Sequence[PageCell], value: Any) -> list[str]:
     """The values of a fact over cells, most frequent first."""
     counts: Counter[str] = Counter()
     for cell in done:
