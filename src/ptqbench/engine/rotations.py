@@ -26,6 +26,7 @@ from ptqbench.numerics.cayley import cayley_step, cosine_rate
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
     from ptqbench.methods.transform import Transform
+    from ptqbench.models.fuse import Basis
     from ptqbench.numerics.grid import Grid
     from ptqbench.runs.attempt import Observer
 
@@ -131,7 +132,12 @@ def learn_rotations(
     parts = {part or SHARED for part, _, _ in (name.rpartition(".") for name in rotations)}
     if not all(stored.has(part) for part in parts):
         first, rotations, velocities = _progress(stored, rotations)
-        build = lambda given: transform.basis(spec, model.architecture, ChainMap(given, stored))  # type: ignore[arg-type]  # noqa: E731
+
+        def build(given: Rotations) -> Basis:
+            basis = transform.basis(spec, model.architecture, ChainMap(given, stored))  # type: ignore[arg-type]
+            assert basis is not None, "what is learned is a basis"
+            return basis
+
         with opened(model, windows.shape[1], weight_grids(transform, model, spec)) as network:
             for step in range(first, learning.steps):
                 # Step t uses its own windows and the learning rate of a cosine schedule.
