@@ -98,7 +98,6 @@ class Subspace(Transform):
     basis_file: str | None = added(None)
     basis_digest: str | None = added(None)
 
-    needs_statistics: ClassVar[bool] = True
     FILES: ClassVar[Mapping[str, str]] = {"rotation_file": "rotation_digest", "basis_file": "basis_digest"}
     without_effect_on_bases: ClassVar[frozenset[str]] = frozenset(
         {
@@ -176,6 +175,7 @@ class Subspace(Transform):
         """
         from ptqbench.numerics.orthogonal import generator, haar
 
+        # The order of the draws is that of `numerics.subspace.random_rotations`: the same seed gives the same factors.
         draws = generator(self.rotation_seed, "subspace")
         parts = self.layout().parts
         found = {
@@ -209,6 +209,7 @@ class Subspace(Transform):
         """All bases of a cell, if the files hold those of any block."""
         if not any(name.startswith("layer.") or name == "attn_mlp" for name in held):
             return {}
+        # Names of the codes: one basis of the stream for the model, for a block, or for a norm; values and keys per block.
         hidden, head = (architecture.hidden_size,) * 2, (architecture.head_dim,) * 2
         per_head = (architecture.n_kv_heads, *head)
         streams = {

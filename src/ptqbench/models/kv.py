@@ -1,8 +1,8 @@
 """Fake quantization of keys and values inside attention, through the attention registry of transformers.
 
 The installed attention module ends with a call of a registered function with queries and keys after RoPE. A key rotation and
-the key and value quantizers belong there. ``ptqbench_sdpa`` and ``ptqbench_eager`` change q, k and v by the ``kv_plan`` of the
-calling module, then call the stock function. Without a plan a module behaves as the stock one, bit for bit.
+the key and value quantizers belong there. ``ptqbench_sdpa`` and ``ptqbench_eager`` change q, k and v as the ``KvQuantizer`` of the
+calling module says, then call the stock function. Without a plan a module behaves as the stock one, bit for bit.
 
 Shapes: query (batch, H, tokens, e); key and value (batch, G, tokens, e), not yet repeated; H = g G query heads, of
 which heads k g .. k g + g - 1 belong to key/value head k; e head_dim.
@@ -134,28 +134,53 @@ def check_kv(attention: nn.Module, plan: KvPlan) -> None:
     wrapped_attention(module.config._attn_implementation)
 
 
+class KvQuantizer(nn.Module):
+    """The installed form of a `KvPlan`.
+
+    Attributes:
+        plan: The plan.
+        enabled: Whether the quantizers are on.
+        rotation: (G, e, e) on the device of the attention, float64 beside float64 weights and float32 beside others; or None.
+    """
+
+    rotation: Tensor | None
+
+    def __init__(self, plan: KvPlan, attention: nn.Module) -> None:
+        super().__init__()
+        self.plan, self.enabled = plan, True
+        rotation, weight = plan.rotation, next(attention.parameters())
+        if rotation is not None:
+            rotation = rotation.to(home(weight), torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        self.register_buffer("rotation", rotation, persistent=False)
+        self.guard = attention.register_forward_pre_hook(_require_wrapped)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply the plan; see ``apply_plan``."""
+        return apply_plan(self.plan, query, key, value, rotation=self.rotation, enabled=self.enabled)
+
+
 def install_kv(attention: nn.Module, plan: KvPlan | None) -> None:
-    """Give an attention module its plan (quantizers on) and route its model through the wrapped function.
+    """Replace the plan of an attention module, with quantizers on, and route its model through the wrapped function.
 
     The configuration object is shared by all blocks of a model, so the first call switches the whole model; modules
     without a plan are not affected.
 
     Args:
-        attention: Installed transformers attention module, modified: ``kv_plan``, ``kv_enabled`` and the non-persistent
-            buffer ``kv_rotation`` (float64 for a float64 module, otherwise float32).
+        attention: Installed transformers attention module, modified: it gets a submodule ``kv_quantizer``.
         plan: The plan; None removes an earlier one.
     """
-    module: Any = attention
-    module.kv_plan, module.kv_enabled = plan, True
-    rotation = None if plan is None else plan.rotation
-    if rotation is not None:
-        weight = next(attention.parameters())
-        rotation = rotation.to(home(weight), torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    attention.register_buffer("kv_rotation", rotation, persistent=False)
+    earlier = _installed(attention)
+    if earlier is not None:
+        earlier.guard.remove()
+        del attention.kv_quantizer
     if plan is not None:
-        module.config._attn_implementation = wrapped_attention(module.config._attn_implementation)
-        if not hasattr(attention, "kv_guard"):
-            module.kv_guard = attention.register_forward_pre_hook(_require_wrapped)
+        attention.register_module("kv_quantizer", KvQuantizer(plan, attention))
+        config: Any = attention.config
+        config._attn_implementation = wrapped_attention(config._attn_implementation)
+
+
+def _installed(attention: nn.Module) -> KvQuantizer | None:
+    return next((module for module in attention.children() if isinstance(module, KvQuantizer)), None)
 
 
 def home(parameter: Tensor) -> torch.device:
@@ -167,7 +192,7 @@ def _require_wrapped(attention: nn.Module, _: Any) -> None:
     """Refuse to run a module whose attention implementation ignores its plan."""
     module: Any = attention
     name = module.config._attn_implementation
-    if module.kv_plan is not None and not str(name).startswith(_PREFIX):
+    if not str(name).startswith(_PREFIX):
         raise UnsupportedError(
             f"block {module.layer_idx} has a key and value plan, but its attention implementation was set back to "
             f"{name!r}, which ignores it; set wrapped_attention({name!r}) instead"
@@ -184,10 +209,9 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     """Apply the module's plan, if it has one, and call the stock attention function."""
-    plan: KvPlan | None = getattr(module, "kv_plan", None)
-    if plan is not None:
-        rotation, enabled = getattr(module, "kv_rotation", None), bool(getattr(module, "kv_enabled", True))
-        query, key, value = apply_plan(plan, query, key, value, rotation=rotation, enabled=enabled)
+    quantizer = _installed(module)
+    if quantizer is not None:
+        query, key, value = quantizer(query, key, value)
     return _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
 
 

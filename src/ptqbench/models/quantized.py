@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.models.kv import KvPlan, check_kv, home, install_kv, wrapped_attention
+from ptqbench.models.kv import KvPlan, KvQuantizer, check_kv, home, install_kv, wrapped_attention
 from ptqbench.numerics.activation import ActivationGrid, apply_grid
 
 __all__ = [
@@ -262,7 +262,6 @@ def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
         UnsupportedError: Keys or values are to be quantized in an attention implementation other than sdpa and eager,
             or the basis of a block is to change whose ``forward`` was replaced (a block dispatched over devices).
     """
-    attention = block.get_submodule("self_attn")
     # Refuse before anything is changed, then go back to the stock block.
     _check(block, plan)
     _strip(block)
@@ -274,8 +273,7 @@ def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
         key = (linear.in_features, input_plan.grid, input_plan.n_groups, id(input_plan.online), id(input_plan.order))
         wrapped = QuantizedLinear(linear, input_plan, shared.setdefault(key, _Prepared()))
         block.set_submodule(name, _keep_mode(wrapped, linear))
-    if plan.kv is not None or hasattr(attention, "kv_plan"):
-        install_kv(attention, plan.kv)
+    install_kv(block.get_submodule("self_attn"), plan.kv)
     if any(change is not None for change in plan.basis_changes):
         like = next(block.parameters())
         for index, change in enumerate(plan.basis_changes, start=1):
@@ -297,11 +295,8 @@ def set_quantizers(block: nn.Module, enabled: bool) -> None:
         enabled: The new state.
     """
     for module in block.modules():
-        if isinstance(module, QuantizedLinear | ResidualChange):
+        if isinstance(module, QuantizedLinear | ResidualChange | KvQuantizer):
             module.enabled = enabled
-        elif getattr(module, "kv_plan", None) is not None:
-            attention: Any = module
-            attention.kv_enabled = enabled
 
 
 def _check(block: nn.Module, plan: BlockPlan) -> None:

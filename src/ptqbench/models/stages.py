@@ -9,21 +9,22 @@ the weights of that group; the block continues with the new weights. Attention (
 attention kernel) and the gated activation are the installed modules themselves. Their linears are swapped for modules that play
 back outputs already computed, and their output projections for the identity.
 
-A rewritten block (``models.quantized``) may have linears with a method ``prepare`` (online transform, quantizer, order of
-channels), which their own forward applies. It may also have ``basis_changes``, a pair of functions or None. The residual stream
-goes through the first before the output of o is added, and through the second before that of down; the norms read it unchanged.
+A rewritten block (``models.quantized``) may have linears that ``prepare`` their input in their own forward (online transform,
+quantizer, order of channels). It may have a pair of ``basis_changes``: the residual stream goes through the first before the
+output of o is added, and through the second before that of down. The norms take the stream unchanged.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
+from ptqbench.models.quantized import PlannedLayer, QuantizedLinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.d
         The residual stream leaving the block, equal to ``block(hidden, ...)`` bit for bit.
     """
     attention, mlp = block.get_submodule("self_attn"), block.get_submodule("mlp")
-    before_o, before_down = getattr(block, "basis_changes", None) or (None, None)
+    before_o, before_down = block.basis_changes if isinstance(block, PlannedLayer) else (None, None)
     # x = norm_1(h): the input of q, k, v.
     held = [block.get_submodule("input_layernorm")(hidden), hidden]
     del hidden
@@ -177,5 +178,4 @@ def forward(block: nn.Module, hidden: Tensor, positions: Positions) -> Tensor:
 
 def prepared(linear: nn.Module, inputs: Tensor) -> Tensor:
     """Return the factor that is multiplied with the weight of a linear: ``prepare`` of the inputs, or the inputs themselves."""
-    prepare: Callable[[Tensor], Tensor] | None = getattr(linear, "prepare", None)
-    return inputs if prepare is None else prepare(inputs)
+    return linear.prepare(inputs) if isinstance(linear, QuantizedLinear) else inputs

@@ -32,7 +32,7 @@ Facts = list[tuple[str, list[str]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class PageCell:
     """One cell as a page needs it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Cell:
     ended: float | None
 
 
-def read_cells(frame: pd.DataFrame, folders: Mapping[str, RunFolder]) -> list[Cell]:
+def read_cells(frame: pd.DataFrame, folders: Mapping[str, RunFolder]) -> list[PageCell]:
     """Read results and provenance of the cells of a tidy frame, in its order.
 
     Args:
@@ -69,18 +69,18 @@ def read_cells(frame: pd.DataFrame, folders: Mapping[str, RunFolder]) -> list[Ce
     return [_cell(row, folders.get(str(row["run_id"]))) for row in tables.records(known)]
 
 
-def _cell(row: Mapping[str, Any], folder: RunFolder | None) -> Cell:
+def _cell(row: Mapping[str, Any], folder: RunFolder | None) -> PageCell:
     names, state = cast("Names", tuple(str(row[key]) for key in KEYS)), str(row["state"])
     seed, _, rotation = draw(row["seed"], row["rotation_seed"]).partition("/")
     if folder is None:
-        return Cell(names, seed, rotation, None, state, {}, [], 0, None)
+        return PageCell(names, seed, rotation, None, state, {}, [], 0, None)
     result = folder.result() if state == DONE else None
     try:
         attempts, ended = [read_record(path / "meta.json") for path in folder.attempts], folder.beat_time()
     except (StorageError, OSError):
         attempts, ended = [], None
     known = [*filter(None, attempts)]
-    return Cell(names, seed, rotation, folder.run_id, state, result or {}, known, len(attempts), ended)
+    return PageCell(names, seed, rotation, folder.run_id, state, result or {}, known, len(attempts), ended)
 
 
 def main_metrics(found: Pivot) -> list[str]:
@@ -98,7 +98,7 @@ def unquantized(frame: pd.DataFrame) -> set[Names]:
     return set(zip(*(rows[key] for key in KEYS), strict=True))
 
 
-def lead(found: Pivot, cells: Sequence[Cell], references: set[Names]) -> str:
+def lead(found: Pivot, cells: Sequence[PageCell], references: set[Names]) -> str:
     """What was measured, in one sentence."""
     if not cells:
         return "There is no cell to report on."
@@ -112,7 +112,7 @@ def lead(found: Pivot, cells: Sequence[Cell], references: set[Names]) -> str:
     )
 
 
-def states(cells: Sequence[Cell]) -> str:
+def states(cells: Sequence[PageCell]) -> str:
     """How many cells are done, and what the others are."""
     counts = Counter(cell.state for cell in cells)
     done = counts.pop(DONE, 0)
@@ -146,7 +146,7 @@ def reference_value(found: Pivot, references: set[Names], model: str, metric: st
     return next((float(value) for key, value in values.items() if key in references and key[0] == model), None)
 
 
-def measured(frame: pd.DataFrame, found: Pivot, cells: Sequence[Cell]) -> Facts:
+def measured(frame: pd.DataFrame, found: Pivot, cells: Sequence[PageCell]) -> Facts:
     """What was measured: models, bitwidths, calibration, evaluation protocols, seeds."""
     texts = [f"{text} tokens".replace(" x ", " windows of ") for text in frame["calibration"].dropna().unique()]
     samples = [f"{int(n)} windows for eigenbases" for n in frame["basis_samples"].dropna().unique()]
@@ -165,7 +165,7 @@ def measured(frame: pd.DataFrame, found: Pivot, cells: Sequence[Cell]) -> Facts:
     return [(term, lines) for term, lines in facts if any(lines)]
 
 
-def cost(cells: Sequence[Cell], found: Pivot) -> Sheet:
+def cost(cells: Sequence[PageCell], found: Pivot) -> Sheet:
     """Time, memory and size of every row of the table, means over its finished cells."""
     heads = [Column(key, numeric=False) for key in KEYS]
     heads += [Column(name, "time, s") for name in ("quantize", "of it found", "evaluate")]
@@ -210,7 +210,7 @@ def _ready(results: Sequence[dict[str, Any]], sheet: Sheet) -> Entry:
     return Entry(f"{_mean(spared) or 0.0:.1f}")
 
 
-def provenance(cells: Sequence[Cell]) -> Facts:
+def provenance(cells: Sequence[PageCell]) -> Facts:
     """Software, machines and time of the finished cells; a value that not all cells share says how many have it."""
     done = [cell for cell in cells if cell.result]
     if not done:
@@ -231,7 +231,7 @@ def provenance(cells: Sequence[Cell]) -> Facts:
     return [*((term, _shared(done, value)) for term, value in terms.items()), ("Time", time_span)]
 
 
-def reproduce(cells: Sequence[Cell], command: Sequence[str]) -> list[str]:
+def reproduce(cells: Sequence[PageCell], command: Sequence[str]) -> list[str]:
     """Command lines that run the cells again. The commit is among them if all attempts ran from it, without changes."""
     states = [part(meta, "git") for cell in cells if cell.result for meta in cell.attempts]
     commits = {str(state["commit"]) for state in states if "commit" in state}
@@ -243,7 +243,7 @@ def reproduce(cells: Sequence[Cell], command: Sequence[str]) -> list[str]:
     return [*lines, *(shlex.join(["python", "-m", "ptqbench", word, *words]) for word in ("sweep", "report"))]
 
 
-def listing(cells: Sequence[Cell]) -> Sheet:
+def listing(cells: Sequence[PageCell]) -> Sheet:
     """Every cell with its run id, state and the time it ended."""
     rotated = any(cell.rotation_seed for cell in cells)
     heads = [*KEYS, "seed", *(["rotation seed"] if rotated else []), "run id", "state", "ended", "attempts"]
@@ -256,20 +256,20 @@ def listing(cells: Sequence[Cell]) -> Sheet:
     return sheet
 
 
-def _seeds(cells: Sequence[Cell]) -> list[str]:
+def _seeds(cells: Sequence[PageCell]) -> list[str]:
     """The seeds of some cells in words, those of random rotations by themselves."""
     found = {"seed": {cell.seed for cell in cells}, "rotation seed": {cell.rotation_seed for cell in cells} - {""}}
     return [f"{word}{'' if len(given) == 1 else 's'} {_and(in_order(given))}" for word, given in found.items() if given]
 
 
-def _models(cells: Sequence[Cell], pattern: str) -> list[str]:
+def _models(cells: Sequence[PageCell], pattern: str) -> list[str]:
     """The models of some cells; one whose size is known with its size, in the pattern."""
     sizes = _sizes(cells)
     names = dict.fromkeys(cell.names[0] for cell in cells)
     return [pattern.format(name, sizes[name]) if name in sizes else name for name in names]
 
 
-def _sizes(cells: Sequence[Cell]) -> dict[str, str]:
+def _sizes(cells: Sequence[PageCell]) -> dict[str, str]:
     """Number of weights in the linears of each model: packed bits of a finished cell over its true bits per weight."""
     sizes = {}
     for cell in cells:
@@ -308,14 +308,14 @@ def _measures(found: Pivot) -> list[str]:
     return [f"perplexity on {_and(texts)}"] * bool(texts) + [f"accuracy on {scores}"] * bool(tasks)
 
 
-def _share_a_process(cells: Sequence[Cell]) -> bool:
+def _share_a_process(cells: Sequence[PageCell]) -> bool:
     """Whether the last attempts of two finished cells ran in the same process."""
     last = (cell.attempts[-1] for cell in cells if cell.result and cell.attempts)
     processes = Counter(str([meta.get(name) for name in ("host", "pid", "command")]) for meta in last)
     return any(n > 1 for n in processes.values())
 
 
-def _shared(done: Sequence[Cell], value: Callable[[dict[str, Any]], Any]) -> list[str]:
+def _shared(done: Sequence[PageCell], value: Callable[[dict[str, Any]], Any]) -> list[str]:
     """The values of a fact over cells, most frequent first; a cell whose attempts differ counts for each of its values."""
     said = (dict.fromkeys(str(value(meta) or NOT_RECORDED) for meta in cell.attempts) for cell in done)
     counts = Counter(chain.from_iterable(values or [NOT_RECORDED] for values in said))
