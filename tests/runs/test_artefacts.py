@@ -1,8 +1,6 @@
 """Shared artefacts: found only under their own key, verified, made once, removed by age."""
 
 import os
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -10,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import warm
 from ptqbench.runs.artefacts import Artefacts, collect_garbage
 
 KEY = {"model": "sha256:1", "n_samples": 4}
@@ -141,26 +140,24 @@ def test_an_artefact_that_does_not_say_its_cost_is_made_again(tmp_path, said):
     assert (store.hits, store.made) == (0, 2)
 
 
-MAKER = """
-import sys, time, torch
-from pathlib import Path
-from ptqbench.runs.artefacts import Artefacts
-root = Path(sys.argv[1])
-def make():
-    (root / f"made-{time.time_ns()}").touch()
-    time.sleep(1)
-    return {"a": torch.ones(2)}
-while not (root / "go").exists():
-    time.sleep(0.01)
-assert Artefacts(root / "x").get("windows", {"k": 1}, make)["a"].sum() == 2
-"""
+def make_once(root):
+    def make():
+        (root / f"made-{time.time_ns()}").touch()
+        time.sleep(1)
+        return {"a": torch.ones(2)}
+
+    while not (root / "go").exists():
+        time.sleep(0.01)
+    assert Artefacts(root / "x").get("windows", {"k": 1}, make)["a"].sum() == 2
 
 
 def test_many_processes_at_once_make_it_once(tmp_path):
-    makers = [subprocess.Popen([sys.executable, "-c", MAKER, tmp_path]) for _ in range(4)]
+    makers = [warm.call(make_once, tmp_path) for _ in range(4)]
     time.sleep(1)
     (tmp_path / "go").touch()
-    assert [maker.wait(timeout=200) for maker in makers] == [0] * 4
+    for maker in makers:
+        maker.join(timeout=200)
+    assert [maker.exitcode for maker in makers] == [0] * 4
     assert len(list(tmp_path.glob("made-*"))) == 1
 
 
@@ -203,6 +200,7 @@ def test_cells_share_calibration_windows_and_an_empty_folder_gives_the_same(tmp_
     drawn, real = [], windows.calibration_windows
     monkeypatch.setattr(windows, "calibration_windows", lambda *a: drawn.append(1) or real(*a))
     words = ["bitwidth=w3", "calibration.n_samples=2", "calibration.seq_len=32", "evaluation.tasks=[]"]
+    words += ["+evaluation.texts.tiny.portion=[0,0.02]"]
     found = {}
     for runs, methods in (("shared", ["gptq", "rtn"]), ("alone", ["rtn"])):
         for method in methods:
