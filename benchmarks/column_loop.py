@@ -21,8 +21,9 @@ import panels
 from ptqbench.numerics import fused_columns
 from ptqbench.numerics.affine import scale_from_range, to_codes, to_values, value_range
 from ptqbench.numerics.clip_search import EXPONENT, STEP_DENOMINATOR, STEPS, best_shrink
+from ptqbench.numerics.column_loop import LoopOptions
+from ptqbench.numerics.compensated import compensated_rounding
 from ptqbench.numerics.factorisation import factorise
-from ptqbench.numerics.gptq import gptq
 from ptqbench.numerics.grid import GridSpec, fit, uniform_grid
 
 BLOCK = 128
@@ -106,10 +107,10 @@ def columns(rows: int, width: int, device: torch.device, repeats: int, alternati
     inputs += 0.5 * inputs.roll(1, 1) + inputs[:, :1]
     factor = factorise(inputs.T @ inputs)
     del inputs
-    moment, grid = torch.empty(width, width, device=device), uniform_grid(width, SPEC)  # not read: there is a factor
+    grid, options = uniform_grid(width, SPEC), LoopOptions(column_block=BLOCK)
 
     def ours(engine: str) -> Callable[[], Tensor]:
-        return lambda: gptq(weight, moment, grid, factor=factor, column_block=BLOCK, engine=engine).codes.float()
+        return lambda: compensated_rounding(weight, grid, factor, options, engine=engine).codes.float()
 
     calls = {"textbook loop": lambda: textbook(weight, factor.upper), "plain loop": ours("plain")}
     if fused_columns.engine_on(device) != "plain":

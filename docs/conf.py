@@ -1,4 +1,4 @@
-"""Documentation site: ``make docs``. Pages take the help of every command and the lists of modules from the code."""
+"""Configuration of the documentation site (``make docs``). The help of commands and the lists of modules come from the code."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ napoleon_google_docstring, napoleon_numpy_docstring, napoleon_use_ivar = True, F
 
 
 def setup(app: Any) -> None:
-    """Fill in the marks of every page before it is parsed; called by Sphinx."""
+    """Connect both functions below; called by Sphinx."""
     app.connect("source-read", fill_in)
     app.connect("autodoc-process-docstring", link_sources)
 
 
 def link_sources(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Turn ``organisation/repository@commit`` into a link; docutils would take it for an address of mail."""
+    """Turn ``organisation/repository@commit`` into a link; docutils would take it for an e-mail address."""
     lines[:] = [COMMIT.sub(r"`\g<0> <https://github.com/\1/tree/\2>`__", line) for line in lines]
 
 

@@ -1,6 +1,6 @@
 """Write the packaged calibration text, evaluation text and questions: ``python scripts/make_corpus.py``.
 
-The files are a function of `corpus.packaged` alone; `tests/data/test_corpus.py` checks that they are up to date.
+The files are a function of `corpus.packaged` alone; `tests/scripts/test_corpus.py` checks that they are up to date.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """A small sweep on a random model, as users run it: separate processes and the real command line."""
 
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import warm
 
 SWEEP = """
 name: small
@@ -63,16 +63,10 @@ class Small:
         self.grids(f"{{method: [rtn, gptq], bitwidth: [w4, w3], seed: {list(range(number))}}}")
 
     def command(self, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        with self.start(*words, **environment) as process:
-            out, err = process.communicate(timeout=600)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return warm.run(*words, timeout=600, cwd=self.folder, COLUMNS="250", **environment)
 
-    def start(self, *words: object, **environment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "ptqbench", *map(str, words)]
-        return subprocess.Popen(
-            command, cwd=self.folder, env=os.environ | {"COLUMNS": "250"} | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def start(self, *words: object, **environment: str) -> warm.Started:
+        return warm.Started(*words, cwd=self.folder, COLUMNS="250", **environment)
 
     def words(self) -> list[str]:
         """The common overrides, for a command line without a sweep file."""

@@ -8,26 +8,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import warm
 from ptqbench.cell.folders import conf_folder, group_names
 from ptqbench.cli import main
 from ptqbench.errors import CalibrationError, ConfigError, RunFailed
 from ptqbench.runs.places import write_output
-from ptqbench.sweeps.compose import Composer, compose_cell
-from ptqbench.sweeps.resolve import resolve
+from ptqbench.sweeps.compose import Composer, compose_cell, compose_data
+from ptqbench.sweeps.pins import Known, pin
+from ptqbench.sweeps.resolve import validated
 from ptqbench.sweeps.words import rewrite
 
 
-def ptqbench(*arguments, cwd, timeout=300, **environment):
-    command = [sys.executable, "-m", "ptqbench", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=os.environ | {"COLUMNS": "200"} | environment,
-    )
+def ptqbench(*arguments, cwd):
+    return warm.run(*arguments, cwd=cwd, COLUMNS="200")
+
+
+def interpreter(*arguments, cwd, **environment):
+    """The same from the start of Python."""
+    command, given = [sys.executable, "-m", "ptqbench", *arguments], os.environ | {"COLUMNS": "200"} | environment
+    return subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, timeout=300)
 
 
 def small_cell(folder, *more):
@@ -94,6 +95,7 @@ BAD = [
     (["+method=gptq", "calibration=file", "calibration.path=nowhere.txt"], ["nowhere.txt", "does not exist"]),
     (["+method=fp16", "bitwidth=w4"], ["skipped", "rounds nothing"]),
     (["model=tiny"], ["no method given", "gptq"]),
+    (["gptq"], ["unknown command 'gptq'", "+method=NAME"]),
     (["swep", "demo"], ["unknown command 'swep'", "did you mean 'sweep'"]),
     (["sweep", "demoo"], ["no sweep 'demoo'", "did you mean 'demo'"]),
 ]
@@ -101,7 +103,7 @@ BAD = [
 
 TOO_LONG = "a" * 500
 BAD += [
-    (["plan"], ["plan", "required: sweep"]),
+    (["plan"], ["plan", "required: SWEEP"]),
     (["plan", "demo", "--nosuch"], ["unrecognized arguments: --nosuch"]),
     (["plan", "demo", "seed=["], ["seed=[", "quote"]),
     (["plan", "demo", "foo"], ["expected key=value", "'foo'"]),
@@ -247,8 +249,9 @@ def test_values_of_a_multirun_arrive_as_they_are(tmp_path, monkeypatch, capfd):
 
 def test_runs_dir_of_any_name(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    assert main(["plan", "demo", "--runs-dir", "é = ${x}, #1 [it's]"]) == 0
-    assert "15 pending" in capfd.readouterr().out
+    Path("two.yaml").write_text("name: two\ncommon: [model=tiny]\ngrids: [{method: [rtn, gptq]}]\n")
+    assert main(["plan", "two.yaml", "--runs-dir", "é = ${x}, #1 [it's]"]) == 0
+    assert "2 pending" in capfd.readouterr().out
 
 
 def damage(folder, how):
@@ -327,20 +330,30 @@ def test_rewrite():
 
 
 def test_help_and_cfg(tmp_path):
-    assert "+method=NAME" in ptqbench("--help", cwd=tmp_path).stdout
-    shown = ptqbench("+method=gptq", "seed=7", "--cfg", "job", cwd=tmp_path)
+    assert "usage: python -m ptqbench plan" in ptqbench("help", "plan", cwd=tmp_path).stdout
+    assert "+method=NAME" in interpreter("--help", cwd=tmp_path).stdout
+    shown = interpreter("+method=gptq", "seed=7", "--cfg", "job", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "seed: 7" in shown.stdout
     assert "damping: 0.01" in shown.stdout
 
 
-def test_every_method_composes_and_validates_with_every_role_file():
-    roles = ("transform", "target", "solver", "refine", "grid", "activation")
-    words = [f"method/{role}={choice}" for role in roles for choice in group_names(f"method/{role}")]
+@pytest.mark.parametrize("method", group_names("method"))
+def test_every_method_composes_and_validates_with_every_role_file(method):
+    """A composition chooses a file for each role; there are as many as the role with most files needs."""
+    choices = {
+        role: group_names(f"method/{role}")
+        for role in ("transform", "target", "solver", "refine", "grid", "activation")
+    }
     composer = Composer()
-    for method in group_names("method"):
-        for word in words:
-            assert resolve(composer([f"+method={method}", word])).method.name == method
+    for i in range(max(map(len, choices.values()))):
+        chosen = {role: names[i % len(names)] for role, names in choices.items()}
+        words = [f"+method={method}", *(f"method/{role}={name}" for role, name in chosen.items())]
+        cell = pin(validated(composer(words)), Known())
+        assert cell.method.name == method
+        for role, name in chosen.items():
+            written = yaml.safe_load((conf_folder() / "method" / role / f"{name}.yaml").read_text())
+            assert "name" not in written or getattr(cell.method, role).name == written["name"]
 
 
 @pytest.mark.parametrize("bitwidth", group_names("bitwidth"))
@@ -349,20 +362,15 @@ def test_every_bitwidth_composes(bitwidth):
 
 
 def test_every_calibration_and_evaluation_validates():
-    from ptqbench.sweeps.compose import compose_data
-    from ptqbench.sweeps.resolve import validated
-
+    composer = Composer()
     for group in ("calibration", "evaluation"):
         for name in group_names(group):
-            cell = validated(compose_data(["+method=gptq", f"{group}={name}"]))
+            cell = validated(composer(["+method=gptq", f"{group}={name}"]))
             assert cell.calibration is not None
     assert compose_data(["+method=gptq", "model=llama-3-8b"])["model"]["hub_id"] == "meta-llama/Meta-Llama-3-8B"
 
 
 def test_defaults_follow_the_model_first_and_the_method_second():
-    from ptqbench.sweeps.compose import compose_data
-    from ptqbench.sweeps.resolve import validated
-
     tiny = validated(compose_data(["+method=gptq"]))
     assert (tiny.calibration.dataset, list(tiny.evaluation.texts)) == ("tiny", ["tiny"])
     large = validated(compose_data(["+method=gptq", "model=qwen2.5-7b", "calibration.n_samples=64"]))
@@ -383,7 +391,7 @@ def test_unquantized_cell_ignores_what_cannot_matter():
 
 
 def test_hub_model_without_network_says_what_to_do(tmp_path):
-    done = ptqbench(
+    done = interpreter(
         "+method=gptq", "model=llama-3.2-1b", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty")
     )
     assert done.returncode == 2

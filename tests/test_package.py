@@ -46,7 +46,8 @@ def test_installed_wheel_runs_a_cell_from_an_empty_folder(wheel, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r}); from ptqbench.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    words = ["method=rtn", "bitwidth=w8", "evaluation.tasks=[]", "calibration.n_samples=2", "calibration.seq_len=16"]
+    words = ["method=rtn", "bitwidth=w8", "+evaluation.texts.tiny.portion=[0,0.02]", "evaluation.tasks=[]"]
+    words += ["calibration.n_samples=2", "calibration.seq_len=16"]
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "tiny/perplexity" in done.stdout

@@ -1,6 +1,7 @@
-"""The command line. First word a command: its own parser; anything else goes to Hydra.
+"""The command line. Where the first word is a command, the command parses the rest; all other command lines go to Hydra.
 
-Exit status: 0 done, 1 a cell or the environment failed, 2 the request was wrong (one line on standard error, nothing was run).
+Exit status: 0 done, 1 a cell or the environment failed, 2 the request was wrong (one line on standard error, nothing was run),
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,37 +41,35 @@ One cell: quantize a model, measure it, record the result.
 commands:
 {commands}
 
-A value with any of , = : ( ) [ ] {{ }} # ' " or a space is quoted, and its quotes are kept from the shell: "model.path='/data/a=b'"
+help of a command: python -m ptqbench COMMAND --help
+names of methods, models and bitwidths: the files in conf/method, conf/model and conf/bitwidth (doctor prints where conf is)
+values with , = : ( ) [ ] {{ }} # ' " or a space: in quotes that the shell keeps, as in "model.path='/data/a=b'"
 shell completion: eval "$(ptqbench -sc install=bash)"
 """
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # one progress bar, ours, instead of one per library
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our progress bar only, none of the libraries'
     _print_anything()
     try:
         status = _dispatch(arguments)
         print(end="", flush=True)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it, as ``head`` does
         _discard_output()
         return 0
-    except KeyboardInterrupt:
-        print("ptqbench: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if os.environ.get("PTQBENCH_TRACEBACK"):
-            raise
-        from ptqbench.runs.outcome import outcome
+    except (KeyboardInterrupt, Exception) as error:
+        from ptqbench.runs.outcome import report
 
-        said, status = outcome(error)
-        print(f"ptqbench: {said}", file=sys.stderr)
+        status = report(error)
         _discard_output()
     return status
 
 
 def _dispatch(arguments: list[str]) -> int:
     first = arguments[0] if arguments else ""
+    if first == "help" and arguments[1:2] and arguments[1] in COMMANDS:
+        return _run(arguments[1], ["--help"])
     if first in ("", "-h", "--help", "help"):
         width = max(len(f"{name} {command.sweep}") for name, command in COMMANDS.items())
         lines = [f"  {f'{name} {c.sweep}'.ljust(width)}  {c.about}" for name, c in COMMANDS.items()]
@@ -81,17 +80,21 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if first in COMMANDS:
         return _run(first, arguments[1:])
+    # Not a word of Hydra's grammar, so a command was meant.
     if not first.startswith(("-", "+", "~")) and "=" not in first:
         from ptqbench.cell.spec import nearest
 
-        raise ConfigError(f"unknown command {first!r}; {nearest(first, COMMANDS)}")
+        raise ConfigError(
+            f"unknown command {first!r}; {nearest(first, COMMANDS)} (a cell is asked for with +method=NAME)"
+        )
     from ptqbench.hydra_app import run_hydra
 
     return run_hydra(arguments)
 
 
 def _print_anything() -> None:
-    """Let every character be printed: one that the terminal's encoding lacks is written in ASCII instead of raising."""
+    """Print characters that the terminal's encoding lacks in ASCII, instead of raising an error."""
+    # Signs of our own tables and messages have a readable replacement; others are escaped.
     plain = dict(zip("±×–—−…≤≥→↓↑µ", ["+-", "x", "-", "-", "-", "...", "<=", ">=", "->", "v", "^", "u"], strict=True))
 
     def written(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -106,7 +109,7 @@ def _print_anything() -> None:
 
 
 def _discard_output() -> None:
-    """Drop what standard output could not take, else Python tries again at exit and says so."""
+    """Drop what standard output did not take; else Python tries again at exit and prints a traceback."""
     try:
         print(end="", flush=True)
     except OSError:
@@ -144,12 +147,7 @@ def _cancel(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from ptqbench.results.terminal import print_status
 
-    if options.sweep is None:
-        folders = [folder for folder, _ in _every_run(options)]
-    else:
-        cells = _cells(options)
-        folders = [cell.folder for cell in cells if cell.folder is not None and cell.skipped is None]
-    print_status(folders, options.all)
+    print_status([folder for folder, _ in _chosen(options)], options.all)
     return 0
 
 
@@ -165,7 +163,7 @@ def _table(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Pause the cyclic garbage collector: it would look through thousands of rows that all stay in use to the end."""
+    """Pause the cyclic garbage collector, which would search thousands of rows that all stay in use to the end."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -189,11 +187,7 @@ def _report(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from ptqbench.tracking.sync import sync
 
-    if options.sweep is None:
-        found = _every_run(options)
-    else:
-        found = [(cell.folder, cell.spec) for cell in _cells(options) if cell.folder is not None]
-    return sync(found, "offline" if options.offline else "online", options.project, options.entity)
+    return sync(_chosen(options), "offline" if options.offline else "online", options.project, options.entity)
 
 
 def _prefetch(options: argparse.Namespace) -> int:
@@ -227,24 +221,26 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _cells(options: argparse.Namespace) -> list[Cell]:
-    """Cells of a sweep in the sweep's order."""
+    """The cells of the sweep that the options name, in its order."""
     from ptqbench.sweeps.compose import cells
     from ptqbench.sweeps.files import load_sweep
 
     return cells(load_sweep(options.sweep), _overrides(options))
 
 
-def _every_run(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | None]]:
-    """All run folders, for a command that was given no sweep."""
+def _chosen(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | None]]:
+    """The run folders of a sweep with their cells; without a sweep, all run folders."""
+    if options.sweep is not None:
+        return [(c.folder, c.spec) for c in _cells(options) if c.folder is not None and c.skipped is None]
     from ptqbench.runs.folder import all_runs
 
     return [(folder, None) for folder in all_runs(Path(options.runs_dir or "runs"))]
 
 
 def _table_sources(options: argparse.Namespace) -> tuple[list[Source], str, tuple[str, ...]]:
-    """Cells of a sweep with its title and columns, or all run folders."""
+    """The cells of a sweep with its title and columns; without a sweep, all run folders."""
     if options.sweep is None:
-        return [*_every_run(options)], "", ("metric",)
+        return [*_chosen(options)], "", ("metric",)
     from ptqbench.results.sources import sweep_cells
     from ptqbench.sweeps.files import load_sweep
 
@@ -253,7 +249,7 @@ def _table_sources(options: argparse.Namespace) -> tuple[list[Source], str, tupl
 
 
 def _wandb_sources(options: argparse.Namespace) -> tuple[list[Source], str, tuple[str, ...]]:
-    """Cells of a W&B project, with its name as the title."""
+    """The cells of a W&B project, with its name as the title."""
     if options.sweep is not None or options.runs_dir is not None:
         raise ConfigError("table --from-wandb: expected no sweep and no --runs-dir beside it; it reads a whole project")
     from ptqbench.tracking.recorded import sources
@@ -277,10 +273,10 @@ class Command:
     """A command of the command line.
 
     Attributes:
-        run: Does what the parsed options say; returns the exit status.
+        run: Runs the command with its parsed options; returns the exit status.
         about: One line of help.
-        sweep: ``SWEEP`` where a sweep is required, ``[SWEEP]`` where all run folders are meant without one, else empty.
-        options: Arguments of ``add_argument`` for every option of its own.
+        sweep: ``SWEEP`` where a sweep is required, ``[SWEEP]`` where all run folders are taken without one, else empty.
+        options: Arguments of ``add_argument`` for every option that only this command has.
         runs_dir: Checks the value of ``--runs-dir``.
     """
 
@@ -301,9 +297,9 @@ COMMANDS = {
     ),
     "sweep": Command(_sweep, "run (or submit) the cells of a sweep file that are not done yet", "SWEEP", (_WAIT,)),
     "retry": Command(
-        partial(_sweep, only_failed=True), "run the failed cells again; twice the memory where that was short", "SWEEP", (_WAIT,),
+        partial(_sweep, only_failed=True), "run the failed cells again, with twice the memory if that was short", "SWEEP", (_WAIT,),
     ),
-    "cancel": Command(_cancel, "stop what runs or waits", "SWEEP"),
+    "cancel": Command(_cancel, "stop the cells that run or wait; finished blocks stay", "SWEEP"),
     "status": Command(
         _status, "state of every cell, from the run folders and the queue", "[SWEEP]",
         (_option("--all", action="store_true", help="list finished and pending cells too"),), existing_runs_folder,
@@ -313,7 +309,7 @@ COMMANDS = {
         (
             _option("--format", choices=_STYLES, help="default: terminal, or by the suffix of --output"),
             _option("--output", metavar="FILE", type=output_file, help="write a .md, .tex, .html or .csv file"),
-            _option("--check", action="store_true", help="the papers' figures beside ours, and whether they compare"),
+            _option("--check", action="store_true", help="show the papers' figures beside ours, and how they compare"),
             _option("--picture", metavar="FILE", type=picture_file, help="also draw the figures to a PNG or PDF file"),
             _option("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders"),
         ), existing_runs_folder,
@@ -332,14 +328,14 @@ COMMANDS = {
         ), existing_runs_folder,
     ),
     "prefetch": Command(
-        _prefetch, "load models and data on a node with network", "",
-        (_option("request", nargs="+", help="a sweep and overrides, or the overrides of one cell"),),
+        _prefetch, "download models and data, on a node with network", "",
+        (_option("request", nargs="+", metavar="REQUEST", help="a sweep with overrides, or the overrides of one cell"),),
     ),
     "gc": Command(
-        _gc, "remove shared artefacts that were not used for longest; results stay", "",
-        (_option("--budget-gib", type=gib, required=True, help="what may stay, GiB"),), existing_runs_folder,
+        _gc, "remove the least recently used of the artefacts that cells share; results stay", "",
+        (_option("--budget-gib", metavar="GIB", type=gib, required=True, help="how much may stay"),), existing_runs_folder,
     ),
-    "doctor": Command(_doctor, "what is installed and where things are looked for"),
+    "doctor": Command(_doctor, "what is installed, and which folders are used"),
 }  # fmt: skip
 
 
@@ -348,12 +344,15 @@ def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     parser = _Parser(prog=f"python -m ptqbench {name}", description=command.about)
     if command.sweep:
-        optional = "?" if command.sweep.startswith("[") else None
-        parser.add_argument("sweep", nargs=optional, help="name of a shipped sweep, or a YAML file")
+        nargs, without = ("?", " (default: all run folders)") if command.sweep.startswith("[") else (None, "")
         parser.add_argument(
-            "overrides", nargs="*", default=[], help="overrides for every cell, e.g. seed=1 execution.threads=1"
+            "sweep", metavar="SWEEP", nargs=nargs, help=f"name of a shipped sweep, or a YAML file{without}"
         )
+        overrides = "overrides for every cell, e.g. seed=1 execution.threads=1"
+        parser.add_argument("overrides", metavar="OVERRIDE", nargs="*", default=[], help=overrides)
     for names, settings in command.options:
         parser.add_argument(*names, **settings)
-    parser.add_argument("--runs-dir", type=command.runs_dir, help="folder of run folders (default: runs)")
-    return command.run(parser.parse_intermixed_args(arguments))
+    parser.add_argument(
+        "--runs-dir", metavar="FOLDER", type=command.runs_dir, help="where the run folders are (default: runs)"
+    )
+    return command.run(parser.parse_intermixed_args(arguments))  # options may stand between overrides

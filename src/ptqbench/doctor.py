@@ -1,22 +1,26 @@
-"""What is installed, what this machine has, and what will get in the way."""
+"""What is installed, what this machine has, and what may hinder a sweep."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ptqbench.cell import folders as confdir
-from ptqbench.runs import provenance
+from ptqbench.errors import ConfigError
+from ptqbench.runs import provenance, queue
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def print_doctor(runs_dir: str = "runs") -> None:
-    """Print versions, devices, SLURM, folders and the offline state, with a remark where something will get in the way."""
+    """Print versions, devices, SLURM, folders and whether the hub is switched off, with remarks on what may hinder a sweep.
+
+    Args:
+        runs_dir: Folder of run folders, which need not exist.
+    """
     facts = provenance.collect()
     print(f"python        {facts['python']} on {facts['platform']}")
     for name, version in facts["packages"].items():
@@ -25,7 +29,7 @@ def print_doctor(runs_dir: str = "runs") -> None:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"GPU           {', '.join(gpus) or 'none'}")
-    print(f"cores         {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}")
+    print(f"cores         {provenance.cores()}")
     for line in _slurm():
         print(f"SLURM         {line}")
     print(f"conf          {confdir.conf_folder()}")
@@ -42,31 +46,19 @@ def _slurm() -> Iterator[str]:
     if shutil.which("sbatch") is None:
         yield "no sbatch on PATH: launcher=auto is the local pool"
         return
-    yield shutil.which("sbatch") or ""
+    yield str(shutil.which("sbatch"))
     try:
-        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        yield f"scontrol does not answer ({type(error).__name__})"
-        return
-    if done.returncode != 0:
-        yield f"the controller does not answer: {' '.join(done.stderr.split())[:160]}"
-        return
-    yield from slurm_remarks(done.stdout)
+        yield from _remarks(queue.settings())
+    except ConfigError as problem:
+        yield str(problem)
 
 
-def slurm_remarks(config: str) -> Iterator[str]:
-    """Say what the cluster's configuration means for sweeps.
-
-    Args:
-        config: Output of ``scontrol show config``.
-
-    Yields:
-        One line per remark.
-    """
-    values = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", config, re.MULTILINE))
+def _remarks(values: Mapping[str, str]) -> Iterator[str]:
+    """What the configuration of the cluster means for sweeps, one line per remark."""
     yield f"version {values.get('SLURM_VERSION', 'unknown')}, largest array {values.get('MaxArraySize', 'unknown')}"
     if values.get("JobRequeue") == "0":
         yield "JobRequeue=0: ptqbench submits with --requeue, which overrides it"
+    # Each setting below changes what happens to jobs of a sweep.
     modes = values.get("PreemptMode", "OFF").upper()
     if "CANCEL" in modes:
         yield f"PreemptMode={modes}: preempted jobs are cancelled, not requeued; use sweep --wait, which submits them again"
@@ -77,6 +69,7 @@ def slurm_remarks(config: str) -> Iterator[str]:
 
 
 def _folder(path: Path) -> str:
+    """A folder with the free space of its disk; one that does not exist yet is judged by the nearest that does."""
     existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free / 2**30
     writable = "" if os.access(existing, os.W_OK) else ", NOT WRITABLE"

@@ -1,8 +1,8 @@
 """Exceptions that a user is meant to read.
 
 Every message is one line and says what was expected, what was given, where, and what to do. The command line prints
-``ConfigError`` and ``UnsupportedError`` without a traceback and exits with status 2; anything raised after a run has
-begun is also recorded in that run's ``failure.json``.
+``ConfigError`` and ``UnsupportedError`` without a traceback and exits with status 2. An error that is raised after a run has
+begun is also recorded in ``failure.json`` of that run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DataNotHereError(NotHereError):
 
         Args:
             message: One line, for people.
-            repository: The data set; has a default because pickle calls with the message alone and sets attributes after.
+            repository: The data set. It has a default because pickle passes the message alone and sets attributes afterwards.
         """
         super().__init__(message)
         self.repository = repository
@@ -42,11 +42,11 @@ class StorageError(PtqbenchError):
 
     @classmethod
     def of(cls, error: OSError, what: str) -> Self:
-        """Say one line about an error of the system.
+        """Make one line of an error of the system.
 
         Args:
-            error: As the system raised it.
-            what: The beginning of the line: which file, and what could not be done with it.
+            error: The error of the system.
+            what: The beginning of the line: the file, and what could not be done with it.
         """
         advice = "; ask its owner for access" if error.errno in (errno.EACCES, errno.EPERM) else ""
         return cls(f"{what}: {error.strerror or error}{advice}")
@@ -57,7 +57,7 @@ class UnsupportedError(PtqbenchError):
 
 
 class CalibrationError(PtqbenchError):
-    """Calibration or evaluation data cannot serve the request (too short, wrong tokenizer, empty)."""
+    """Calibration or evaluation data do not serve the request: too short, empty, or of another tokenizer."""
 
 
 class NumericalError(PtqbenchError):
@@ -69,14 +69,14 @@ class RunFailed(PtqbenchError):
 
 
 class TimeLimitTooShort(PtqbenchError):
-    """A job is requeued again and again without finishing anything in its time."""
+    """A job was requeued repeatedly and finished nothing within its time limit."""
 
 
 class CellBusy(PtqbenchError):
-    """Another living process works on the cell; nothing is wrong."""
+    """Another living process works on the cell. Nothing is wrong."""
 
 
-A_PERSONS_TO_MEND = (
+MISNAMED_OR_FORBIDDEN = (
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -88,11 +88,17 @@ A_PERSONS_TO_MEND = (
 
 
 def unreadable(error: OSError, what: str) -> PtqbenchError:
-    """What it means that a file cannot be read that a person named: a wrong request, or a disk that fails just now.
+    """Make the error for a file that a user named and that cannot be read: a wrong request, or a disk that fails now.
 
     Args:
-        error: As the system raised it.
-        what: The beginning of the line: which file, and that it cannot be read.
+        error: The error of the system.
+        what: The beginning of the line: the file, and that it cannot be read.
     """
-    wrong = error.errno in A_PERSONS_TO_MEND
+    wrong = error.errno in MISNAMED_OR_FORBIDDEN
     return ConfigError(f"{what}: {error.strerror}") if wrong else StorageError.of(error, what)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of a library, or the name of its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

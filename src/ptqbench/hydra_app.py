@@ -1,6 +1,6 @@
 """Command lines in Hydra's grammar: one cell, a multirun, or Hydra's own ``--cfg`` and ``--info``.
 
-Hydra parses and composes, and returns. Cells run afterwards, so that Hydra's folders, logs and handling of errors have no part in
+Hydra parses and composes, and returns. Cells run afterwards, so that Hydra's folders, logs and handling of errors do not affect
 them.
 """
 
@@ -42,7 +42,7 @@ _asked = _Asked()
 
 
 def run_hydra(arguments: list[str]) -> int:
-    """Run a Hydra command line: one cell, a multirun, or Hydra's own ``--cfg`` and ``--info``.
+    """Run a command line that is no command of ptqbench: a cell, a multirun, or Hydra's own ``--cfg`` and ``--info``.
 
     Returns:
         Exit status.
@@ -63,8 +63,16 @@ def run_hydra(arguments: list[str]) -> int:
 
 
 def _ask(arguments: list[str], words: list[str]) -> _Asked:
-    """Let Hydra read a command line."""
-    global _asked  # Hydra makes the sweeper that reports here
+    """Let Hydra read a command line.
+
+    Args:
+        arguments: As Hydra takes them.
+        words: The overrides as they were given, for the message of an error.
+
+    Raises:
+        ConfigError: Hydra refuses the command line.
+    """
+    global _asked  # Hydra makes the sweeper that calls ``note_multirun``
     import hydra
     from omegaconf import DictConfig, OmegaConf
 
@@ -74,8 +82,11 @@ def _ask(arguments: list[str], words: list[str]) -> _Asked:
     def task(config: DictConfig) -> None:
         _asked.configs.append(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they can be shown as one line
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra raises its errors instead of printing them, so that they become one line
+    )
     before, sys.argv = sys.argv, ["ptqbench", *arguments]
+    # What Hydra prints on the way is shown only where it accepts the command line.
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -94,15 +105,16 @@ def _ask(arguments: list[str], words: list[str]) -> _Asked:
 
 
 def note_multirun(overrides: Iterable[Override], compose: Compose) -> None:
-    """Take note of what a multirun asks for; called by the Hydra plugin.
+    """Keep the jobs of a multirun for ``run_hydra``; called by the Hydra plugin.
 
     Args:
         overrides: The parsed override words.
         compose: Hydra's composition of a job from its override words.
 
     Raises:
-        ConfigError: More cells than are taken.
+        ConfigError: There are more than ``MOST_CELLS`` jobs, or a word has no values that can be listed.
     """
+    # The product is counted before it is formed.
     values = {override.get_key_element(): _values(override) for override in overrides}
     if math.prod(map(len, values.values())) > MOST_CELLS:
         raise ConfigError(f"the command line asks for more than {MOST_CELLS:,} cells, which is the most that are taken")
@@ -111,6 +123,7 @@ def note_multirun(overrides: Iterable[Override], compose: Compose) -> None:
 
 
 def _values(override: Override) -> list[str]:
+    """The values of an override word, as written."""
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     if not override.is_discrete_sweep():
@@ -124,6 +137,7 @@ def _values(override: Override) -> list[str]:
 
 
 def _launch(jobs: list[list[str]], compose: Compose) -> int:
+    """Compose the jobs of a multirun and launch their cells."""
     from ptqbench.launch.dispatch import launch
 
     def composed(words: list[str]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import CellBusy, PtqbenchError, RunFailed, StorageError
 from ptqbench.runs.artefacts import Artefacts
 from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
-from ptqbench.runs.folder import RunFolder, write_json
+from ptqbench.runs.files import write_json
+from ptqbench.runs.folder import RunFolder
 from ptqbench.runs.lease import Lease, lease
-from ptqbench.runs.outcome import outcome
+from ptqbench.runs.outcome import INTERRUPTED, WRONG, report
 from ptqbench.sweeps.pins import check_unchanged
 from ptqbench.tracking.guard import followed
 
@@ -58,13 +59,14 @@ def run_folder(folder: RunFolder) -> dict[str, Any]:
         The content of ``result.json``.
 
     Raises:
-        PtqbenchError: As :func:`run_cell`; an unreadable or foreign ``spec.json`` is recorded in ``failure.json`` too.
+        PtqbenchError: As :func:`run_cell`, or ``spec.json`` cannot be read or is of another cell, which is recorded in
+            ``failure.json`` too.
     """
     try:
         return run_cell(folder.read_spec(), folder)
-    except (CellBusy, RunFailed):  # nothing is wrong; recorded by the attempt
+    except (CellBusy, RunFailed):  # nothing is wrong, or the attempt has recorded it
         raise
-    except PtqbenchError as error:
+    except PtqbenchError as error:  # before an attempt began, which would have recorded it
         with contextlib.suppress(OSError):
             if folder.spec_path.exists():  # else there is no cell whose failure could be recorded
                 record_failure(folder, error)
@@ -72,6 +74,7 @@ def run_folder(folder: RunFolder) -> dict[str, Any]:
 
 
 def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer, held: Lease) -> dict[str, Any]:
+    """Do the work of a cell under its lease, and write its result."""
     with followed(spec, folder), attempt(folder, shown, held) as current:
         check_unchanged(spec)
         result = _work(spec, folder, current)
@@ -82,10 +85,12 @@ def _attempt(spec: RunSpec, folder: RunFolder, shown: Observer, held: Lease) -> 
 
 
 def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any]:
+    """Load, calibrate, quantize, evaluate; returns the content of ``result.json``."""
     from ptqbench.engine.work import Work
 
     observer.stage("load", 1)
     _configure(spec)
+    # Every step writes what it finishes, and skips what is finished.
     cell = Work.begin(spec, folder, observer)
     if spec.calibrates:
         cell = cell.transformed()
@@ -98,7 +103,7 @@ def _work(spec: RunSpec, folder: RunFolder, observer: Observer) -> dict[str, Any
 
 
 def _check_still(spec: RunSpec, folder: RunFolder, artefacts: Artefacts) -> None:
-    """Throw the work away if what it was done on has changed meanwhile; it stays where that cannot be read now."""
+    """Remove the work if its model or data have changed meanwhile. Where these cannot be read now, the work stays."""
     try:
         check_unchanged(spec)
     except StorageError:
@@ -111,7 +116,8 @@ def _check_still(spec: RunSpec, folder: RunFolder, artefacts: Artefacts) -> None
 
 
 def _configure(spec: RunSpec) -> None:
-    # Read when a GPU is first used: products in a fixed order.
+    """Set torch's threads, and ask it for deterministic algorithms."""
+    # cuBLAS reads this when a GPU is first used: it makes the order of its sums fixed.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
@@ -124,7 +130,13 @@ def _configure(spec: RunSpec) -> None:
 
 
 def _drop_codes(spec: RunSpec, folder: RunFolder, packed_bytes: int) -> None:
-    """Remove finished blocks unless they are to be kept; after the result is written, so that a kill costs no work."""
+    """Remove finished blocks unless they are to be kept; called after the result is written, so that a kill costs no work.
+
+    Args:
+        spec: Its ``execution.keep_codes`` decides; null keeps them below ``KEEP_CODES_BELOW_BYTES``.
+        folder: The cell.
+        packed_bytes: Size of the codes.
+    """
     keep = spec.execution.keep_codes
     if keep is False or (keep is None and packed_bytes > KEEP_CODES_BELOW_BYTES):
         shutil.rmtree(folder.state_path, ignore_errors=True)
@@ -134,11 +146,11 @@ def main(arguments: list[str]) -> int:
     """Run the cell of a run folder or of its ``spec.json``.
 
     Args:
-        arguments: The path, and ``--with-parent`` where the process is to end with its parent.
+        arguments: The path, and ``--with-parent`` if the process is to end with its parent.
 
     Returns:
-        Exit status 0 when the cell is done (or somebody else works on it), 1 when it failed, 2 on misuse, 130 when it was
-        interrupted.
+        Exit status: 0 where the cell is done or another process works on it, 1 where it failed, 2 where the arguments are
+        wrong, 130 where it was interrupted.
     """
     from ptqbench.results.metrics import format_value, measured
 
@@ -156,13 +168,11 @@ def main(arguments: list[str]) -> int:
         print(f"ptqbench: {error}", file=sys.stderr)
         return 0
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except Exception as error:
-        if os.environ.get("PTQBENCH_TRACEBACK"):
-            raise
-        said, status = outcome(error)
-        print(f"ptqbench: {said}", file=sys.stderr)
-        return 1 if os.path.exists(folder.failure_path) else status
+        status = report(error)
+        # A cell that failed is no wrong request.
+        return 1 if status == WRONG and os.path.exists(folder.failure_path) else status
     for name, metric in result["metrics"].items():
         print(f"{name} = {format_value(name, measured(metric))}")
     return 0
@@ -173,6 +183,7 @@ def _end_with_parent() -> None:
     parent = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    # The parent may have ended before the call.
     if os.getppid() != parent or parent == 1:
         sys.exit(143)
 

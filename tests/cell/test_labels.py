@@ -1,4 +1,4 @@
-"""A label says what was measured: names of files where the values are theirs, the values where they are not."""
+"""A label has the names of the files, and the values that differ from those files."""
 
 import dataclasses
 
@@ -113,7 +113,7 @@ def frame_of(*requests):
 
 
 def test_rows_are_grouped_by_bits_and_not_by_names():
-    """A 5-bit cell that is called w4 is not among the 4-bit rows, a 4-bit one of another name is."""
+    """A 5-bit cell named w4 is not among the 4-bit rows; a 4-bit cell of another name is."""
     w4 = compose_cell([*TINY, "method=rtn"])
     lying = compose_cell([*TINY, "method=gptq", "bitwidth.w_bits=5"])
     lying = dataclasses.replace(lying, bitwidth=dataclasses.replace(lying.bitwidth, name="w4"))

@@ -1,4 +1,4 @@
-"""Schema, identity and store."""
+"""Schema and identity of a cell."""
 
 import copy
 import dataclasses
@@ -94,7 +94,7 @@ def test_missing_value_is_named():
 
 
 def test_golden_run_id():
-    """Pins the scheme: a changed id means that every stored result is orphaned, which FORMAT must announce."""
+    """Pins the scheme: if an id changes, stored results are no longer found, which a new FORMAT must announce."""
     assert fingerprint.FORMAT == 1
     assert fingerprint.run_id(build(RunSpec, CELL)) == "8fe70f8c1421"
 

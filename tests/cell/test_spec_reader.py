@@ -1,4 +1,4 @@
-"""Cells read one after another are what each is by itself, and whatever is wrong with a file is found among known fields too."""
+"""Reading many cells gives the same as reading each alone, and faults of a file are found even among known fields."""
 
 import dataclasses
 import json
@@ -102,7 +102,7 @@ def test_a_damaged_or_edited_file_is_refused_with_the_words_of_the_folder(folder
 
 
 def test_a_field_given_twice_teaches_nothing_wrong(folders, warm):
-    """JSON takes the last of two; what the first one says must not be remembered with the last one's value."""
+    """Of two equal keys JSON takes the last; the text of the first must not be remembered with the value of the last."""
     text = folders[0].spec_path.read_text()
     start = text.index('\n  "execution": {')
     first = text[start : text.index("\n  },", start) + len("\n  },")]
@@ -122,7 +122,7 @@ def test_any_layout_is_read(folders, warm, layout):
 
 
 def test_fields_laid_out_as_members_of_the_cell_are_not_taken_for_them(folders, warm):
-    """A file may break its lines anywhere: a member of the evaluation that stands where one of the cell would."""
+    """A file may break its lines anywhere, so a member of the evaluation may be indented like a member of the cell."""
     text = folders[3].spec_path.read_text()
     start = text.index('  "evaluation": {')
     end = text.index("\n  },", start)

@@ -218,15 +218,21 @@ def test_the_controller_restarts_while_cells_wait_and_run(slurm, cluster):
     assert [attempts(path) for path in slurm.runs] == [1] * 4
 
 
-def test_a_submitter_killed_before_it_could_note_the_number_submits_nothing_twice(slurm):
-    slurm.grids("{method: [rtn], bitwidth: [w8, w4, w3]}")
-    assert slurm.command("sweep", slurm.sweep, "launcher=slurm", "+launcher.sbatch.begin=now+1hour").returncode == 0
-    for path in slurm.runs:
-        sent = json.loads((path / "submission.json").read_text())
-        (path / "submission.json").write_text(json.dumps(sent | {"job": None}))
-    again = slurm.command("sweep", slurm.sweep, "launcher=slurm")
-    assert "3 submitted" in again.stdout
-    assert len(queue()) == 3
+def test_a_submitter_killed_during_the_submission_leaves_sound_jobs_and_submits_nothing_twice(slurm):
+    slurm.grids("{method: [rtn], bitwidth: [w8, w4]}")
+    programs = slurm.folder / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@"; kill -9 $PPID\n')
+    (programs / "sbatch").chmod(0o755)
+    killed = slurm.command("sweep", slurm.sweep, "launcher=slurm", PATH=f"{programs}:{os.environ['PATH']}")
+    assert killed.returncode == -9
+    assert [json.loads((path / "submission.json").read_text())["job"] for path in slurm.runs] == [None, None]
+    again = slurm.command("sweep", slurm.sweep, "launcher=slurm", "--wait")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "2 done" in again.stdout.replace("already ", "")
+    assert "submitted job" not in again.stdout
+    assert [attempts(path) for path in slurm.runs] == [1, 1]
+    assert len({path.name for path in slurm.folder.glob("runs/.slurm/*")}) == 1
 
 
 def test_settings_of_a_surrounding_job_do_not_leak(slurm):

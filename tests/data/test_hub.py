@@ -146,7 +146,7 @@ print(datasets.load_dataset("some/set", revision=sys.argv[1], split="test")["wor
 
 
 def test_datasets_alone_would_read_another_commit(tmp_path):
-    """Why rows come from the snapshot: offline the library takes the table that it prepared last, whatever the revision."""
+    """Rows must come from the snapshot: without network the library takes its last prepared table, whatever the revision."""
     import datasets
 
     (tmp_path / "test.jsonl").write_bytes(lines([{"word": "new"}]))

@@ -1,4 +1,4 @@
-"""What files of text hold: encodings, foreign formats, rows that are no text, options that nothing reads."""
+"""Files of text: encodings, foreign formats, rows that are not text, and options that a data set does not read."""
 
 import codecs
 import gzip

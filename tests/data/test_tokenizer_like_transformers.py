@@ -1,4 +1,4 @@
-"""Token ids are those of AutoTokenizer, whatever it says of BOS; where it departs from tokenizer.json, those of the file."""
+"""Token ids are those of AutoTokenizer, BOS included, or those of tokenizer.json where AutoTokenizer departs from it."""
 
 import json
 import logging
@@ -58,7 +58,20 @@ def test_token_ids_equal_those_of_autotokenizer(tmp_path, template, changes):
     assert list(windows.tokenize(alone, ours, 1024)) == expected
 
 
-@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2Tokenizer", "T5Tokenizer"])
+def test_truncation_and_padding_of_the_file_do_not_count(tmp_path, caplog):
+    """A tokenizer saved in the middle of a training run; transformers sets its own for every call."""
+    folder = folder_with(tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=4096)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert list(windows.tokenize(Text((TEXT * 9,), " "), ours, 1024)) == [theirs(TEXT * 9).input_ids]
+    assert len(theirs(TEXT * 9).input_ids) > 16
+    assert "token ids" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2Tokenizer", "T5Tokenizer", "BertTokenizer"])
 def test_ids_of_tokenizer_json_win_and_the_log_says_so(tmp_path, caplog, name):
     """transformers rebuilds these classes from the vocabulary: other ids, or an error, on a file that is sound."""
     folder = folder_with(tmp_path, tokenizer_class=name)

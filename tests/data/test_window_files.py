@@ -1,4 +1,4 @@
-"""Calibration windows from a file: the formats that people have, identity by token ids, and what is refused."""
+"""Calibration windows from a file: formats, identity by token ids, and refused files."""
 
 import dataclasses
 import json

@@ -10,7 +10,7 @@ from ptqbench.errors import CalibrationError, ConfigError
 
 
 class CharacterTokenizer:
-    """One token per character; a stand-in whose result is obvious."""
+    """A stand-in for a tokenizer: one token per character."""
 
     def __init__(self, bos=None):
         self.bos_token_id = bos

@@ -112,7 +112,8 @@ def test_resume_gives_the_same_bytes_and_redoes_nothing(checkpoint, tmp_path):
     assert parts.codes_digest(3) == whole.codes_digest(3)
     assert first.stat().st_mtime_ns == stamp
     timeless = [
-        [{k: v for k, v in row.items() if k != "quantize_s"} for row in state.reports(3)] for state in (parts, whole)
+        [{k: v for k, v in row.items() if k != "quantize_s"} for row in state.layer_records(3)]
+        for state in (parts, whole)
     ]
     assert timeless[0] == timeless[1]
 
@@ -130,13 +131,13 @@ def test_truncated_state_is_computed_again(checkpoint, tmp_path):
 def test_state_of_another_cell_is_refused(checkpoint, tmp_path):
     folder = checkpoint()
     run(folder, tmp_path / "state", method())
-    with pytest.raises(ConfigError, match="belongs to cell aaaaaaaaaaaa, not bbbbbbbbbbbb"):
+    with pytest.raises(ConfigError, match="belongs to aaaaaaaaaaaa, not bbbbbbbbbbbb"):
         run(folder, tmp_path / "state", method(), run_id="b" * 12)
 
 
 def test_reports_describe_every_linear(checkpoint, tmp_path):
     folder = checkpoint()
-    rows = run(folder, tmp_path / "state", method(bits=3, group_size=32))[1].reports(2)
+    rows = run(folder, tmp_path / "state", method(bits=3, group_size=32))[1].layer_records(2)
     assert [(r["block"], r["linear"]) for r in rows] == [(b, n) for b in range(2) for n in sum(GROUPS, ())]
     down = next(r for r in rows if r["linear"] == "mlp.down_proj")
     assert (down["out_features"], down["in_features"]) == (48, 76)
@@ -151,7 +152,7 @@ def test_reports_describe_every_linear(checkpoint, tmp_path):
 def test_gptq_beats_rounding_to_nearest_on_calibration_output(checkpoint, tmp_path):
     folder = checkpoint()
     rows = {
-        name: run(folder, tmp_path / name, method(bits=4, solver=solver))[1].reports(2)
+        name: run(folder, tmp_path / name, method(bits=4, solver=solver))[1].layer_records(2)
         for name, solver in {"gptq": Gptq(), "rtn": RoundToNearest()}.items()
     }
     first = [

@@ -21,8 +21,8 @@ def measure(tmp_path_factory, real_data):
             [
                 "model=local", f"model.path={real_data / 'models' / 'stories260K'}", "calibration=file",
                 f"calibration.path={text}", "calibration.separator='<|endoftext|>'", "calibration.portion=[0,0.8]",
-                "calibration.n_samples=128", "calibration.seq_len=512", "evaluation=file", f"evaluation.texts.file.path={text}",
-                "evaluation.texts.file.separator='<|endoftext|>'", "evaluation.texts.file.portion=[0.95,1]",
+                "calibration.n_samples=64", "calibration.seq_len=512", "evaluation=file", f"evaluation.texts.file.path={text}",
+                "evaluation.texts.file.separator='<|endoftext|>'", "evaluation.texts.file.portion=[0.99,1]",
                 "evaluation.texts.file.seq_len=512", f"execution.runs_dir={root}", "execution.threads=1", *words,
             ]
         )  # fmt: skip

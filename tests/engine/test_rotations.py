@@ -15,7 +15,7 @@ from ptqbench.cell.spec import RoleSpec, RunSpec, build
 from ptqbench.engine.bases import StoredBases
 from ptqbench.engine.network_loss import opened
 from ptqbench.engine.rotation_files import read_rotations
-from ptqbench.engine.rotations import PROGRESS, Preparation, learn_rotations
+from ptqbench.engine.rotations import PROGRESS, Preparation, learn_rotations, weight_grids
 from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.methods.learned import LearnedRotation
 from ptqbench.models.blockwise import BlockwiseModel
@@ -79,23 +79,35 @@ def learn(checkpoint, tmp_path):
     return learned
 
 
-@pytest.mark.parametrize(("kind", "changes"), [
-    ("llama", {}),
-    ("qwen2", {"hidden_size": 64, "tie_word_embeddings": True}),
-    ("qwen3", {"head_dim": 32}),
-])  # fmt: skip
-@pytest.mark.parametrize("quantize_weights", [False, True])
-def test_loss_is_that_of_the_quantized_network(checkpoint, kind, changes, quantize_weights):
+KINDS = pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("llama", {}), ("qwen2", {"hidden_size": 64, "tie_word_embeddings": True}), ("qwen3", {"head_dim": 32})],
+)
+
+
+@KINDS
+def test_loss_is_that_of_the_quantized_network(checkpoint, kind, changes):
     """To float64 rounding, as long as no rounding decision flips: 8 bits, where a flip is small."""
+    model, spec, transform = open_model(checkpoint(kind, **changes)), cell(8, 8, 8, 8), member()
+    start = transform.start(model.architecture)
+    build = lambda rotations: transform.basis(spec, model.architecture, rotations)
+    with opened(model, 20) as network:
+        loss, _ = network.gradients(build, start, WINDOWS[:3])
+    expected = sum(slow_loss(model, build(start), window) for window in WINDOWS[:3].split(1)) / 3
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@KINDS
+@pytest.mark.parametrize("quantize_weights", [False, True])
+def test_at_eight_bits_the_loss_is_near_that_of_the_model_and_every_rotation_has_a_gradient(
+    checkpoint, kind, changes, quantize_weights
+):
     model, spec = open_model(checkpoint(kind, **changes)), cell(8, 8, 8, 8)
     transform = member(quantize_weights=quantize_weights)
     start = transform.start(model.architecture)
     build = lambda rotations: transform.basis(spec, model.architecture, rotations)
-    with opened(model, 20, quantize_weights) as network:
+    with opened(model, 20, weight_grids(transform, model, spec)) as network:
         loss, gradients = network.gradients(build, start, WINDOWS[:3])
-    if not quantize_weights:
-        expected = sum(slow_loss(model, build(start), window) for window in WINDOWS[:3].split(1)) / 3
-        assert loss == pytest.approx(expected, rel=1e-4)
     plain = slow_loss(model, None, WINDOWS[:3])
     assert loss == pytest.approx(plain, rel=0.05)
     assert set(gradients) == {"residual", "0.heads", "1.heads"}
@@ -111,7 +123,7 @@ def test_gradients_are_those_of_the_loss(checkpoint, monkeypatch):
         for i, (name, value) in enumerate(transform.start(model.architecture).items())
     }
     build = lambda given: transform.basis(spec, model.architecture, given)
-    with opened(model, 20, False) as network:
+    with opened(model, 20) as network:
         _, gradients = network.gradients(build, rotations, WINDOWS[:2])
         for name, value in rotations.items():
             direction = torch.randn(value.shape, dtype=F64, generator=generator(7, name))
@@ -131,7 +143,7 @@ def test_gradients_through_quantizers_are_those_of_one_graph(checkpoint):
     transform = member(quantize_weights=True)
     start = transform.start(model.architecture)
     build = lambda rotations: transform.basis(spec, model.architecture, rotations)
-    with opened(model, 20, True) as network:
+    with opened(model, 20, weight_grids(transform, model, spec)) as network:
         loss, gradients = network.gradients(build, start, WINDOWS[:1])
         leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
         stream = network.folded.embed(WINDOWS[:1])
@@ -399,7 +411,7 @@ def test_the_model_class_gives_the_same_loss(checkpoint):
     model = open_model(folder, torch.float32)
     transform = LearnedRotation(steps=1)
     start = transform.start(model.architecture)
-    with opened(model, 20, False) as network:
+    with opened(model, 20) as network:
         build = lambda rotations: transform.basis(cell(16, 16, 16, 16), model.architecture, rotations)
         loss, _ = network.gradients(build, start, WINDOWS[:1])
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()

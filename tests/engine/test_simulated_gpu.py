@@ -5,6 +5,7 @@ a GPU. What refuses an operand on the wrong device is tested first: else these t
 """
 
 import contextlib
+import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from conftest import random_checkpoint
 from ptqbench.engine import network_loss
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.numerics import fused_columns
@@ -23,10 +25,11 @@ from ptqbench.runs import folder as store
 from ptqbench.sweeps.compose import compose_cell
 from simulated_gpu import OnGpu, simulated_gpu
 
-TEXT = "the river carries the boat to the old town . the boat is slow .\n" * 40
+TEXT = "".join(f"the river carries boat {a} to the old town of {b} .|" for a in range(10) for b in range(10))
 SMALL = [
-    "model=tiny", "calibration.n_samples=2", "calibration.seq_len=32", "evaluation=file", "evaluation.texts.file.seq_len=64",
-    "execution.threads=1", "execution.column_loop=plain",
+    "model=local", "calibration=file", "calibration.separator='|'", "calibration.portion=[0,0.7]", "calibration.n_samples=2",
+    "calibration.seq_len=32", "evaluation=file", "evaluation.texts.file.separator='|'", "evaluation.texts.file.portion=[0.7,1]",
+    "evaluation.texts.file.seq_len=64", "execution.threads=1", "execution.column_loop=plain",
 ]  # fmt: skip
 
 
@@ -77,6 +80,11 @@ def test_gradients_cross_between_host_and_gpu():
         assert leaf.grad.tolist() == [0.0, 4.0, 8.0]
 
 
+@functools.cache
+def model(root):
+    return random_checkpoint(root / "model")
+
+
 def scores(tmp_path, words, device, free=2**40):
     """Run a cell; returns its scores, and where weights were put."""
     text = tmp_path / "text.txt"
@@ -84,7 +92,9 @@ def scores(tmp_path, words, device, free=2**40):
     options = [
         f"execution.device={device}",
         f"execution.runs_dir={tmp_path / device}",
+        f"calibration.path={text}",
         f"evaluation.texts.file.path={text}",
+        f"model.path={model(tmp_path)}",
     ]
     folder = store.create(compose_cell([*SMALL, *words, *options]))
     placed = set()

@@ -202,7 +202,7 @@ def test_without_drift_the_target_is_the_weight(checkpoint, tmp_path):
         model, state = run(folder, tmp_path / type(target).__name__, target)
         with model.block(0, state.overlay) as block:
             codes.append([block.get_submodule(name).weight.clone() for name in NAMES])
-        rows = state.reports(2)
+        rows = state.layer_records(2)
     assert all(torch.equal(*pair) for pair in list(zip(*codes, strict=True))[:3])
     assert not torch.equal(codes[0][3], codes[1][3])
     assert [row["correction_norm"] == 0 for row in rows] == [True] * 3 + [False] * 11
@@ -298,7 +298,8 @@ def test_resume_replays_both_streams(checkpoint, tmp_path, rewritten, true_seque
     _, parts = run(folder, tmp_path / "parts", Loaq(), model=open_model(folder, blocks), **settings)
     assert parts.codes_digest(3) == whole.codes_digest(3)
     timeless = [
-        [{k: v for k, v in row.items() if k != "quantize_s"} for row in state.reports(3)] for state in (parts, whole)
+        [{k: v for k, v in row.items() if k != "quantize_s"} for row in state.layer_records(3)]
+        for state in (parts, whole)
     ]
     assert timeless[0] == timeless[1]
 
@@ -332,7 +333,7 @@ def test_grid_of_a_stage_may_split_columns(checkpoint, tmp_path):
     settings = Method(Loaq(), Gptq(), NoRefinement(), mixed, True)
     model = open_model(folder)
     quantize(model, settings, WINDOWS, state, Timings())
-    bits = {row["linear"]: row["effective_w_bits"] for row in state.reports(2)}
+    bits = {row["linear"]: row["effective_w_bits"] for row in state.layer_records(2)}
     assert bits["mlp.down_proj"] == pytest.approx(2 + (16 + 2) / 76)
     assert bits["mlp.up_proj"] == pytest.approx((42 * 3 + 6 * 8 + 32 + 3 + 8) / 48)
     with safe_open(state.folder / "block_0001.safetensors", framework="pt") as stored:

@@ -221,7 +221,7 @@ def test_killed_between_chunks_the_tasks_go_on_and_end_with_the_same_bytes(
     checkpoint, evaluation, tmp_path, monkeypatch
 ):
     source, undisturbed, folder = checkpoint(), folder_of(tmp_path), folder_of(tmp_path, "ba9876543210")
-    monkeypatch.setattr(loglikelihood, "CHUNK_BYTES", 60 * 48 * 4)  # sixty tokens of this model
+    monkeypatch.setattr("ptqbench.evaluate.cell.CHUNK_BYTES", 60 * 48 * 4)  # sixty tokens of this model
     compute, chunks = loglikelihood.log_likelihoods, []
 
     def dying(*given):

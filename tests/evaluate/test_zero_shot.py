@@ -14,7 +14,7 @@ from fake_hub import card, commit, table, write_cache
 from ptqbench.cell.spec import EvaluationSpec
 from ptqbench.data.tasks import TASKS, local_rows
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.evaluate import zero_shot
+from ptqbench.evaluate import task_files, zero_shot
 from ptqbench.evaluate.zero_shot import Harness, load_task, members, metrics_of, prepare
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
@@ -283,6 +283,7 @@ def test_table_of_tasks_agrees_with_the_installed_lm_eval():
 def test_unknown_names_are_one_line(monkeypatch):
     known = zero_shot._manager("arc_easy")
     monkeypatch.setattr(zero_shot, "_manager", lambda task: known)  # indexing all of lm-eval takes seconds
+    monkeypatch.setattr(task_files, "tasks_folder", lambda: None)
     with pytest.raises(ConfigError, match=r"lm-eval .* has no task 'arc_esay'; did you mean 'arc_easy'"):
         members("arc_esay")
     summary = {
@@ -317,6 +318,7 @@ def tokenizer_with(**tokens):
 def test_what_is_wrong_with_a_task_is_found_when_it_is_loaded(tmp_path, monkeypatch, task, tokens, error, words):
     index = zero_shot._manager
     monkeypatch.setattr(zero_shot, "_manager", lambda name: index(name if name in TASKS else "race"))
+    monkeypatch.setattr(task_files, "_remembered", lambda folder: {})
     monkeypatch.setattr(
         zero_shot, "requested", lambda words: {word.split("/")[0]: [word.split("/")[1]] for word in words}
     )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -15,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ptqbench
+import warm
 from ptqbench.launch.local import Pool, Task, Worker
 from ptqbench.runs.folder import RunFolder
 from small_sweep import wait_for
@@ -78,8 +81,15 @@ def test_bad_cells_stop_no_other_and_are_listed_with_class_reason_and_log(small,
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(HOOK)
-    environment = {"PYTHONPATH": str(hook), "TEST_CRASH": "-rtn-w3-", "TEST_HUNGRY": "-rtn-w2-"}
-    done = small.command("sweep", small.sweep, "launcher=local", "launcher.workers=2", **environment)
+    source = str(Path(ptqbench.__file__).parents[1])
+    environment = {
+        "PYTHONPATH": f"{hook}:{source}",
+        "TEST_CRASH": "-rtn-w3-",
+        "TEST_HUNGRY": "-rtn-w2-",
+        "COLUMNS": "250",
+    }
+    command = [sys.executable, "-m", "ptqbench", "sweep", small.sweep, "launcher=local", "launcher.workers=2"]
+    done = subprocess.run(command, cwd=small.folder, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "4 failed, 2 done" in done.stdout or "2 done, 4 failed" in done.stdout, done.stdout
     listed = done.stdout.split("failed cells")[1]
@@ -143,7 +153,7 @@ def strike(process, dice):
         wait_for(lambda: workers_of(process) or process.poll() is not None, step=0.01)
         time.sleep(dice.uniform(0.0, 1.5))
     else:
-        time.sleep(dice.uniform(0.5, 15.0))
+        time.sleep(dice.uniform(0.1, 4.0))
     workers = workers_of(process)
     likely = workers if workers and dice.random() < 0.7 else [process, *children(process)]
     if process.poll() is not None:
@@ -213,7 +223,7 @@ def test_editing_a_file_after_the_folder_was_made_changes_nothing(small, tmp_pat
     before = json.loads((path / "result.json").read_text())
     (path / "result.json").unlink()
     small.grids("{method: [rtn], bitwidth: [w2]}")
-    subprocess.run([sys.executable, "-m", "ptqbench.run", str(path)], check=True, cwd=small.folder)
+    assert warm.run(path, module="ptqbench.run", cwd=small.folder).returncode == 0
     after = json.loads((path / "result.json").read_text())
     assert RunFolder(path).read_spec().method.name == "gptq"
     assert {k: before[k] for k in ("run_id", "metrics", "bits")} == {k: after[k] for k in ("run_id", "metrics", "bits")}
@@ -241,6 +251,6 @@ def test_a_worker_that_said_why_it_could_not_begin_did_not_die(tmp_path, status,
     log.write_text(said + "\n")
     summary = SimpleNamespace(failed=lambda *seen: failed.append(seen[1:3]), say=lambda *_: None)
     pool = Pool([], [], summary)
-    pool._ended(Worker(Task(SimpleNamespace(name="cell"), folder), Ended(status), log))
+    pool._ended(Worker(Task(SimpleNamespace(name="cell"), folder), None, Ended(status), log))
     assert failed == ([] if kind is None else [(kind, said.rpartition("ptqbench: ")[2])])
     assert len(pool._waiting) == (kind is None)

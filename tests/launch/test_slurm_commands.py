@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
+import subprocess
 import threading
 
 import pytest
 
 from ptqbench.errors import ConfigError
 from ptqbench.launch import slurm
-from ptqbench.launch.dispatch import launch
+from ptqbench.launch.dispatch import cancel, launch
 from ptqbench.launch.summary import Summary, print_plan
 from ptqbench.runs import queue as squeue
 from ptqbench.runs.folder import create
@@ -18,6 +20,7 @@ from ptqbench.sweeps.plan import Row, plan
 
 TAKE = """#!/bin/sh
 grep -o "ptqbench-[0-9a-f]*" "$1" > "$QUEUE/name"; echo x >> "$QUEUE/calls"
+cp "$1" "$QUEUE/script"
 """
 SQUEUE = """#!/bin/sh
 [ -s "$QUEUE/name" ] || exit 0
@@ -58,6 +61,50 @@ def cells(tmp_path):
     return resolved([(f"w{b}", ["+method=rtn", f"bitwidth=w{b}", *words]) for b in (3, 4)])
 
 
+def taken_by_jobs(tmp_path, count):
+    """Run the batch script as SLURM does, one task after another; the run folders that submitit then finds."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    logs = next((tmp_path / "runs/.slurm").iterdir())
+    found = []
+    for task in range(count):
+        array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": str(task)} if count > 1 else {}
+        environment = os.environ | {"SLURM_JOB_ID": str(17 + task)} | array
+        subprocess.run(["bash", tmp_path / "script"], env=environment, check=True)
+        path = JobPaths(logs, job_id=f"17_{task}" if array else "17").submitted_pickle
+        found.append(DelayedSubmission.load(path))
+    assert all(delayed._timeout_min > 0 and delayed._timeout_countdown == 50 for delayed in found)
+    return [delayed.function.folder for delayed in found]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_submitter_killed_during_the_submission_leaves_sound_jobs_and_submits_nothing_twice(
+    programs, cells, tmp_path, count
+):
+    programs(sbatch=TAKE + "kill -9 $PPID; sleep 0.5\n")
+    if not (child := os.fork()):
+        try:
+            launch(cells[:count])
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert taken_by_jobs(tmp_path, count) == [str(cell.folder.path) for cell in cells[:count]]
+    assert launch(cells[:count]) == 0
+    assert (tmp_path / "calls").read_text().count("x") == 1
+
+
+def test_a_requeued_job_keeps_its_count_of_requeues_and_can_be_requeued_again(programs, cells, tmp_path):
+    programs(sbatch=TAKE + "echo Submitted batch job 17\n")
+    launch(cells[:1])
+    (path,) = tmp_path.glob("runs/.slurm/*/17_submitted.pkl")
+    path.write_text("written when the job was put back into the queue")
+    half = path.with_suffix(".pkl.save_tmp")
+    half.write_text("half written by a process that was killed")
+    subprocess.run(["bash", tmp_path / "script"], env=os.environ | {"SLURM_JOB_ID": "17"}, check=True)
+    assert path.read_text().startswith("written when")
+    assert not half.exists()
+
+
 @pytest.mark.parametrize("ending", [TIMED_OUT, "kill -9 $$\n", "echo Accepted: seventeen\n"])
 def test_a_job_that_slurm_took_and_reported_as_failed_is_recognised(programs, cells, tmp_path, ending, capsys):
     programs(sbatch=TAKE + ending)
@@ -66,8 +113,7 @@ def test_a_job_that_slurm_took_and_reported_as_failed_is_recognised(programs, ce
     assert [row.state for row in plan(cells)] == [QUEUED, QUEUED]
     sent = [json.loads(cell.folder.submission_path.read_text()) for cell in cells]
     assert [record["job"] for record in sent] == ["17", "17"]
-    handed = sorted(path.name for path in (tmp_path / "runs/.slurm" / sent[0]["token"]).glob("17_*_submitted.pkl"))
-    assert handed == ["17_0_submitted.pkl", "17_1_submitted.pkl"], "where the jobs look for their work"
+    assert taken_by_jobs(tmp_path, 2) == [str(cell.folder.path) for cell in cells]
     assert launch(cells) == 0
     assert (tmp_path / "calls").read_text().count("x") == 1
 
@@ -144,6 +190,19 @@ def test_folders_that_slurm_would_rename_are_refused_before_anything_is_submitte
     with pytest.raises(ConfigError, match="in the names of output files"):
         launch(resolved([("x", words)]))
     assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("option", ["job-name", "job_name", "array"])
+def test_options_by_which_jobs_are_recognised_are_refused(programs, cells, tmp_path, option):
+    programs(sbatch=TAKE)
+    words = ["+method=rtn", "launcher=slurm", f"+launcher.sbatch.{option}=x", f"execution.runs_dir={tmp_path}/runs"]
+    with pytest.raises(ConfigError, match=r"launcher\.sbatch: expected no job-name or array"):
+        launch(resolved([("x", words)]))
+    assert not (tmp_path / "calls").exists()
+
+
+def test_nothing_to_cancel_is_said(cells):
+    assert cancel(cells) == "no cell runs or waits"
 
 
 def test_a_folder_that_cannot_be_made_fails_alone(programs, cells, tmp_path, capsys):

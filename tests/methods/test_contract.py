@@ -1,7 +1,7 @@
 """Every transform with every member of the other roles, as whole cells on small random checkpoints.
 
-``test_members.py`` covers target x solver x refine without a transform, ``test_transforms.py`` the exactness of transforms. Here
-whole cells run, from the composed request to the result.
+``test_conformance.py`` covers each member by itself, ``test_members.py`` target x solver x refine without a transform,
+``test_basis.py`` the exactness of transforms. Here whole cells run, from the composed request to the result.
 """
 
 import itertools
@@ -17,23 +17,18 @@ from ptqbench.runs.folder import create as create_folder
 from ptqbench.sweeps.compose import compose_cell
 from ptqbench.sweeps.resolve import skip_reason
 
-KINDS = ("llama", "qwen2", "qwen3")
+KINDS = (("llama", {}), ("qwen2", {"tie_word_embeddings": True, "hidden_size": 64}), ("qwen3", {}))
 TRANSFORMS = (
     "hadamard", "learned_rotation", "subspace_activation", "subspace_activation_per_layer", "subspace_joint",
     "subspace_outlier",
 )  # fmt: skip
 OTHERS = [
-    ["method/target=loaq"],
-    ["method/target=qep"],
-    ["method/solver=rtn"],
-    ["method/solver=gptaq"],
-    ["method/solver=qronos"],
-    ["method/refine=null_space"],
-    ["method/refine=scale_refit"],
+    *([f"method/{role}={name}"] for role in ("target", "solver", "refine") for name in MEMBERS[role]
+      if name not in ("none", "weight", "gptq")),
     ["method/target=loaq", "method/solver=gptq_act_order", "method/refine=null_space"],
-]
+]  # fmt: skip
 SHORT = {"subspace": ["method.transform.n_samples=4"], "learned": ["method.transform.steps=3"]}
-PAIRS = [(t, o, KINDS[i % 3]) for i, (t, o) in enumerate(itertools.product(TRANSFORMS, OTHERS))]
+PAIRS = [(t, o, *KINDS[i % 3]) for i, (t, o) in enumerate(itertools.product(TRANSFORMS, OTHERS))]
 
 
 def cell(folder, tmp_path, *words):
@@ -59,12 +54,13 @@ def perplexity(spec):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("transform", "others", "kind"), PAIRS, ids=["-".join([t, *o, k]).replace("method/", "") for t, o, k in PAIRS]
+    ("transform", "others", "kind", "changes"),
+    PAIRS,
+    ids=["-".join([t, *o, k]).replace("method/", "") for t, o, k, _ in PAIRS],
 )
-def test_transform_composes_with_every_other_role(checkpoint, tmp_path, transform, others, kind):
+def test_transform_composes_with_every_other_role(checkpoint, tmp_path, transform, others, kind, changes):
     samples = SHORT.get(transform.split("_")[0], [])
     words = ["+method=gptq", f"method/transform={transform}", "bitwidth=w4a4kv4", *samples, *others]
-    changes = {"tie_word_embeddings": True, "hidden_size": 64} if kind == "qwen2" else {}
     spec = cell(checkpoint(kind, **changes), tmp_path, *words)
     value = perplexity(spec)
     assert math.isfinite(value)

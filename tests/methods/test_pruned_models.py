@@ -1,4 +1,4 @@
-"""Pruned models: what is always zero is rounded all the same, and the layer report says what was done."""
+"""Pruned models: what is always zero is rounded all the same, and the layer records say what was done."""
 
 import math
 
@@ -52,9 +52,10 @@ def test_every_method_runs_on_a_pruned_model(checkpoint, tmp_path, method):
     assert remarks(spec)[1, "o_proj"] == "no input: rounded to nearest"
 
 
-def test_the_report_says_what_was_done(checkpoint, tmp_path):
+def test_the_layer_records_say_what_was_done(checkpoint, tmp_path):
     folder = pruned(checkpoint())
     nothing = {(1, name): "no input: rounded to nearest" for name in ("o_proj", "down_proj")}
+    nothing |= {(1, name): "the weight is zero" for name in ("v_proj", "up_proj")}
     partly = {(0, "o_proj"): "32 of 64", (0, "gate_proj"): "1 of 48", (0, "up_proj"): "1 of 48"}
     for method, kept in (("rtn", "rounded to nearest"), ("gptq", "zero")):
         said = {key: f"{which} inputs are zero: their columns are {kept}" for key, which in partly.items()}
@@ -62,10 +63,30 @@ def test_the_report_says_what_was_done(checkpoint, tmp_path):
     spec, _ = run(folder, tmp_path, "coquant")
     assert remarks(spec) == nothing | {
         (0, "o_proj"): "32 of 64 inputs are zero: their columns are zero",
-        (0, "k_proj"): "key basis of head 0 is the identity: its moment is zero",
-        (0, "v_proj"): "value basis of head 1 is the identity: its moment is zero",
-        (1, "v_proj"): "value basis of head 0, 1 is the identity: its moment is zero",
+        (0, "k_proj"): "key basis of head 0 is the identity: what it diagonalises is zero",
+        (0, "v_proj"): "value basis of head 1 is the identity: what it diagonalises is zero",
+        (1, "v_proj"): "the weight is zero; value basis of head 0, 1 is the identity: what it diagonalises is zero",
     }
+
+
+@pytest.mark.parametrize("words", [["loaq"], ["loaq", "method/target=loaq_sublayer", "method.target.alpha=0.5"]])
+def test_a_target_that_moves_a_zero_weight_leaves_finite_figures(checkpoint, tmp_path, words):
+    """LoaQ gives o and down a target even where their weight is zero: nothing can be said relative to that weight."""
+    folder = checkpoint()
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"{BLOCK.format(1)}{name}.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    spec, value = run(folder, tmp_path, *words, "bitwidth=w3")
+    assert math.isfinite(value)
+    assert remarks(spec) == {(1, name): "the weight is zero" for name in ("o_proj", "down_proj")}
+    for row in pyarrow.parquet.read_table(create_folder(spec).layers_path).to_pylist():
+        figures = [row[name] for name in ("relative_weight_error", "relative_output_error", "correction_norm")]
+        if row["degenerate"]:
+            assert figures == [None, None, None]
+        else:
+            assert all(math.isfinite(figure) for figure in figures)
+        assert math.isfinite(row["relative_target_error"])
 
 
 def test_a_sound_model_has_no_remarks_and_coquant_keeps_its_coefficients(checkpoint, tmp_path):

@@ -5,7 +5,6 @@ import dataclasses
 
 import pytest
 import torch
-from test_transforms import SHAPE, WINDOWS, cell, in_basis, logits, member, open_model, shape
 
 from ptqbench.engine.bases import compute_bases
 from ptqbench.errors import ConfigError, NumericalError
@@ -14,6 +13,7 @@ from ptqbench.models.capture import read_moments
 from ptqbench.models.quantized import QuantizedLinear
 from ptqbench.numerics.activation import ActivationGrid, apply_grid, fake_quantize
 from ptqbench.numerics.subspace import selection_basis
+from transforms_at_hand import SHAPE, WINDOWS, cell, in_basis, logits, member, open_model, shape
 
 F64 = torch.float64
 OUTLIER = {"objective": "outlier", "granularity": "per_layer"}
@@ -32,8 +32,12 @@ def test_selection_basis_is_a_permutation_by_importance():
         selection_basis(importance * float("inf"))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l1"])
-def test_high_parts_hold_the_largest_channels(checkpoint, tmp_path, norm):
+@pytest.mark.parametrize(
+    ("norm", "size", "kept"),
+    [("linf", lambda tokens: tokens.amax(0), "largest"), ("l1", lambda tokens: tokens.sum(0), "mean_abs")],
+    ids=["linf", "l1"],
+)
+def test_high_parts_hold_the_largest_channels(checkpoint, tmp_path, norm, size, kept):
     model = open_model(checkpoint("qwen2", hidden_size=64))
     transform = member("subspace", **OUTLIER, outlier_norm=norm)
     basis = in_basis(model, transform, cell(), tmp_path / "bases").basis
@@ -45,12 +49,11 @@ def test_high_parts_hold_the_largest_channels(checkpoint, tmp_path, norm):
             block, list(folded.embed(WINDOWS).split(1)), folded.positions(WINDOWS.shape[1]), torch.device("cpu")
         )
     tokens = torch.cat(seen).abs()
-    size = tokens.amax(0) if norm == "linf" else tokens.sum(0)
-    top = set(size.argsort()[-8:].tolist())
+    top = set(size(tokens).argsort()[-8:].tolist())
     found = basis.mlp_basis(0)
     assert torch.equal(found, found.round()), "nothing is rotated"
     assert set(found[:, -8:].argmax(0).tolist()) == top
-    heads = moments.largest["value"] if norm == "linf" else moments.mean_abs["value"]
+    heads = getattr(moments, kept)["value"]
     for head in range(2):
         assert basis.value_basis(0)[head][:, -1].argmax() == heads[head].argmax()
         assert int(basis.key_basis(0)[head].sum()) == 16

@@ -63,7 +63,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def verify(spec):
-    """What ``sweeps.pins`` does when a cell starts, for its model alone."""
+    """Check the model of a cell as ``sweeps.pins`` does when the cell starts."""
     locate(spec)
     if digest(spec) != spec.digest:
         raise ConfigError(f"the model has changed since the cell was composed: expected {spec.digest}")

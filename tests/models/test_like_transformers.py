@@ -1,4 +1,4 @@
-"""Every checkpoint that is accepted is the model that transformers loads; every other one is refused in a line that names it."""
+"""An accepted checkpoint gives the model that transformers loads. Every other checkpoint is refused in one line that names it."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def sharded(folder, **index):
 
 
 def wrong_shards(folder):
-    """An index that names the other shard for every tensor; transformers goes by the files."""
+    """An index that names the wrong shard for every tensor; transformers reads the headers of the files."""
     sharded(folder)
     index = json.loads((folder / INDEX).read_text())
     other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}
@@ -73,6 +73,25 @@ def stale_index(folder):
     save_file(other, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
     index = {"metadata": {}, "weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")}
     (folder / INDEX).write_text(json.dumps(index))
+
+
+def linked(folder):
+    """Every file a link to a file elsewhere, as in the cache of the hub."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+
+
+def in_folders(folder):
+    """Shards of one name in two folders."""
+    sharded(folder)
+    for part in "ab":
+        (folder / part).mkdir()
+        (folder / f"{part}.safetensors").rename(folder / part / "shard.safetensors")
+    index = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(re.sub(r"([ab])\.safetensors", r"\1/shard.safetensors", index))
 
 
 def head_of_its_own(tensors):
@@ -134,6 +153,14 @@ def windows(width, first, **values):
     )
 
 
+def rope_parts_outside(folder):
+    """The old form of Phi-3: the original context beside the mapping."""
+    inside = {key: value for key, value in LONG.items() if key != "original_max_position_embeddings"}
+    edit_config(
+        folder, ("rope_parameters",), rope_scaling=inside, original_max_position_embeddings=16, rope_theta=300.0
+    )
+
+
 OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 ACCEPTED = {
     "untied": ("llama", {}, None),
@@ -177,6 +204,15 @@ ACCEPTED = {
     "rope old yarn": ("qwen2", {}, rope("rope_scaling", **OLD_YARN)),
     "rope longrope": ("llama", {}, rope(**LONG, theta=1e4)),
     "rope both forms": ("llama", {}, configured(rope_scaling={"rope_type": "linear", "factor": 3.0}, rope_theta=300.0)),
+    "rope parts outside": ("llama", {}, rope_parts_outside),
+    "rope theta twice": ("llama", {}, configured(rope_parameters={"rope_type": "default", "rope_theta": 50.0}, rope_theta=9e3)),
+    "no head_dim in qwen3": ("qwen3", {"head_dim": 128}, configured(("head_dim",))),
+    "head_dim in qwen2": ("qwen2", {}, configured(head_dim=12)),
+    "links": ("llama", {}, linked),
+    "shards in folders": ("llama", {}, in_folders),
+    "no format in header": ("llama", {}, lambda f: save_file(load_file(f / WEIGHTS), f / WEIGHTS)),
+    "other architecture named": ("llama", {}, configured(architectures=["MistralForCausalLM"], auto_map={"AutoConfig": "a.B"})),
+    "keys of other models": ("llama", {}, configured(embedding_multiplier=12.0, final_logit_softcapping=1.0, rotary_pct=0.5)),
     "not in ASCII": ("llama", {}, configured(finetuned_by="Zoë — 模型")),
 }  # fmt: skip
 
@@ -206,6 +242,51 @@ def test_accepted_checkpoints_are_what_transformers_loads(checkpoint, name):
         assert torch.equal(loaded(tokens).logits, whole(tokens).logits)
     expected = whole.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+
+
+def test_a_model_writes_as_generation_config_says(checkpoint):
+    folder = checkpoint()
+    tokens = torch.arange(8)[None]
+
+    def written(model):
+        return model.generate(tokens, max_new_tokens=12, do_sample=False).tolist()
+
+    plain = written(AutoModelForCausalLM.from_pretrained(folder))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"repetition_penalty": 9.0, "eos_token_id": plain[0][10]})
+    )
+    expected = written(AutoModelForCausalLM.from_pretrained(folder))
+    assert expected != plain, "the test shows nothing"
+    loaded = BlockwiseModel(ModelSource(folder), torch.float32, torch.device("cpu")).materialise()
+    assert written(loaded) == expected
+
+
+def test_generation_config_is_part_of_the_identity_where_the_model_writes(checkpoint):
+    from ptqbench.cell.fingerprint import run_id
+    from ptqbench.sweeps.compose import compose_cell
+    from ptqbench.sweeps.pins import check_unchanged
+
+    folder = checkpoint()
+    path = folder / "generation_config.json"
+    words = ["+method=fp16", "bitwidth=fp16", "model=local", f"model.path={folder}", "evaluation=tiny",
+             "evaluation.texts.tiny.seq_len=64"]  # fmt: skip
+    writing = [*words, "evaluation.tasks=['gsm8k/exact_match:strict-match']"]
+
+    def ids():
+        return [run_id(compose_cell(given)) for given in (words, writing)]
+
+    path.unlink(missing_ok=True)
+    without = ids()
+    path.write_text('{"repetition_penalty": 1.1}')
+    assert ids()[0] == without[0]
+    assert ids()[1] != without[1]
+    spec = compose_cell(writing)
+    check_unchanged(spec)
+    path.write_text('{"repetition_penalty": 1.2}')
+    without_digest = dataclasses.replace(spec, evaluation=dataclasses.replace(spec.evaluation, generation_digest=None))
+    for changed in (spec, without_digest):
+        with pytest.raises(ConfigError, match=r"generation_config\.json of model .* has changed"):
+            check_unchanged(changed)
 
 
 REMARKS = {
@@ -270,6 +351,11 @@ def written(name, content, *removed):
     return change
 
 
+def cut(folder):
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 REFUSED = {
@@ -294,6 +380,9 @@ REFUSED = {
     "no head": (stored(lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"}), "lack tensor 'lm_head.weight'.*tie_word"),
     "no block": (configured(num_hidden_layers=3), r"lack tensor 'model\.layers\.2"),
     "no biases": (configured(attention_bias=True), r"lack tensor 'model\.layers\.0\.self_attn\.q_proj\.bias'"),
+    "twice by prefix": (stored(lambda t: t | {"norm.weight": 2 * t["model.norm.weight"]}), "must be stored once"),
+    "twice by two prefixes": (stored(lambda t: t | {f"model.{UP}": 2 * t[UP]}), "model.model.*must be stored once"),
+    "head with prefix": (stored(lambda t: t | {"model.lm_head.weight": 2 * t["lm_head.weight"]}), r"as 'lm_head\.weight'"),
     "no prefix": (stored(lambda t: {k.removeprefix("model."): v for k, v in t.items()}), "lack.*prefix 'model.'"),
     "wrong shape": (configured(intermediate_size=80), "gate_proj.*config.json says"),
     "larger vocabulary": (configured(vocab_size=9999), "embed_tokens.*config.json says"),
@@ -320,6 +409,13 @@ REFUSED = {
     "model_type": (configured(model_type="mistral"), "'mistral'.*known: llama"),
     "per_layer_config": (configured(per_layer_config={"0": {"num_key_value_heads": 1}}), "per_layer_config"),
     "transformers_weights": (configured(transformers_weights="other.safetensors"), "transformers_weights"),
+    "configuration_files": (configured(configuration_files=["config.4.0.0.json"]), "names another configuration file"),
+    "bidirectional": (configured(is_causal=False), "is_causal must be true, got False"),
+    "tuples": (configured(return_dict=False), "return_dict must be true"),
+    "encoder and decoder": (configured(is_encoder_decoder=True), "is_encoder_decoder must be false"),
+    "attentions": (configured(output_attentions=True), "output_attentions must be false"),
+    "end token as text": (configured(eos_token_id="</s>"), "eos_token_id must be an integer"),
+    "cache as text": (configured(use_cache="yes"), "use_cache must be true or false"),
     "sliding": (configured(layer_types=["full_attention", "sliding_attention"], sliding_window=4), "'sliding_attention'"),
     "chunked": (configured(layer_types=["chunked_attention"] * 2), "'chunked_attention'"),
     "too many layer types": (configured(layer_types=["full_attention"] * 3), "one entry for each of 2 blocks"),
@@ -363,6 +459,10 @@ REFUSED = {
     "pointer for tokenizer": (written("tokenizer.json", POINTER), "git lfs pull"),
     "sentencepiece alone": (written("tokenizer.model", b"\n\x0e", "tokenizer.json"), "pip install sentencepiece"),
     "tiktoken alone": (written("tokenizer.model", b"IQ== 0\n", "tokenizer.json"), "pip install tiktoken"),
+    "cut tokenizer": (cut, "tokenizer.json is damaged"),
+    "empty tokenizer": (written("tokenizer.json", b"{}"), "tokenizer.json is damaged"),
+    "damaged settings": (written("tokenizer_config.json", b"{"), "tokenizer_config.json is not valid JSON"),
+    "settings as list": (written("special_tokens_map.json", b"[]"), "special_tokens_map.json: expected a JSON object"),
     "no merges": (written("vocab.json", b"{}", "tokenizer.json"), "merges.txt"),
 }  # fmt: skip
 
@@ -401,7 +501,7 @@ def test_damaged_headers_are_refused(checkpoint, header, words):
 
 def test_what_transformers_cannot_build_is_a_fault_of_the_configuration(checkpoint):
     folder = checkpoint()
-    edit_config(folder, bos_token_id="first")
+    edit_config(folder, id2label={"first": "A"})
     with pytest.raises(ConfigError, match="transformers cannot build a model"):
         BlockwiseModel(ModelSource(folder), torch.float32, torch.device("cpu"))
 
@@ -411,7 +511,7 @@ def test_every_activation_is_one_of_transformers():
 
 
 def test_rotary_embedding_forgets_longer_windows(checkpoint):
-    """A dynamic embedding of transformers stays stretched after a long window, so a shorter one would depend on the order."""
+    """A dynamic embedding of transformers stays stretched after a long window, which would change the tables of shorter ones."""
     folder = checkpoint(max_position_embeddings=16)
     rope(rope_type="dynamic", factor=4.0, theta=1e4)(folder)
     model = BlockwiseModel(ModelSource(folder), torch.float32, torch.device("cpu"))

@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.models.outliers import FOLLOWERS, outlier_channels, rescale_block
+from ptqbench.models.architecture import NORM_READERS
+from ptqbench.models.outliers import outlier_channels, rescale_block
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def folded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Multiply the gains of the blocks' norms into the linears behind them, in float64."""
     result = {}
     for block in range(2):
-        for norm, linears in FOLLOWERS.items():
+        for norm, linears in NORM_READERS.items():
             gain = state[f"model.layers.{block}.{norm}.weight"].double()
             for linear in linears:
                 result[f"{block}.{linear}"] = state[f"model.layers.{block}.{linear}.weight"].double() * gain

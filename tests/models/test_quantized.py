@@ -51,7 +51,7 @@ def random_matrices(model, seed=0):
 
 
 def rotate_per_layer(model, bases, grid=None):
-    """Give every norm's input its own basis and cancel all of them in the weights (``per_layer`` fusion)."""
+    """Give the input of every norm its own basis and cancel all of them in the weights (``per_layer`` fusion)."""
     model.lm_head.weight = nn.Parameter(rotate_input(model.lm_head.weight, bases[-1]), requires_grad=False)
     embedding = model.model.embed_tokens
     embedding.weight = nn.Parameter(rotate_input(embedding.weight, bases[0]), requires_grad=False)

@@ -1,4 +1,4 @@
-"""The identity of a checkpoint: which files it covers, when it is looked at again, what a cache of digests may be trusted with."""
+"""The identity of a checkpoint: the files that it covers, when they are hashed again, and the cache of digests."""
 
 import dataclasses
 import io

@@ -14,11 +14,11 @@ from ptqbench.errors import ConfigError
 from ptqbench.numerics.activation import (
     ActivationGrid,
     apply_grid,
-    code_limits,
     fake_quantize,
     fake_quantize_tensor,
     fit_range,
 )
+from ptqbench.numerics.grid_spec import code_limits
 
 
 def oracle(row: list[float], bits: int, symmetric: bool, clip_ratio: float, range_contains_zero: bool) -> list[float]:

@@ -280,7 +280,7 @@ def test_a_kernel_that_does_not_compile_is_an_error_with_a_way_out(monkeypatch: 
 
     monkeypatch.setattr(fused_columns, "_has_triton", lambda: True)
     monkeypatch.setattr(fused_columns, "_kernels", lambda: SimpleNamespace(round_panel=Broken(), INTERPRETED=True))
-    with pytest.raises(UnsupportedError, match=r"no such architecture; say execution.column_loop=plain"):
+    with pytest.raises(UnsupportedError, match=r"no such architecture; use execution.column_loop=plain"):
         gptq(WEIGHT, MOMENT, GRIDS["row"], engine="fused")
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.numerics.hadamard import hadamard_matrix, hadamard_transform
 from ptqbench.numerics.orthogonal import (
-    block_diag,
     fix_signs,
     fold_gain,
     generator,
@@ -281,8 +280,6 @@ def test_empty_haar_draws_nothing() -> None:
     g = generator(0, "empty")
     assert haar(0, g).shape == (0, 0)
     assert torch.equal(haar(3, g), haar(3, generator(0, "empty")))
-    blocks = block_diag([torch.zeros(0, 0).double(), torch.eye(2).double(), 3 * torch.eye(1).double()])
-    assert torch.equal(blocks, torch.diag(torch.tensor([1.0, 1.0, 3.0], dtype=torch.float64)))
 
 
 def test_random_hadamard_is_signs_then_transform() -> None:

@@ -263,4 +263,4 @@ def test_mean_bits() -> None:
 
 
 def test_golden_kv_overhead() -> None:
-    assert (kv_overhead_bits(64), kv_overhead_bits(128), kv_overhead_bits(64, n_grids=1)) == (1.0, 0.5, 0.5)
+    assert (kv_overhead_bits(64, 2, 32), kv_overhead_bits(128, 2, 32), kv_overhead_bits(64, 1, 32)) == (1.0, 0.5, 0.5)

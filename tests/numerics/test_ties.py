@@ -26,8 +26,8 @@ def tied_rows(bits: int) -> list[list[Fraction]]:
     """Rows of 16-bit weights: the largest magnitude m negative, and every half step whose value is such a number."""
     rows, levels = [], 2**bits - 1
     for m in (1, 3, 5, 7, 11, 17, 37, 83, 105, 251):
-        steps = {Fraction(m * k, levels) for k in range(-levels, levels + 1, 2)}
-        exact = sorted(v for v in steps if v.denominator & (v.denominator - 1) == 0)
+        # m k / levels is a binary fraction only where it is an integer, levels being odd
+        exact = [Fraction(m * k, levels) for k in range(-levels, levels + 1, 2) if m * k % levels == 0]
         rows.append([Fraction(-m), *exact, Fraction(0)])
     return rows
 

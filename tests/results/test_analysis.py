@@ -1,6 +1,7 @@
 """The notebooks run on the golden store, hold calls and no logic, and carry no output; what they call is right."""
 
 import ast
+import itertools
 import json
 import shutil
 import sys
@@ -179,6 +180,21 @@ def test_effects_of_a_role_are_taken_within_a_seed(tmp_path):
     assert table.loc[("none", "loaq"), "null_space"] == pytest.approx(6.4)
 
 
+def test_seeds_of_rotations_do_not_count_as_seeds_of_an_effect(tmp_path):
+    """Three rotations of each of two seeds, on both sides: an effect has two independent differences, not eighteen pairs."""
+    for target, shift in {"weight": 0.0, "loaq": -0.5}.items():
+        for seed, rotation in itertools.product(range(2), range(3)):
+            data = store.to_dict(golden_store.cell("tiny", "quarot", "w3", seed, execution={"runs_dir": str(tmp_path)}))
+            data["method"]["target"]["name"] = target
+            data["method"]["transform"]["options"]["rotation_seed"] = rotation
+            spec = store.build(store.RunSpec, data)
+            folder = store.create(spec)
+            result = golden_store.result(spec, folder, 3.0, 6.0 + shift + (1 + 2 * seed) * rotation * (shift < 0), 0.5)
+            store.write_json(folder.result_path, result)
+    effects = analysis.role_effects(analysis.cells(tmp_path), "wikitext2/perplexity", "w3", "target", "weight")
+    assert effects[["difference", "error", "n"]].to_numpy().tolist() == [[pytest.approx(1.5), pytest.approx(1.0), 2]]
+
+
 def test_roles_come_in_one_order_whatever_the_order_of_folders(tmp_path):
     frame = crossed(tmp_path)
     expected = analysis.role_table(frame, "wikitext2/perplexity", "w3")
@@ -198,5 +214,8 @@ def test_role_table_refuses_to_mix_settings(tmp_path):
     data["calibration"]["n_samples"] = 7
     folder = store.create(store.build(store.RunSpec, data))
     store.write_json(folder.result_path, golden_store.result(spec, folder, 3.0, 5.0, 0.5))
+    mixed = analysis.cells(tmp_path)
     with pytest.raises(ConfigError, match="several settings"):
-        analysis.role_table(analysis.cells(tmp_path), "wikitext2/perplexity", "w3")
+        analysis.role_table(mixed, "wikitext2/perplexity", "w3")
+    with pytest.raises(ConfigError, match="several settings"):
+        analysis.role_effects(mixed, "wikitext2/perplexity", "w3", "target", "weight")

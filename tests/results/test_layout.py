@@ -38,7 +38,7 @@ def some_sheet(random):
         Column(random.choice(["acc ↑", "perplexity ↓"]), random.choice(["", "wikitext2", "some_very_long_task"]))
         for _ in range(n_numbers)
     ]
-    columns += [Column("verdict", numeric=False, wrap=True)] * random.randint(0, 1)
+    columns += [Column("verdict", numeric=False)] * random.randint(0, 1)
 
     def text(column):
         return f"{10 ** random.uniform(0, 5):.3f} ± {random.random():.3f}" if column.numeric else random.choice(LABELS)
@@ -84,8 +84,22 @@ def test_what_all_rows_share_moves_into_the_title():
     assert common == ["model: m"]
 
 
-def test_labels_are_folded_where_words_end():
-    assert folded("gptq rotation_seed=0.125", 14) == ["gptq rotation_", "seed=0.125"]
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("coquant n_samples=128", 14, ["coquant", "n_samples=128"]),
+        ("coquant n_samples=128", 12, ["coquant", "n_samples=", "128"]),
+        ("gptq rotation_seed=0.125", 14, ["gptq", "rotation_seed=", "0.125"]),
+        ("gptq rotation_seed=0.125", 12, ["gptq", "rotation_", "seed=0.125"]),
+        ("wikitext2/perplexity", 12, ["wikitext2/", "perplexity"]),
+        ("a_b", 3, ["a_b"]),
+    ],
+)
+def test_labels_are_folded_where_words_end_and_inside_a_name_only_where_it_is_too_long(text, width, lines):
+    assert folded(text, width) == lines
+
+
+def test_a_word_without_any_break_is_cut():
     assert "".join(folded("x" * 30, 7)) == "x" * 30
 
 

@@ -177,6 +177,24 @@ def test_what_was_measured_is_said(page):
     assert "wikitext2 test, windows of 2048, float32 loss" in words
 
 
+def test_seeds_of_rotations_are_said_by_themselves(tmp_path):
+    """A cell without rotations has the seed of the cell alone; the page mixes neither with the other."""
+    for method, bitwidth, options in (
+        ("rtn", "w3", {}), ("quarot", "w4a4kv4", {"rotation_seed": 0}), ("quarot", "w4a4kv4", {"rotation_seed": 10}),
+        ("quarot", "w4a4kv4", {"rotation_seed": 9}),
+    ):  # fmt: skip
+        data = store.to_dict(golden_store.cell("m", method, bitwidth, 0, execution={"runs_dir": str(tmp_path)}))
+        data["method"]["transform"]["options"] |= options
+        spec = store.build(store.RunSpec, data)
+        store.write_json(store.create(spec).result_path, golden_store.result(spec, store.create(spec), 3.0, 6.0, 0.5))
+    page = Page(report_page(sources_of(tmp_path)))
+    assert "with seed 0 and rotation seeds 0, 9 and 10, compared by" in page.words()
+    assert "0/" not in page.words()
+    assert page.tables[-1][0][3:5] == ["seed", "rotation seed"]
+    assert sorted(tuple(row[3:5]) for row in page.tables[-1][1:]) == [("0", "-"), ("0", "0"), ("0", "10"), ("0", "9")]
+    assert "Seeds seed 0 rotation seeds 0, 9 and 10" in page.words()
+
+
 def test_provenance_and_run_ids_are_there(page, runs):
     listed = {row[4]: row[5] for row in page.tables[-1][1:]}
     assert listed == {folder.run_id: folder.state() for folder in store.all_runs(runs)} | {"-": "excluded"}

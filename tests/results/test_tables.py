@@ -338,7 +338,7 @@ def test_standard_errors_follow_the_rows_of_the_comparison(tmp_path):
     make_cell(tmp_path, "rtn", perplexity=9.0)
     make_cell(tmp_path, "gptq", "w2", perplexity=6.0)
     frame = frame_of(tmp_path)
-    errors = tables.standard_errors(frame)
+    errors = tables.pivot(frame).error
     assert list(errors.index) == list(tables.comparison(frame).index)
     assert errors["t/perplexity"].tolist() == [0.1, 0.1]
 
@@ -348,8 +348,7 @@ def test_picture_is_written(tmp_path):
 
     make_cell(tmp_path, "rtn", perplexity=9.0)
     make_cell(tmp_path, "gptq", perplexity=6.0)
-    frame = frame_of(tmp_path)
-    draw(tables.comparison(frame), str(tmp_path / "p.png"), tables.standard_errors(frame))
+    draw(tables.pivot(frame_of(tmp_path)), str(tmp_path / "p.png"))
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -408,7 +407,7 @@ def test_a_perplexity_beyond_the_largest_is_infinite_and_never_bold(tmp_path):
     assert "inf: a perplexity above 1e+300" in text
     from ptqbench.results.picture import draw
 
-    draw(tables.comparison(frame_of(tmp_path)), str(tmp_path / "x.png"), tables.standard_errors(frame_of(tmp_path)))
+    draw(found, str(tmp_path / "x.png"))
 
 
 @pytest.mark.parametrize("name", ["result.json", "spec.json", "failure.json"])

@@ -1,8 +1,6 @@
 """Shared artefacts: found only under their own key, verified, made once, removed by age."""
 
 import os
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -10,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import warm
 from ptqbench.runs.artefacts import Artefacts, collect_garbage
 
 KEY = {"model": "sha256:1", "n_samples": 4}
@@ -141,26 +140,24 @@ def test_an_artefact_that_does_not_say_its_cost_is_made_again(tmp_path, said):
     assert (store.hits, store.made) == (0, 2)
 
 
-MAKER = """
-import sys, time, torch
-from pathlib import Path
-from ptqbench.runs.artefacts import Artefacts
-root = Path(sys.argv[1])
-def make():
-    (root / f"made-{time.time_ns()}").touch()
-    time.sleep(1)
-    return {"a": torch.ones(2)}
-while not (root / "go").exists():
-    time.sleep(0.01)
-assert Artefacts(root / "x").get("windows", {"k": 1}, make)["a"].sum() == 2
-"""
+def make_once(root):
+    def make():
+        (root / f"made-{time.time_ns()}").touch()
+        time.sleep(1)
+        return {"a": torch.ones(2)}
+
+    while not (root / "go").exists():
+        time.sleep(0.01)
+    assert Artefacts(root / "x").get("windows", {"k": 1}, make)["a"].sum() == 2
 
 
 def test_many_processes_at_once_make_it_once(tmp_path):
-    makers = [subprocess.Popen([sys.executable, "-c", MAKER, tmp_path]) for _ in range(4)]
+    makers = [warm.call(make_once, tmp_path) for _ in range(4)]
     time.sleep(1)
     (tmp_path / "go").touch()
-    assert [maker.wait(timeout=200) for maker in makers] == [0] * 4
+    for maker in makers:
+        maker.join(timeout=200)
+    assert [maker.exitcode for maker in makers] == [0] * 4
     assert len(list(tmp_path.glob("made-*"))) == 1
 
 
@@ -203,6 +200,7 @@ def test_cells_share_calibration_windows_and_an_empty_folder_gives_the_same(tmp_
     drawn, real = [], windows.calibration_windows
     monkeypatch.setattr(windows, "calibration_windows", lambda *a: drawn.append(1) or real(*a))
     words = ["bitwidth=w3", "calibration.n_samples=2", "calibration.seq_len=32", "evaluation.tasks=[]"]
+    words += ["+evaluation.texts.tiny.portion=[0,0.02]"]
     found = {}
     for runs, methods in (("shared", ["gptq", "rtn"]), ("alone", ["rtn"])):
         for method in methods:
@@ -219,17 +217,12 @@ def test_cells_share_calibration_windows_and_an_empty_folder_gives_the_same(tmp_
     assert found["shared", "gptq"] != found["shared", "rtn"]
 
 
-def test_what_was_left_by_a_killed_maker_goes_when_the_artefact_is_made(tmp_path, monkeypatch):
-    store, others = Artefacts(tmp_path), [".moments-1.safetensors.7.tmp", ".tmpkYo3ns"]
-    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as if killed: nothing is cleaned up
+def test_safetensors_writes_into_a_folder_that_says_whose_it_is(tmp_path, monkeypatch):
+    """Its file without a name would stay behind a killed maker for ever."""
     seen = []
     monkeypatch.setattr("safetensors.torch.save_file", lambda tensors, path, metadata: seen.append(path) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        store.get("windows", KEY, tensors)
-    assert seen[0].parent.is_dir()
-    assert seen[0].parent != tmp_path, "beside its target safetensors writes a file without a name of ours"
-    for name in (f".{store.path('windows', KEY).name}.7.tmp", *others):
-        (tmp_path / name).touch()
-    monkeypatch.undo()
-    store.get("windows", KEY, tensors)
-    assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(others), "others may be at work on theirs"
+        Artefacts(tmp_path).get("windows", KEY, tensors)
+    assert seen[0].parent.parent == tmp_path
+    assert f"-{os.getpid()}." in seen[0].parent.name
+    assert not list(tmp_path.glob(".*"))

@@ -110,14 +110,15 @@ from ptqbench.errors import CellBusy
 from ptqbench.runs.lease import lease
 from ptqbench.runs.folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
+print("ready", flush=True)
 while not (folder.path / "go").exists():
     time.sleep(0.001)
 try:
     with lease(folder):
-        print("mine")
-        time.sleep(2)
+        print("mine", flush=True)
+        sys.stdin.read()
 except CellBusy:
-    print("busy")
+    print("busy", flush=True)
 """
 
 
@@ -125,12 +126,14 @@ def test_of_many_processes_at_once_one_gets_it_even_from_a_dead_holder(folder):
     gone = subprocess.Popen([sys.executable, "-c", "pass"])
     gone.wait()
     write_json(folder.lease_path, holder(pid=gone.pid))
-    racers = [
-        subprocess.Popen([sys.executable, "-c", RACE, folder.path], stdout=subprocess.PIPE, text=True) for _ in range(6)
-    ]
-    time.sleep(1.0)
+    started = [sys.executable, "-c", RACE, folder.path]
+    pipe = subprocess.PIPE
+    racers = [subprocess.Popen(started, stdin=pipe, stdout=pipe, text=True) for _ in range(6)]
+    assert [racer.stdout.readline().strip() for racer in racers] == ["ready"] * 6
     (folder.path / "go").touch()
-    words = [racer.communicate(timeout=120)[0].strip() for racer in racers]
+    words = [racer.stdout.readline().strip() for racer in racers]
+    for racer in racers:
+        racer.communicate(timeout=120)
     assert sorted(words) == ["busy"] * 5 + ["mine"]
 
 

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from ptqbench.engine.blocks_on_disk import BlockState
 from ptqbench.errors import StorageError
 from ptqbench.runs import files
 from ptqbench.runs.artefacts import Artefacts
-from ptqbench.runs.files import number, read_json, replacing
+from ptqbench.runs.files import number, read_json, replacing, temporary_prefix
 from ptqbench.runs.folder import DAMAGED, PENDING, RUNNING, UNREADABLE, RunFolder
 from ptqbench.runs.lease import lease
 from ptqbench.runs.queue import Queue
@@ -130,3 +132,27 @@ def test_the_next_holder_removes_what_killed_ones_left_half_written(folder):
         assert folder.state() == RUNNING
     assert not any(path.exists() for path in left)
     assert young.exists()
+
+
+def test_what_a_dead_process_of_this_machine_left_anywhere_goes_with_the_next_holder(folder):
+    """Beside the cell and among shared artefacts, where others may be at work: the name says whose file it is."""
+    shared = folder.path.parent / ".artefacts"
+    shared.mkdir()
+    script = (
+        "import pathlib, sys; from ptqbench.runs.files import temporary_prefix\n"
+        "for path in map(pathlib.Path, sys.argv[1:]): path.with_name(temporary_prefix(path) + 'tmp').touch()"
+    )
+    targets = [folder.path / "spec.json", shared / "bases-1.safetensors"]
+    subprocess.run([sys.executable, "-c", script, *targets], check=True)
+    dead = [found for path in targets for found in path.parent.glob(f".{path.name}.*tmp")]
+    assert len(dead) == 2
+    living = [path.with_name(temporary_prefix(path) + "tmp") for path in targets]
+    unknown = [shared / ".windows-1.safetensors.7.tmp", shared / ".windows-2.safetensors.01234567-7.tmp"]
+    for path in (*living, *unknown):
+        path.touch()
+    old = shared / ".windows-3.safetensors.01234567-7.tmp"
+    old.mkdir()
+    os.utime(old, (0, 0))
+    with lease(folder):
+        assert not any(path.exists() for path in (*dead, old))
+        assert all(path.exists() for path in (*living, *unknown)), "a writer elsewhere may live"

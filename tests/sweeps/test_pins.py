@@ -9,12 +9,16 @@ import numpy
 import pytest
 
 from ptqbench import run
+from ptqbench.cell.spec import PerplexitySpec
+from ptqbench.data.tokenizer import load_tokenizer
+from ptqbench.data.windows import calibration_windows, evaluation_windows
 from ptqbench.engine.work import Work
-from ptqbench.errors import ConfigError, RunFailed, StorageError
+from ptqbench.errors import CalibrationError, ConfigError, RunFailed, StorageError
 from ptqbench.models.source import embedded_model_folder
 from ptqbench.runs import folder as store
 from ptqbench.runs.failures import classify
-from ptqbench.sweeps.compose import compose_cell
+from ptqbench.sweeps.compose import compose_cell, resolved
+from ptqbench.sweeps.lengths import check_length
 from ptqbench.sweeps.pins import check_unchanged
 
 STORY = "The old bear sat by the river and slept until the moon was high. "
@@ -99,21 +103,67 @@ def test_a_changed_model_is_refused_before_anything_is_measured(place, monkeypat
     assert (folder.failure()["kind"], folder.result()) == ("config", None)
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["evaluation.texts.file.separator=sat", "evaluation.texts.file.portion=[0,0.028]"], "fewer than one window"),
-        (["evaluation.tasks=[winogrande/acc]"], r"has no winogrande\.validation\.jsonl"),
-    ],
-)
-def test_data_that_cannot_be_measured_are_found_before_the_first_block(place, monkeypatch, more, said):
+def test_data_that_cannot_be_measured_are_found_before_the_first_block(place, monkeypatch):
     (place / "winogrande.train.jsonl").write_text("{}\n")
-    data = [f"evaluation.data_dir={place}"] * ("tasks" in more[0])
-    folder = store.create(compose_cell(words(place, *from_file(place), *data, *more)))
+    tasks = ["evaluation.tasks=[winogrande/acc]", f"evaluation.data_dir={place}"]
+    folder = store.create(compose_cell(words(place, *from_file(place), *tasks)))
     monkeypatch.setattr(Work, "quantize", lambda *rest: pytest.fail("it was quantized"))
-    with pytest.raises(RunFailed, match=said):
+    with pytest.raises(RunFailed, match=r"has no winogrande\.validation\.jsonl"):
         run.run_folder(folder)
     assert folder.failure()["kind"] == "config"
+
+
+EVALUATION, CALIBRATION = "evaluation.texts.file", "calibration"
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [
+        (EVALUATION, "separator=null"),
+        (EVALUATION, "separator=sat"),
+        (CALIBRATION, "separator=null"),
+        (CALIBRATION, "sampling=document_random"),
+    ],
+)
+def test_a_text_with_more_bytes_than_a_window_has_tokens_is_counted_when_the_cell_is_composed(place, text, setting):
+    """The longest window that the text fills is taken, and the cell can cut it; one that is a token longer is refused."""
+    (place / "short.txt").write_text(STORY + "So it was. ")
+    tokenizer = load_tokenizer(place / "model")
+    whole = STORY + "So it was. "
+    pieces = [piece.strip() for piece in whole.split("sat")] if setting == "separator=sat" else [whole]
+    n_tokens = sum(1 + len(tokenizer(piece, add_special_tokens=False).input_ids) for piece in pieces)
+    fits = n_tokens - (text == CALIBRATION)  # whose windows start anywhere
+    about = [f"{text}.path={place}/short.txt", f"{text}.{setting}"]
+    spec = compose_cell(words(place, *from_file(place), *about, f"{text}.seq_len={fits}"))
+    assert len(calibration_windows(spec.calibration, tokenizer, 1024, 0)) == 2
+    assert len(evaluation_windows(spec.evaluation.texts["file"], tokenizer, 1024)) >= 1
+    with pytest.raises(CalibrationError, match=rf"^{text}: .*at most {n_tokens} tokens.*{text}\.seq_len={fits + 1}"):
+        compose_cell(words(place, *from_file(place), *about, f"{text}.seq_len={fits + 1}"))
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"\xe9" * 4000, "not UTF-8"), (STORY.encode(), "at most 28 tokens")])
+def test_every_cell_of_a_text_that_cannot_be_measured_is_refused(place, content, said):
+    (place / "evaluation.txt").write_bytes(content)
+    found = resolved([(bits, words(place, *from_file(place), f"bitwidth={bits}")) for bits in ("w4", "w3", "w2")])
+    assert [said in str(cell.problem) for cell in found] == [True] * 3
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_texts_are_not_counted_without_a_tokenizer_that_can_be_read(place, content):
+    (place / "short.txt").write_text(STORY)
+    file = place / "model" / "tokenizer.json"
+    file.unlink() if content is None else file.write_text(content)
+    check_length(
+        PerplexitySpec("file", path=f"{place}/short.txt", seq_len=60, protocol="documents"), "text", place / "model"
+    )
+
+
+def test_a_document_has_no_bos_token_where_the_tokenizer_has_none(place):
+    (place / "short.txt").write_text(STORY)
+    text = PerplexitySpec("file", path=f"{place}/short.txt", seq_len=60, protocol="documents")
+    (place / "model" / "tokenizer_config.json").write_text('{"bos_token": null}')
+    with pytest.raises(CalibrationError, match="at most 27 tokens"):
+        check_length(text, "evaluation.texts.file", place / "model")
 
 
 def test_content_that_changes_while_the_cell_runs_leaves_nothing_behind(place, monkeypatch):

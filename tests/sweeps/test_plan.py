@@ -70,8 +70,35 @@ def test_cells_whose_model_is_not_here_are_estimated_but_not_run(tmp_path, monke
     assert 0 < small.estimate_min < large.estimate_min
     print_plan(rows)
     said = " ".join(capsys.readouterr().out.split())
-    assert "3 cells whose models or data are not on this machine (llama-3-8b, llama-65b)" in said
-    assert "prefetch" in said
+    for count, row in ((2, rows[0]), (1, rows[1])):
+        where = f"whose models or data are not on this machine ({row.cell.draft.model.name})"
+        assert f"{count} cells {where}: {row.needs.describe()}" in said
+    assert said.count("python -m ptqbench prefetch") == 1
+
+
+def test_groups_alone_are_printed_with_each_reason_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    models = {"tiny": ("w4", "w3", "fp16"), "llama-3-8b": ("w4", "w3"), "llama-3.2-1b": ("w4",), "nosuch": ("w4", "w3")}
+    lines = [
+        ["+method=rtn", f"model={model}", f"bitwidth={bits}", f"execution.runs_dir={tmp_path}/runs"]
+        for model, widths in models.items()
+        for bits in widths
+    ]
+    rows = plan(resolved([(" ".join(line), line) for line in lines]))
+    assert [len(found) for found in groups(rows, absent=True).values()] == [2, 1]
+    print_plan(rows, every_cell=False)
+    said = capsys.readouterr().out.splitlines()
+    for beginning in (
+        "2 invalid: meta-llama/Meta-Llama-3-8B is neither in the hub cache nor reachable",
+        "1 invalid: meta-llama/Llama-3.2-1B is neither in the hub cache nor reachable",
+        "2 invalid: unknown model 'nosuch'",
+        "1 skipped: ",
+        "2 cells: CPU",
+        "2 cells whose models or data are not on this machine (llama-3-8b): 1 GPU",
+        "1 cells whose models or data are not on this machine (llama-3.2-1b): 1 GPU",
+        "load what is not on this machine with",
+    ):
+        assert sum(line.startswith(beginning) for line in said) == 1, beginning
 
 
 def test_cells_whose_data_are_not_here_are_estimated_but_not_run(tmp_path, monkeypatch, capsys):
@@ -91,7 +118,10 @@ def test_cells_whose_data_are_not_here_are_estimated_but_not_run(tmp_path, monke
     assert "EleutherAI/race" in rows[2].detail
     print_plan(rows)
     said = " ".join(capsys.readouterr().out.split())
-    assert "3 cells whose models or data are not on this machine (EleutherAI/race, ptb-text-only/ptb_text_only)" in said
+    assert (
+        "3 cells whose models or data are not on this machine (EleutherAI/race, ptb-text-only/ptb_text_only): CPU"
+        in said
+    )
 
 
 def test_a_branch_is_looked_up_once_for_all_cells(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from ptqbench.sweeps.yaml_file import read_yaml
 
 def write(tmp_path, **content):
     path = tmp_path / "s.yaml"
-    path.write_text(yaml.safe_dump({"name": "s", "grids": [{"method": ["rtn"]}]} | content))
+    path.write_text(yaml.safe_dump({"name": "s", "grids": [{"method": ["rtn"]}]} | content, sort_keys=False))
     return str(path)
 
 
@@ -54,7 +54,16 @@ def test_scalar_axes_are_lists_of_one():
         ({"grids": [{"method": []}]}, "axis method has no values"),
         ({"grids": [{"zip": {"method": []}}]}, "axis method has no values"),
         ({"grids": [{"a=1 b": [1]}]}, "expected an axis"),
-        ({"grids": [{"x": [{"a b": 1}]}]}, "in a mapping, got 'a b'"),
+        ({"grids": [{"x": [{"a b": 1}]}]}, "axis x: .* in a mapping, got 'a b'"),
+        ({"grids": [{"hydra.verbose": [True]}]}, "expected an axis"),
+        ({"grids": [{"seed": [1], "++seed": [2]}]}, r"axis \+\+seed overwrites what axis seed before it says"),
+        (
+            {"grids": [{"x.few_shot.a": [1], "x.few_shot": [{"b": 2}]}]},
+            r"axis x\.few_shot overwrites what axis x\.few_shot\.a",
+        ),
+        ({"grids": [{"x.a": [1], "x": [None]}]}, r"axis x overwrites what axis x\.a"),
+        ({"exclude": [{"method": "rtn", "reason": {"a": 1}}]}, "expected a reason that is text"),
+        ({"exclude": [{"method": "rtn"}]}, "exclude removes every cell"),
         ({"exclude": [{"metod": "rtn"}]}, "no grid has an axis 'metod'; did you mean 'method'"),
         ({"exclude": [{"method": "rtnn"}]}, "method is never rtnn; its values: rtn"),
         ({"exclude": [{"reason": "why"}]}, "expected axes and values"),
@@ -75,6 +84,14 @@ def test_bad_sweeps(tmp_path, content, words):
         load_sweep(write(tmp_path, **content))
 
 
+def test_an_axis_may_stand_beside_the_choice_of_its_section_or_follow_its_parent(compose):
+    sweep = Sweep("s", [{"method": "gptq", "bitwidth.w_bits": [3], "bitwidth": ["w4a4kv4"], "evaluation": "tiny",
+                         "evaluation.few_shot": [{"a": 1}], "evaluation.few_shot.a": [2]}])  # fmt: skip
+    (point,) = expand(sweep)
+    data = compose(overrides(sweep, point))
+    assert (data["bitwidth"]["w_bits"], data["bitwidth"]["a_bits"], data["evaluation"]["few_shot"]) == (3, 4, {"a": 2})
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -82,15 +99,21 @@ def test_bad_sweeps(tmp_path, content, words):
         (b"name: s\ngrids: [{a: 1}]\ngrids: [{b: 1}]", "'grids' is given twice"),
         (b"name: s\ngrids: [{a: 1, a: 2}]", "'a' is given twice"),
         (b"[" * 3000, "nested too deep"),
+        (b"[" * 40 + b"]" * 40, "nested too deep"),
         (b"&a [*a]", "aliases"),
         (b"a0: &a0 [1,1,1,1,1,1,1,1,1]\n"
          + b"".join(b"a%d: &a%d [%s]\n" % (i + 1, i + 1, b",".join([b"*a%d" % i] * 9)) for i in range(8)), "aliases"),
         (b"!!python/object/apply:os.getcwd []", "not valid YAML"),
         (b"name: !!binary aGk=", "not valid YAML"),
+        (b"name: !!bool maybe", "'maybe' is no bool"),
+        (b"name: !!bool [true]", "not valid YAML"),
+        (b"name: !!int [1]", "not valid YAML"),
+        (b"name: !!map [x]", "not valid YAML"),
+        (b"name: !!float {a: 1}", "not valid YAML"),
         (b"seed: " + b"9" * 5000, "digits"),
         (b"", "expected a mapping"),
     ],
-    ids=range(10),
+    ids=range(16),
 )  # fmt: skip
 def test_yaml_that_is_refused(tmp_path, content, words):
     (tmp_path / "s.yaml").write_bytes(content)
@@ -176,6 +199,14 @@ def test_a_cell_gets_what_is_written(axis, compose):
     section = axis.partition(".")[0]
     words = overrides(sweep, points[-1])
     assert compose_data(words)[section] == compose(words)[section]
+
+
+@pytest.mark.parametrize("value", [None, {"w_bits": 4}, ["w4"], 4, True])
+def test_a_section_is_chosen_by_name(value):
+    (cell,) = cells(Sweep("s", [{"method": "rtn", "bitwidth": [value]}]), [])
+    assert re.match(
+        r"(bitwidth=.*: expected the name of a choice; known: .*w4|section 'bitwidth' is missing)", str(cell.problem)
+    )
 
 
 def test_points_that_differ_in_type_alone_are_two():

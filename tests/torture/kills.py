@@ -6,6 +6,7 @@ on record for what a signal ended.
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -77,13 +78,22 @@ def _strike(
 def _stopped(outcome: Outcome, draw: Random, folder: Path, here: Path) -> None:
     """A frozen holder keeps its cell: a second process leaves it alone."""
     time.sleep(0.02)  # the signal needs a moment
-    held = (folder / "lease.json").exists() and not (folder / "result.json").exists()
+    held = _holder(folder) is not None and not (folder / "result.json").exists()
     if not held or draw.random() < 0.5:
         time.sleep(draw.uniform(0.0, 0.2))
         return
     second = Running(job(folder), here).end()
     right = second.status == 0 and ("being worked on" in second.text or "hanging process" in second.text)
     outcome.check(right, "frozen", f"a second process beside a stopped one: {second}")
+
+
+def _holder(folder: Path) -> int | None:
+    """The living process that the lease names; a killed one may have left it before."""
+    try:
+        pid = json.loads((folder / "lease.json").read_text())["pid"]
+    except (OSError, ValueError):
+        return None
+    return pid if Path(f"/proc/{pid}").exists() else None
 
 
 def _check_status(outcome: Outcome, struck: signal.Signals | None, ended: Ended) -> None:

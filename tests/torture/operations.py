@@ -11,7 +11,7 @@ from pathlib import Path
 from torture import cells, shim
 from torture.kit import Outcome, Running, World, command
 
-SHARE, LIMIT = 25.0, None
+SHARE, LIMIT = 60.0, None
 METHODS = ("gptq", "coquant")
 
 

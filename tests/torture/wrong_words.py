@@ -101,7 +101,7 @@ GRAMMAR = (
     "seed=[", "seed={a:", "seed='x", 'seed="x', "seed=(1", "seed=1]", "seed=$(x", "seed=${nosuch}",
     "seed=${oc.env:NO_SUCH_VARIABLE}",
     "=", "=1", "seed", "+seed=1", "~seed", "~method", "++", "+", "~", "seed.x=1", "a.b.c.d=1", "seed@x=1", "method@=gptq",
-    "seed=1,2", "seed=range(1,3)", "seed=choice(1,2)", "bitwidth=w3,w4", "evaluation.texts={}", "evaluation=null", "model=null",
+    "seed=1,2", "seed=range(1,3)", "seed=choice(1,2)", "bitwidth=w3,w4", "evaluation=null", "model=null",
     "bitwidth=[w3,w4]", "hydra.mode=nosuch", "hydra/launcher=nosuch", "hydra/launcher=submitit_slurm",
     "defaults=[]", "method.solver=null", "method=null", "bitwidth=", "model=", "model.path=", "--seed=1", "-x", "seed:1",
     "seed = 1",

@@ -1,8 +1,8 @@
 """The identity of a cell: SHA-256 over the canonical JSON of its identity fields.
 
-Two requests have the same run id exactly when every field that can change a number is equal. Names, paths, devices and
-folders are not among them; models and texts enter by content digest. Fields declared with ``spec.added`` enter where they
-differ from their default, revisions where a cell uses the part of the code that was revised.
+Two requests have the same run id exactly if all fields that can change a number are equal. Names, paths, devices and folders are
+not among these fields; models and texts enter by the digest of their content. Fields declared with ``spec.added`` enter where they
+differ from their default. Revisions enter where a cell uses the part of the code that was revised.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from ptqbench.cell.spec import IDENTITY, UNTOUCHED_BITS, RunSpec, left_at_default
 
 FORMAT = 1
-"""Raised whenever the meaning of the numbers changes, so that old results are never mistaken for new ones."""
+"""Raised by one whenever the numbers of every cell change, so that old results are never mistaken for new ones."""
 
 
 def _rounds_to_sym_gptq(spec: RunSpec) -> bool:
@@ -33,9 +33,9 @@ REVISIONS: dict[str, tuple[int, Callable[[RunSpec], bool]]] = {
     "sym_gptq_ties": (1, _rounds_to_sym_gptq),  # a weight half a step between two codes goes to the even one
     "null_space_working": (1, _refines_towards_working_copy),  # the working copy of the column loop, not the target
 }
-"""Parts of the code that have changed their numbers since ``FORMAT`` was raised: name -> (revision, which cells use the part).
+"""Parts of the code whose numbers have changed since ``FORMAT`` was last raised: name -> (revision, whether a cell uses the part).
 
-Only those cells get a new run id. ``FORMAT`` is for changes that concern every cell.
+Only cells that use a part get a new run id.
 """
 
 RUN_ID_LENGTH = 12
@@ -43,9 +43,9 @@ _PLAIN = (str, int, float)
 
 
 def identity_fields(value: Any) -> Any:
-    """Keep the identity fields of a spec, recursively, as plain data.
+    """Extract the identity fields of a spec, recursively, as plain data.
 
-    A mapping of specs (texts by label) keeps its labels: they name result columns.
+    A mapping of specs (texts by label) keeps its labels, because they name columns of the results.
     """
     if value is None or isinstance(value, _PLAIN):
         return value
@@ -69,18 +69,18 @@ def _identity_of(cls: type) -> tuple[dataclasses.Field[Any], ...] | None:
 
 
 def canonical_json(value: Any) -> str:
-    """Serialise plain data to the one JSON text that is hashed: sorted keys, no spaces, finite numbers only."""
+    """Serialise plain data to the JSON text that is hashed: sorted keys, no spaces, ASCII, finite numbers only."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def identity_texts(spec: RunSpec) -> dict[str, str]:
-    """Serialise every identity field of a cell by itself: cells that share a field share its text."""
+    """Serialise every identity field of a cell by itself, so that cells with an equal field can share its text."""
     texts = {f.name: canonical_json(identity_fields(getattr(spec, f.name))) for f in _identity_of(RunSpec) or ()}
     return texts | revision_texts(spec)
 
 
 def revision_texts(spec: RunSpec) -> dict[str, str]:
-    """Serialise which revised parts of the code a cell uses; nothing where it uses none."""
+    """Serialise the revisions of the code that a cell uses; empty if it uses none."""
     revised = {name: revision for name, (revision, uses) in REVISIONS.items() if uses(spec)}
     return {"revisions": canonical_json(revised)} if revised else {}
 
@@ -107,6 +107,6 @@ def run_id(spec: RunSpec) -> str:
 
 
 def identity_id(texts: Mapping[str, str]) -> str:
-    """Hash what ``identity_texts`` returned for a cell, to its run id."""
+    """Hash the result of ``identity_texts`` to the run id of the cell."""
     payload = joined({"format": canonical_json(FORMAT), "spec": joined(texts)})
     return hashlib.sha256(payload.encode()).hexdigest()[:RUN_ID_LENGTH]

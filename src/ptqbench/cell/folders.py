@@ -1,4 +1,4 @@
-"""Find ``conf/``, ``sweeps/`` and the papers' figures in a wheel, an editable install and a checkout alike."""
+"""The folders of the package, in a wheel, an editable install and a checkout alike: ``conf/``, ``sweeps/``, the papers' figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def conf_folder() -> Path:
-    """The folder with ``config.yaml``: ``PTQBENCH_CONF`` if set, else the packaged copy, else the repository's."""
+    """The folder with ``config.yaml``: ``PTQBENCH_CONF`` if set, else the packaged copy, else that of the repository.
+
+    Raises:
+        ConfigError: ``PTQBENCH_CONF`` is another folder, or the installation is damaged.
+    """
     override = os.environ.get("PTQBENCH_CONF")
     if override:
         if not (Path(override) / "config.yaml").is_file():
@@ -36,7 +40,7 @@ def group_names(group: str) -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where what can be found out again is remembered between commands: ``PTQBENCH_CACHE``, else ``~/.cache/ptqbench``."""
+    """The folder of what can be computed again, such as digests of large files: ``PTQBENCH_CACHE``, else ``~/.cache/ptqbench``."""
     return Path(os.environ.get("PTQBENCH_CACHE", Path.home() / ".cache" / "ptqbench"))
 
 

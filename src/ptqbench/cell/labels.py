@@ -1,7 +1,8 @@
-"""What people call a cell: the names of its files, and every value in it that those files do not say.
+"""Labels of a cell for people: the names of its files, and every value that differs from those files.
 
-``changes`` compares a cell with the files that it is named after; the cell keeps the paths (``RunSpec.changed``), and its labels
-repeat the values found there: ``tiny gptq damping=0.1 w5 seed 0``. Bits are named by their values. Pure functions of specs.
+``changes`` compares a cell with the files that it is named after. The cell keeps the paths of the values that differ
+(``RunSpec.changed``), and its labels show the values at these paths: ``tiny gptq damping=0.1 w5 seed 0``. Bits are named by their
+values. Pure functions of specs.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 from ptqbench.cell.spec import IDENTITY, ROLES, UNTOUCHED_BITS, BitwidthSpec, RunSpec
 
 PLACES = ("name", "path", "hub_id", "revision", "files")
-"""Fields that are not identity but say which checkpoint, text or file was meant."""
+"""Execution fields that say which checkpoint, text or file was meant."""
 FILES = (".path", "_file")
-"""Ends of paths whose values are names of files."""
+"""Ends of the paths whose values are names of files."""
 SECTIONS = ("model", "method", "calibration", "evaluation")
 SLUG_LENGTH = 180
-"""Longest slug: a file name has 255 bytes, of which a run id takes 13; letters outside ASCII take several each."""
+"""Longest slug in bytes. A file name may have 255, of which the run id takes 13."""
 _TOKEN = re.compile(r"(fp|kv|w|a|k|v|g)(\d+)")
 
 
@@ -39,14 +40,14 @@ def bits_name(bits: BitwidthSpec) -> str:
 
 
 def says_other_bits(bits: BitwidthSpec) -> bool:
-    """Whether a name reads as bits (``w4``), and they are not the bits there are."""
+    """Whether the name reads as bits, such as ``w4``, but not as the bits that the values give."""
     said = _TOKEN.findall(bits.name)
     reads_as_bits = bool(said) and "".join(f"{name}{n}" for name, n in said) == bits.name
     return reads_as_bits and sorted(said) != sorted(_TOKEN.findall(bits_name(bits)))
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Lay out identity fields, names and places by dotted path; digests and lists are values."""
+    """Flatten identity fields, names and places to dotted path -> value. Digests and lists are values."""
     if dataclasses.is_dataclass(value):
         fields = [f for f in dataclasses.fields(value) if f.metadata["role"] == IDENTITY or f.name in PLACES]
         value = {f.name: getattr(value, f.name) for f in fields}
@@ -57,15 +58,15 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changes(spec: RunSpec, named: RunSpec) -> tuple[str, ...]:
-    """Paths of the values that differ from what the named files say.
+    """Find the paths of the values that differ from those in the named files.
 
     Args:
         spec: A cell, not modified.
-        named: The cell that the files make by themselves.
+        named: The cell that the files give without any change.
 
     Returns:
-        Dotted paths such as ``method.solver.options.damping``, section by section. Of a member of a role that the method's file
-        does not have, the name alone.
+        Dotted paths such as ``method.solver.options.damping``, section by section. Where a member of a role was replaced, the
+        path of its name stands for all its options.
     """
     found: list[str] = []
     for section in SECTIONS:
@@ -77,23 +78,25 @@ def changes(spec: RunSpec, named: RunSpec) -> tuple[str, ...]:
 
 def _changed(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     absent = object()
+    # A digest alone says nothing to people.
     paths = [path for path, value in ours.items() if value != theirs.get(path, absent) and not path.endswith("digest")]
+    # A replaced member of a role: its name says enough, so its options are left out.
     replaced = tuple(path.removesuffix("name") for path in paths if re.fullmatch(r"method\.\w+\.name", path))
     return [path for path in paths if path.endswith(".name") or not path.startswith(replaced or "\0")]
 
 
 def model(spec: RunSpec) -> str:
     """Name the checkpoint."""
-    return " ".join([spec.model.name, *words(spec, _of("model", spec.changed))])
+    return _named(spec, "model")
 
 
 def method(spec: RunSpec) -> str:
     """Name the method, with its options."""
-    return " ".join([spec.method.name, *words(spec, _of("method", spec.changed))])
+    return _named(spec, "method")
 
 
 def bitwidth(spec: RunSpec) -> str:
-    """Name the bits; from their values where the name says others, as in cells from before names were checked."""
+    """Name the bits: as the file is named, or by their values where that name says other bits (older cells were not checked)."""
     return bits_name(spec.bitwidth) if says_other_bits(spec.bitwidth) else spec.bitwidth.name
 
 
@@ -103,21 +106,21 @@ def name(spec: RunSpec) -> str:
 
 
 def slug(spec: RunSpec) -> str:
-    """Name a cell in file names: ``model-method-bitwidth-sSEED``. Not an identifier: the run id that follows it is."""
+    """Name a cell in file names: ``model-method-bitwidth-sSEED``. It need not be unique; the run id that follows it is."""
     parts = [*_parts(spec), f"s{spec.seed}"]
     whole = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)
     return whole.encode()[:SLUG_LENGTH].decode(errors="ignore")
 
 
 def distinct(names: Iterable[str], ids: Iterable[str]) -> list[str]:
-    """Append the run id to names that several cells share: they differ in something without a name, such as a file's content."""
+    """Append the run id to names that several cells share, which differ in something unnamed, such as the content of a file."""
     names = list(names)
     counts = Counter(names)
     return [f"{one} {other}" if counts[one] > 1 else one for one, other in zip(names, ids, strict=True)]
 
 
 def words(spec: RunSpec, paths: Iterable[str]) -> list[str]:
-    """Say the values of a cell at some paths, one word each; a path that the cell does not have is left out."""
+    """Write the values of a cell at some paths as words, ``damping=0.1``. A path that the cell does not have is left out."""
     paths = list(paths)
     if not paths:
         return []
@@ -132,17 +135,19 @@ def words(spec: RunSpec, paths: Iterable[str]) -> list[str]:
 
 
 def _parts(spec: RunSpec) -> list[str]:
-    """Words for the sections of a cell; an unquantized cell has no calibration."""
+    """The words of a cell by section: model, method, bits, and changes of calibration and evaluation if there are any."""
     rest = words(spec, [path for path in spec.changed if path.startswith(("calibration.", "evaluation."))])
     return [model(spec), method(spec), bitwidth(spec), *([" ".join(rest)] if rest else [])]
 
 
-def _of(section: str, paths: Iterable[str]) -> list[str]:
-    return [path for path in paths if path.startswith(f"{section}.")]
+def _named(spec: RunSpec, section: str) -> str:
+    """The name of a section, and the values in it that differ from the file of that name."""
+    changed = [path for path in spec.changed if path.startswith(f"{section}.")]
+    return " ".join([getattr(spec, section).name, *words(spec, changed)])
 
 
 def _short(path: str, shared: Mapping[str, int]) -> str:
-    """What a path is called: an option by itself unless several roles have it, another section by its name."""
+    """A short name for a path: an option without its role, unless several roles have an option of that name."""
     section, _, rest = path.partition(".")
     role, _, option = rest.partition(".options.")
     if section == "model":
@@ -155,7 +160,7 @@ def _short(path: str, shared: Mapping[str, int]) -> str:
 
 
 def _text(path: str, value: Any) -> str:
-    """A value as it would be typed, on one line; of a file its name, of a digest the beginning."""
+    """A value as a user would type it, on one line. A path of a file becomes its name, a digest its first 12 digits."""
     if isinstance(value, float):
         return f"{value:g}"
     said = value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,6 +1,6 @@
-"""Names of role members -> ``"module:attribute"``, imported only when used.
+"""The members of the four roles by name. A member is imported on first use.
 
-Adding a member is one line here. An unknown name lists the known ones and the nearest.
+Adding a member is one line in ``MEMBERS``: name -> ``"module:attribute"``.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ MEMBERS: dict[Role, dict[str, str]] = {
 
 
 def member_class(role: Role, name: str) -> Any:
-    """Import the dataclass registered under a name (a ``methods.base.Member``).
+    """Import the dataclass that is registered under a name (a ``methods.base.Member``).
 
     Raises:
-        ConfigError: The name is not registered for this role.
+        ConfigError: The name is not registered for this role; the message lists the known names.
     """
     known = MEMBERS[role]
     if name not in known:
@@ -54,21 +54,20 @@ def member_class(role: Role, name: str) -> Any:
 
 
 def create(role: Role, spec: RoleSpec) -> Any:
-    """Build the frozen member that a role specification names, validating its hyper-parameters strictly."""
+    """Build the frozen member that a role specification names, and validate its hyper-parameters strictly."""
     return build(member_class(role, spec.name), {**spec.options, **spec.files}, f"method.{role}")
 
 
 def file_options(role: Role, name: str) -> dict[str, str]:
-    """Options of a member that name a file -> options that hold the digest of its content."""
-    found: dict[str, str] = dict(member_class(role, name).FILES)
-    return found
+    """Map the options of a member that name a file to the options that hold the digest of its content."""
+    return dict(member_class(role, name).FILES)
 
 
 def complete(role: Role, options: Mapping[str, Any]) -> RoleSpec:
     """Turn ``{name: gptq, damping: 0.01}`` into a role specification with every default written out.
 
     Raises:
-        ConfigError: No name, an unknown name, or a hyper-parameter the member does not have or accept.
+        ConfigError: No name, an unknown name, or a hyper-parameter that the member does not have or does not accept.
     """
     given = dict(options)
     name = given.pop("name", None)

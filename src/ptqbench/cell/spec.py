@@ -1,38 +1,35 @@
 """The schema of a cell: one validated, frozen, JSON-able ``RunSpec``.
 
-A field is either *identity* (it can change the numbers, so it enters the run id) or *execution* (where and how the same
-numbers are produced, or a mere label). Both kinds are declared here and nowhere else; a test asserts that every field
-carries its role. Validation is pydantic's in strict mode; its errors are rewritten as one line that says what was expected,
-what was given, where, and the nearest valid name. Imports neither torch nor hydra.
+A field is either *identity* or *execution*. An identity field can change the numbers, so it enters the run id. An execution
+field says where and how the same numbers are produced, or is a label. Both kinds are declared here and nowhere else; a test
+asserts that every field carries its role. Imports neither torch nor hydra.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import json
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from ptqbench.cell.validation import STRICT
+from ptqbench.cell.validation import build as build
+from ptqbench.cell.validation import nearest as nearest
+from ptqbench.cell.validation import strict as strict
 from ptqbench.errors import ConfigError
 
 IDENTITY, EXECUTION = "identity", "execution"
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 UNTOUCHED_BITS = 16
 
 Bits = Annotated[int, Field(ge=2, le=UNTOUCHED_BITS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 MAX_TOKENS = 1 << 30
-"""Tokens of all windows of a pass: 8 GiB of token ids."""
+"""Limit of the tokens in all calibration windows: 8 GiB of token ids."""
 Role = Literal["transform", "target", "solver", "refine"]
 ROLES: tuple[Role, ...] = ("transform", "target", "solver", "refine")
-
-T = TypeVar("T")
 
 
 def identity(**kwargs: Any) -> Any:
@@ -43,14 +40,14 @@ def identity(**kwargs: Any) -> Any:
 def added(default: Any) -> Any:
     """Declare an identity field that did not exist from the start, of a spec or of a member of a role.
 
-    It enters the run id only where it differs from its default. Cells from before therefore keep their identity, provided that
-    the default gives the same bytes as the code before the field existed.
+    It enters the run id only where it differs from its default. Older cells therefore keep their identity, provided that the
+    default gives the same bytes as the code before the field existed.
     """
     return dataclasses.field(default=default, metadata={"role": IDENTITY, "added": True})
 
 
 def left_at_default(field: dataclasses.Field[Any], value: Any) -> bool:
-    """Whether a field was ``added`` and has its default, so that it stays out of the identity."""
+    """Whether a field was declared with ``added`` and has its default, so that it stays out of the identity."""
     return bool(field.metadata.get("added")) and value == field.default
 
 
@@ -63,8 +60,8 @@ def execution(**kwargs: Any) -> Any:
 class ModelSpec:
     """A checkpoint. ``digest`` identifies its content; name, hub id and path only say where to find it.
 
-    ``outlier_channels`` > 0 multiplies that many norm gains by ``outlier_factor`` and divides the following weights by it:
-    the same function with outlier channels, for instruments too small to have their own.
+    ``outlier_channels`` > 0 multiplies that many norm gains by ``outlier_factor`` and divides the following weights by it. The
+    function stays the same and gets outlier channels, which small models lack.
     """
 
     name: str = execution()
@@ -81,7 +78,7 @@ class ModelSpec:
 class RoleSpec:
     """One member of a role, by registered name, with every hyper-parameter it has.
 
-    ``files`` says where options that are files lie; their content is among the options, as a digest.
+    ``files`` holds the paths of options that are files; ``options`` holds the digests of their content.
     """
 
     name: str = identity()
@@ -91,7 +88,7 @@ class RoleSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class GridOptions:
-    """The integer grid that weights are rounded to, apart from its bits (see ``numerics.grid``)."""
+    """The integer grid that weights are rounded to, without its bits (see ``numerics.grid``)."""
 
     scheme: Literal["asym", "sym_gptq", "sym_signed"] = identity(default="asym")
     clip_search: bool = identity(default=False)
@@ -114,11 +111,11 @@ class GridOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class ActivationOptions:
-    """Dynamic quantizers of linear inputs (per token), keys and values (per token and head), apart from their bits.
+    """Dynamic quantizers of linear inputs (per token), keys and values (per token and head), without their bits.
 
     ``during_calibration`` keeps them active in the quantized stream while statistics are collected; QuaRot, ResQ and CoQuant
-    calibrate without them. ``group_size`` gives every so many input channels a grid of their own per token (null: one grid).
-    ``zero_point: real`` subtracts the minimum where ``integer`` rounds the zero point (asymmetric quantizers alone).
+    calibrate without them. ``group_size`` input channels share a grid per token; null is one grid for all channels.
+    ``zero_point`` concerns asymmetric quantizers: ``real`` subtracts the minimum, ``integer`` rounds the zero point.
     """
 
     symmetric: bool = identity(default=False)
@@ -164,7 +161,7 @@ class BitwidthSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class TextSpec:
-    """A text: which data set and split, or which file, and which portion of its documents."""
+    """A text: a data set and split, or a file, and the portion of its documents that is read."""
 
     dataset: str = identity()
     split: str | None = identity(default=None)
@@ -179,7 +176,7 @@ class TextSpec:
 class CalibrationSpec(TextSpec):
     """``n_samples`` windows of ``seq_len`` tokens, drawn from a text by ``sampling`` with the seed of the cell.
 
-    Where ``windows`` is given, they are read from that file instead, and ``digest`` identifies their token ids.
+    If ``windows`` is given, the windows are read from that file instead, and ``digest`` identifies their token ids.
     """
 
     n_samples: Positive = identity(default=128)
@@ -206,14 +203,14 @@ class PerplexitySpec(TextSpec):
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationSpec:
-    """What is measured: texts by label, and lm-eval tasks as ``task/metric``, the name of the column that they become.
+    """What is measured: texts by label, and lm-eval tasks as ``task/metric``, which is also the name of their column.
 
-    ``few_shot`` gives the number of examples in the prompt of a task where lm-eval's own number is not wanted; ``limit`` takes
-    only the first examples of every task (to try things out). ``data_dir`` holds task data as JSON lines, read instead of the
-    hub; ``task_digests`` identifies what was read. ``ppl_dtype`` is the type of the logits and of the loss per token behind
-    perplexities, whatever the type of the model. ``engine: blocks`` scores tasks block by block, for models that the device does
-    not hold; ``whole`` is lm-eval's own class on the whole model in memory. ``fidelity`` also measures how far the model is from
-    its own unquantized one.
+    ``few_shot`` replaces lm-eval's number of examples in the prompt, by task. ``limit`` takes only the first examples of every
+    task, to try things out. ``data_dir`` is a folder of task data as JSON lines, read instead of the hub; ``task_digests``
+    identifies the data. ``ppl_dtype`` is the type of the logits and of the loss per token behind perplexities, whatever the type
+    of the model. ``engine: whole`` is lm-eval's own class on the whole model in memory; ``blocks`` scores tasks block by block,
+    for models that the device does not hold. ``generation_digest`` identifies the ``generation_config.json`` of the model, where
+    it has one and a task lets the model write. ``fidelity`` also compares the model with its own unquantized one.
     """
 
     name: str = execution()
@@ -226,6 +223,7 @@ class EvaluationSpec:
     data_dir: str | None = execution(default=None)
     task_digests: dict[str, str] = identity(default_factory=dict)
     engine: Literal["whole", "blocks"] = added("whole")
+    generation_digest: str | None = added(None)
     fidelity: bool = added(False)
 
 
@@ -249,7 +247,7 @@ class ExecutionSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class ResourcesSpec:
-    """What a job asks of the scheduler; null is derived from the model's shape and the method (``ptqbench.sweeps.resources``)."""
+    """The request of a job to the scheduler; null is derived from the model's shape and the method (``sweeps.resources``)."""
 
     gpus: Annotated[int, Field(ge=0)] | None = execution(default=None)
     gpu_mem_gib: Annotated[float, Field(gt=0)] | None = execution(default=None)
@@ -281,9 +279,9 @@ class LauncherSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class TrackingSpec:
-    """Whether a cell shows in Weights & Biases while it runs, and where (``ptqbench.tracking``).
+    """Whether a cell appears in Weights & Biases while it runs, and where (``ptqbench.tracking``).
 
-    ``group`` is the name of the sweep unless given; ``folder`` is where W&B's own files go, null is the run folder.
+    ``group`` is the name of the sweep unless given. ``folder`` is the folder of W&B's own files; null is the run folder.
     """
 
     mode: Literal["none", "offline", "online"] = execution(default="none")
@@ -298,7 +296,7 @@ class TrackingSpec:
 class RunSpec:
     """One cell: model x method x bitwidth x calibration x evaluation x seed.
 
-    ``changed`` lists what in it is not as in the files that its parts are named after (see ``cell.labels``).
+    ``changed`` lists the paths of values that differ from the files that its parts are named after (see ``cell.labels``).
     """
 
     model: ModelSpec = identity()
@@ -321,82 +319,10 @@ class RunSpec:
 
     @property
     def calibrates(self) -> bool:
-        """Whether calibration can matter: something is rounded, or a transform is applied."""
+        """Whether calibration data can change a number: something is rounded, or a transform is applied."""
         return self.quantizes or self.method.transform.name != "none"
 
 
 def to_dict(value: Any) -> Any:
     """Turn a spec (or any part of one) into plain JSON-able data."""
     return json.loads(json.dumps(dataclasses.asdict(value)))
-
-
-def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
-    """Validate plain data strictly against a dataclass.
-
-    Args:
-        cls: The dataclass to build; ``Annotated`` constraints on its fields are enforced.
-        data: Plain JSON-able data, not modified. A list is accepted for a tuple, an int for a float, nothing else.
-        where: Dotted prefix for error messages, e.g. ``"method.solver"``.
-
-    Returns:
-        The frozen instance.
-
-    Raises:
-        ConfigError: One line: expected, given, where, nearest valid name.
-    """
-    try:
-        text = json.dumps(data, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where or cls.__name__}: expected plain finite values, got {data!r} ({error})") from None
-    try:
-        return _adapter(cls).validate_json(text)  # type: ignore[no-any-return, arg-type]
-    except ValidationError as error:
-        raise ConfigError(_one_line(cls, error, where)) from None
-
-
-@functools.cache
-def _adapter(cls: type) -> TypeAdapter[Any]:
-    return TypeAdapter(cls if dataclasses.is_dataclass(cls) and hasattr(cls, "__pydantic_config__") else strict(cls))
-
-
-@functools.cache
-def strict(cls: type[T]) -> type[T]:
-    """Give a standard-library dataclass (a role member) the same strict validation as the spec itself."""
-    return dataclass(cls, config=STRICT, frozen=True)  # type: ignore[call-overload, no-any-return, return-value]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Name the closest known word and list the known ones, for error messages."""
-    words = sorted(known)
-    close = difflib.get_close_matches(str(name), words, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(words) or '(none)'}"
-
-
-def _one_line(cls: type, error: ValidationError, where: str) -> str:
-    problem = error.errors(include_url=False)[0]
-    path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("tuple["))]
-    place = ".".join(str(part) for part in ([where] if where else []) + path)
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        owner = _class_at(cls, path[:-1])
-        known = [f.name for f in dataclasses.fields(owner)] if owner else []
-        return f"unknown key {place!r} (given {problem['input']!r}); {nearest(str(path[-1]), known)}"
-    if problem["type"] in ("missing", "missing_argument"):
-        return f"missing value for {place!r}: give {place}=..."
-    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
-
-
-def _class_at(cls: type, path: list[Any]) -> type | None:
-    """Follow a path of field names through nested dataclasses (and the values of mappings)."""
-    current: Any = cls
-    for part in path:
-        hints = {f.name: str(f.type) for f in dataclasses.fields(current)} if dataclasses.is_dataclass(current) else {}
-        if part in hints:  # else a label inside a mapping of specs
-            current = next((c for name, c in _classes().items() if name in hints[part]), None)
-    return current if dataclasses.is_dataclass(current) and isinstance(current, type) else None
-
-
-def _classes() -> dict[str, type]:
-    return {
-        name: value for name, value in globals().items() if isinstance(value, type) and dataclasses.is_dataclass(value)
-    }

@@ -1,21 +1,25 @@
 """Data sets of the hub at one commit: a branch or tag becomes the commit that it names now, and files are read at that commit.
 
-A commit never changes, so it is what enters the identity of a cell. With network the hub says which commit a branch names;
-without, the reference that ``prefetch`` left in the hub cache. Files come from the snapshot of the commit in the hub cache,
-never from the cache of prepared tables that ``datasets`` keeps: without network that library takes the table it prepared last,
-whatever revision it is asked for. Imports neither torch nor datasets.
+A commit never changes, so it enters the identity of a cell. With network the hub says which commit a branch names; without
+network the reference says so that ``prefetch`` left in the hub cache. Files come from the snapshot of the commit in the hub cache.
+They never come from the tables that ``datasets`` caches: without network that library takes the table it prepared last, whatever
+the requested revision. Imports neither torch nor datasets.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from ptqbench.errors import ConfigError, DataNotHereError
+from ptqbench.errors import ConfigError, DataNotHereError, first_line
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MARKERS = ["README.md", ".gitattributes"]  # every repository has one, so that a snapshot stands for the reference
-NOT_DATA = ["*.py", "*.tar"]  # loading scripts, which nothing runs any more, and second copies of what tables hold
+MARKERS = [
+    "README.md",
+    ".gitattributes",
+]  # every repository has one of them, so a snapshot of them records the reference
+NOT_DATA = ["*.py", "*.tar"]  # loading scripts, which nothing runs any more, and second copies of the tables
 PREFETCH = (
     "run `python -m ptqbench prefetch SWEEP` (or prefetch with the words of this cell) where there is network, "
     "with the same HF_HUB_CACHE"
@@ -23,17 +27,17 @@ PREFETCH = (
 
 
 def commit_of(repository: str, revision: str) -> str:
-    """Say which commit of a data set a revision names.
+    """Find the commit of a data set that a revision names.
 
     Args:
         repository: Hub data set, ``ORGANISATION/NAME``.
-        revision: A commit (40 hexadecimal digits), which is returned as it is, or a branch, tag or reference.
+        revision: A commit (40 hexadecimal digits), which is returned unchanged, or a branch, tag or reference.
 
     Returns:
-        The commit; also left in the hub cache, for calls without network.
+        The commit. It is also left in the hub cache, for calls without network.
 
     Raises:
-        DataNotHereError: Neither the hub nor the hub cache says which commit it is.
+        DataNotHereError: Neither the hub nor the hub cache knows the commit.
     """
     if COMMIT.fullmatch(revision):
         return revision
@@ -41,11 +45,11 @@ def commit_of(repository: str, revision: str) -> str:
 
     try:
         found = snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=MARKERS)
-    except Exception as error:  # the library raises many types for one fact: it cannot say
+    except Exception as error:  # the library raises many types for one fact
         place = Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}" / "refs" / revision
         raise DataNotHereError(
             f"hub data set {repository}: revision {revision!r} names no commit here: expected its commit in {place} or from "
-            f"the hub, got: {_reason(error)}; {PREFETCH}",
+            f"the hub, got: {first_line(error)}; {PREFETCH}",
             repository,
         ) from None
     return Path(found).name
@@ -62,10 +66,10 @@ def is_identity(digest: str | None) -> bool:
 
 
 def pinned_commit(identity: str | None) -> str | None:
-    """Read the commit back from the identity of a data set; None if there is no identity yet.
+    """Read the commit from the identity of a data set; None if there is no identity yet.
 
     Raises:
-        ConfigError: The identity names a revision that can move.
+        ConfigError: The identity names no commit, but a revision that can move.
     """
     if identity is None:
         return None
@@ -79,7 +83,7 @@ def pinned_commit(identity: str | None) -> str | None:
 
 
 def file_at(repository: str, commit: str, name: str) -> Path:
-    """Find one file of a data set in the hub cache, downloading it if it is not there.
+    """Find one file of a data set in the hub cache; download it if it is not there.
 
     Args:
         repository: Hub data set.
@@ -91,14 +95,14 @@ def file_at(repository: str, commit: str, name: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=commit))
-    except Exception as error:  # as above
-        raise _absent(repository, commit, f"file {name}", error) from None
+    def look() -> str:
+        return hf_hub_download(repository, name, repo_type="dataset", revision=commit)
+
+    return _found(look, repository, f"{repository}@{commit} (file {name})")
 
 
 def folder_at(repository: str, commit: str) -> Path:
-    """Find all data of a data set in the hub cache, downloading what is not there.
+    """Find all files of a data set in the hub cache; download those that are not there.
 
     Args:
         repository: Hub data set.
@@ -109,19 +113,16 @@ def folder_at(repository: str, commit: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    def look() -> str:
+        return snapshot_download(repository, repo_type="dataset", revision=commit, ignore_patterns=NOT_DATA)
+
+    return _found(look, repository, f"{repository}@{commit} (all its data)")
+
+
+def _found(look: Callable[[], str], repository: str, what: str) -> Path:
     try:
-        return Path(snapshot_download(repository, repo_type="dataset", revision=commit, ignore_patterns=NOT_DATA))
+        return Path(look())
     except Exception as error:  # as above
-        raise _absent(repository, commit, "all its data", error) from None
-
-
-def _absent(repository: str, commit: str, what: str, error: Exception) -> DataNotHereError:
-    return DataNotHereError(
-        f"hub data set {repository}@{commit} ({what}) is neither cached nor reachable: {_reason(error)}; {PREFETCH}",
-        repository,
-    )
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise DataNotHereError(
+            f"hub data set {what} is neither cached nor reachable: {first_line(error)}; {PREFETCH}", repository
+        ) from None

@@ -1,4 +1,4 @@
-"""Texts of the hub: which files they are, how papers join their rows, and how rows are read. Imports neither torch nor datasets."""
+"""Texts of the hub: their files, how papers join their rows, and how rows are read. Imports neither torch nor datasets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from ptqbench.errors import ConfigError
 
 Document = tuple[int, int, str]
-"""Where a document starts and stops in the content (characters; rows of a Parquet file), and the document."""
+"""Start and stop of a document in the content, in characters (in rows of a Parquet file), and the document."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ HUB_TEXTS = {
         None,
         {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
-    # A script data set, of which only the hub's own conversion to Parquet can still be loaded. Its reference can move and no
-    # commit of it is known here, so that a cell pins the one that it finds.
+    # This data set is a script; only the hub's own conversion to Parquet can still be loaded. The reference to it can move and
+    # no commit is known here, so a cell pins the commit that it finds.
     "ptb": HubText(
         "ptb-text-only/ptb_text_only",
         "refs/convert/parquet",
@@ -68,12 +68,12 @@ def rows(path: Path, content: bytes, known: HubText) -> list[Document]:
     """Read rows: Parquet, JSON lines with the column of the hub (``.gz`` or not), or one row per line.
 
     Args:
-        path: The file, whose name says which of these it is.
+        path: The file; its name gives the format.
         content: Its bytes.
-        known: The data set that the rows are of.
+        known: The data set that the rows belong to.
 
     Raises:
-        ConfigError: The content is not what the name says, or holds a row that is no text.
+        ConfigError: The content has another format than the name says, or a row is not text.
     """
     try:
         if path.suffix == ".parquet":

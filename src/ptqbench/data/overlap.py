@@ -1,4 +1,4 @@
-"""Whether a cell evaluates on text that it calibrates on. Imports neither torch nor transformers."""
+"""Refuse cells that evaluate on text of their calibration. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ptqbench.errors import ConfigError
 
 
 def check_disjoint(calibration: TextSpec, evaluation: TextSpec, label: str) -> None:
-    """Refuse to evaluate on text that calibration may have seen.
+    """Refuse to evaluate on text that calibration may have read.
 
-    Portions of two texts that are read alike count the same documents. Otherwise they are compared by the characters of the
-    content that their documents cover (by the rows, if it is Parquet).
+    If two texts are divided into documents in the same way, their portions are compared. Otherwise the characters of the content
+    that their documents cover are compared (the rows, if it is Parquet).
 
     Raises:
-        ConfigError: Same content, same split and overlapping portions.
+        ConfigError: The texts have the same content and split, and their portions overlap.
     """
     if calibration.digest != evaluation.digest:
         return
     if hub.is_identity(calibration.digest) and calibration.split != evaluation.split:
-        return  # one repository, two files
+        return  # two files of one repository
     if _reader(calibration) == _reader(evaluation):
         (start, stop), (first, last) = calibration.portion, evaluation.portion
         overlap = max(start, first) < min(stop, last)
@@ -38,7 +38,7 @@ def check_disjoint(calibration: TextSpec, evaluation: TextSpec, label: str) -> N
 
 
 def _reader(spec: TextSpec) -> tuple[Any, ...]:
-    """What decides how content is divided into documents."""
+    """The values that decide how content is divided into documents."""
     return spec.dataset, spec.separator or None, Path(spec.path or "").suffixes
 
 

@@ -1,9 +1,9 @@
 """Named perplexity protocols: which split, how documents are joined, which windows, what happens to the tail.
 
-One text gives several perplexities in the literature; a figure without its protocol is not comparable. The definitions are
-those of the GPTQ code (IST-DASLab/gptq@2d65066, ``datautils.py``), from which nearly all later codes took their loaders. In
-all of them windows do not overlap, each window predicts its tokens 2..seq_len, no window gets a BOS token of its own, and the
-tail shorter than a window is dropped. Imports neither torch nor transformers.
+One text has several perplexities in the literature, so a figure without its protocol cannot be compared. The definitions are
+those of the GPTQ code (IST-DASLab/gptq@2d65066, ``datautils.py``), whose loaders nearly all later codes copied. In all of them
+windows do not overlap, each window predicts its tokens 2..seq_len, no window gets a BOS token of its own, and a tail shorter than a
+window is dropped. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ class Protocol:
 
     Attributes:
         datasets: Data sets that it is defined for.
-        split: The split it reads; None where the data set has none or any may be taken.
-        join: What joins the documents before they are tokenized as one string (with the special tokens that the tokenizer
-            adds, so a BOS at the very start only); None: each document alone, opening with the BOS token if there is one.
-        first_documents: Only so many documents are read.
-        max_windows: Only so many windows are kept.
+        split: The split it reads; None if the data set has no splits or any split may be taken.
+        join: The string that joins the documents before they are tokenized as one text, with the special tokens that the
+            tokenizer adds (a BOS token at the very start only). None: each document is tokenized alone and opens with the BOS
+            token if there is one.
+        first_documents: How many documents are read; None for all.
+        max_windows: How many windows are kept; None for all.
         sampled: Windows are random crops of single documents (Python ``random``, seed 0) rather than consecutive.
-        source: Where it is used.
+        source: The codes and papers that use it.
     """
 
     datasets: tuple[str, ...]
@@ -57,11 +58,11 @@ MAX_DRAWS = 5000
 
 
 def complete(spec: PerplexitySpec, where: str = "evaluation.texts") -> PerplexitySpec:
-    """Fill in the protocol of a text if its data set has only one, and the split that the protocol reads.
+    """Fill in the protocol of a text, if its data set has only one, and the split that the protocol reads.
 
     Raises:
-        ConfigError: The data set has several protocols and none was named, an unknown one was named, or one that is defined for
-            another data set or split.
+        ConfigError: No protocol is named and the data set has several, or the named one is unknown or belongs to another data
+            set or split.
     """
     fitting = [name for name, protocol in PROTOCOLS.items() if spec.dataset in protocol.datasets]
     name = spec.protocol

@@ -1,12 +1,11 @@
-"""Zero-shot tasks: where lm-eval defines them, which metrics they have, and which revision of which data they read.
+"""Zero-shot tasks: the folder of their definition in lm-eval, their metrics, and the revision of their data.
 
-Prompts, splits and scoring are lm-eval's own; they are read from its installed task files and not copied. This table only says
-which of its folders to index, and pins the data. A task that is not listed is looked up in all of lm-eval; its data are not
+Prompts, splits and scoring are lm-eval's own; they are read from its installed task files and not copied. The table here only
+says which folder to index, and pins the data. A task that is not in the table is looked up in all of lm-eval. Its data are not
 pinned beforehand, but their commit is recorded with the result.
 
-Local data lies in one folder as JSON lines: ``TASK.SPLIT.jsonl`` or ``TASK.jsonl``, with the columns of the hub data set, or
-in the flat form that is usual for copies of these sets (``choices`` a list, ``label`` a number). Imports neither torch nor
-lm_eval.
+Local data lie in one folder as JSON lines: ``TASK.SPLIT.jsonl`` or ``TASK.jsonl``, with the columns of the hub data set, or in
+the flat form that is usual for copies of these sets (``choices`` is a list, ``label`` a number). Imports neither torch nor lm_eval.
 """
 
 from __future__ import annotations
@@ -21,19 +20,20 @@ from typing import Any
 
 from ptqbench.cell.spec import EvaluationSpec, nearest
 from ptqbench.data import hub
-from ptqbench.data.texts import embedded_folder
-from ptqbench.errors import ConfigError, DataNotHereError, unreadable
+from ptqbench.data.texts import content_of, embedded_folder
+from ptqbench.errors import ConfigError, DataNotHereError
 
 Row = dict[str, Any]
 TINY_QUESTIONS = "tiny_questions"
 UNPINNED = "hub:as lm-eval says"
 ACC, BOTH = ("acc",), ("acc", "acc_norm")
+"""Metrics of tasks that score given answers; a task with other metrics lets the model write."""
 LETTERS = "ABCDEFGHIJ"
 LOCAL_DATA = "evaluation.data_dir=FOLDER with {}.SPLIT.jsonl"
 
 
 def _letters(row: Row, question: str) -> Row:
-    """Turn ``choices: [...], label: 1`` into the columns of ARC and OpenBookQA on the hub; those are left alone."""
+    """Turn ``choices: [...], label: 1`` into the columns of ARC and OpenBookQA on the hub; rows that have them stay as they are."""
     if not isinstance(row.get("choices"), list):
         return row
     letters = list(LETTERS[: len(row["choices"])])
@@ -47,12 +47,12 @@ class Task:
 
     Attributes:
         folder: Folder of its definition under ``lm_eval/tasks``; None for the packaged set.
-        metrics: What it can be asked for; ``exact_match:FILTER`` where lm-eval filters generated text.
+        metrics: Its metrics; ``exact_match:FILTER`` where lm-eval filters generated text.
         repository: Hub data set.
-        revision: Pinned commit, or a branch where none is known: a cell then pins the commit that the branch names when it
-            is composed.
+        revision: Pinned commit, or a branch if no commit is known. A cell then pins the commit that the branch names when it is
+            composed.
         adapt: Turns a row in the flat form into one with the columns of the hub.
-        processed: Tells that rows went through the task's ``process_docs`` already.
+        processed: Whether a row has already been through ``process_docs`` of the task.
     """
 
     folder: str | None
@@ -114,14 +114,14 @@ def task_digests(spec: EvaluationSpec, commit_of: Callable[[str, str], str] = hu
 
     Args:
         spec: The tasks and where their data are.
-        commit_of: Says which commit a revision of a repository names.
+        commit_of: Maps a repository and a revision to a commit.
 
     Returns:
         Task -> identity; ``hub:as lm-eval says`` for a task that is not in the table.
 
     Raises:
-        ConfigError: As ``requested``; shots for a task that is not requested; a task without a file in ``data_dir``.
-        DataNotHereError: Neither the hub nor the hub cache says which commit the branch of a task names.
+        ConfigError: As ``requested``; or shots for a task that is not requested; or no file of a task in ``data_dir``.
+        DataNotHereError: Neither the hub nor the hub cache knows the commit of the branch of a task.
     """
     tasks = requested(spec.tasks)
     for task in spec.few_shot:
@@ -135,12 +135,17 @@ def task_digests(spec: EvaluationSpec, commit_of: Callable[[str, str], str] = hu
     return {task: task_digest(spec, task, commit_of) for task in tasks}
 
 
+def writes(tasks: tuple[str, ...]) -> bool:
+    """Whether the model writes text in a task, for which its ``generation_config.json`` counts."""
+    return any(metric not in BOTH for metrics in requested(tasks).values() for metric in metrics)
+
+
 def hub_commit(task: Task, identity: str | None) -> str:
-    """The commit to load a task at.
+    """Find the commit at which the data of a task are loaded.
 
     Args:
         task: A task of the table with data on the hub.
-        identity: What ``task_digests`` says of it; None if that was not asked yet, as in ``prefetch``.
+        identity: Its entry in ``task_digests``; None if there is none yet, as in ``prefetch``.
     """
     assert task.repository is not None
     return hub.pinned_commit(identity) or hub.commit_of(task.repository, task.revision)
@@ -170,14 +175,15 @@ def task_digest(spec: EvaluationSpec, task: str, commit_of: Callable[[str, str],
 
 
 def _known_digest(path: Path) -> str:
+    """The digest of a file of task data, computed once for each state of the file."""
     found = path.stat()
     return _checked_digest(path, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=1024)
 def _checked_digest(path: Path, *changed: int) -> str:
-    """Hash a file of task data that can be read."""
-    content = _content(path)
+    """Hash a file of task data, after a check that its rows can be read."""
+    content = content_of(path)
     _rows(path, content)
     return hashlib.sha256(content).hexdigest()
 
@@ -192,9 +198,9 @@ def local_rows(folder: Path, names: tuple[str, ...], split: str, subject: str | 
 
     Args:
         folder: ``evaluation.data_dir``.
-        names: Names that the file may go by, a task and the groups that it belongs to; the first that exists counts.
+        names: Possible names of the file: the task, then the groups that it belongs to. The first file that exists counts.
         split: ``validation``, ``test``, ``train`` or ``dev``. A file without a split in its name is never a training split.
-        subject: Of a file of the whole group, only rows with this ``subject``.
+        subject: From a file of a whole group only the rows with this ``subject`` are taken.
 
     Raises:
         ConfigError: A line that is not a JSON object.
@@ -203,16 +209,10 @@ def local_rows(folder: Path, names: tuple[str, ...], split: str, subject: str | 
         words = [f"{name}.{split}.jsonl"] + [f"{name}.jsonl"] * (split in ("validation", "test"))
         path = next((folder / word for word in words if (folder / word).is_file()), None)
         if path is not None:
-            rows = _rows(path, _content(path))
+            rows = _rows(path, content_of(path))
+            # The file of the task itself, or that of a group, which holds all its tasks.
             return rows if place == 0 else [row for row in rows if row.get("subject") == subject]
     return None
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise unreadable(error, f"{path} cannot be read") from error
 
 
 def _rows(path: Path, content: bytes) -> list[Row]:

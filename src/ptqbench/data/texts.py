@@ -1,8 +1,8 @@
 """Texts to calibrate on and to evaluate on. Imports neither torch nor transformers.
 
-A text is a list of documents plus the way they are joined. Where documents are *separated* (stories, say), each is
-tokenized by itself and opens with the model's BOS token if it has one; where they are *joined* (WikiText-2: by blank lines),
-the joined string is tokenized once. Both conventions give one long row of tokens to cut windows from.
+A text is a list of documents plus the way they are joined. *Separated* documents (such as stories) are tokenized one by one, and
+each opens with the BOS token of the model if it has one. *Joined* documents (WikiText-2: by blank lines) are tokenized as one
+string. Both conventions give one long row of tokens to cut windows from.
 """
 
 from __future__ import annotations
@@ -22,19 +22,15 @@ from ptqbench.data.hub_texts import HUB_TEXTS, Document, HubText, rows
 from ptqbench.errors import CalibrationError, ConfigError, DataNotHereError, unreadable
 
 EMBEDDED_SPLITS = ("calibration", "evaluation")
-
-
 DATASETS = ("tiny", "file", *HUB_TEXTS)
-
-
 MAX_CHARACTERS = 1 << 25
-"""Characters that are tokenized in one piece; a tokenizer takes about 140 bytes of memory for each."""
+"""Most characters that are tokenized in one piece. A tokenizer takes about 140 bytes of memory for each."""
 JSON_LINES = 'read JSON lines by their column "text" with dataset=c4 and path=FILE'
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Documents in order; ``join`` is the string that joins them before tokenization, None if each stands alone."""
+    """Documents in order. ``join`` is the string that joins them before tokenization; None if each is tokenized alone."""
 
     documents: tuple[str, ...]
     join: str | None
@@ -44,12 +40,11 @@ def load_text(spec: TextSpec) -> Text:
     """Read a text and keep its portion.
 
     Args:
-        spec: Data set, split or file, separator and portion. A portion counts documents where there are several,
-            characters of the single document otherwise. A hub data set is read at the commit in ``digest``; if there is no
-            digest yet, at the commit that the revision names now.
+        spec: Data set, split or file, separator and portion. A portion counts documents, or the characters of a single document.
+            A hub data set is read at the commit in ``digest``, or, without a digest, at the commit that the revision names now.
 
     Raises:
-        ConfigError: Unknown data set or split, a missing, unreadable or too long file, content other than ``digest`` says.
+        ConfigError: Unknown data set or split; a missing, unreadable or too long file; other content than ``digest`` says.
         CalibrationError: An empty portion.
         DataNotHereError: A hub data set is neither cached nor reachable.
     """
@@ -87,18 +82,20 @@ def check_options(spec: TextSpec, where: str) -> None:
 
 
 def check_text(spec: TextSpec) -> None:
-    """Read a text of this machine to see that it can be read and may fill a window; one of the hub is left alone.
+    """Check that a text on this machine can be read and may fill a window; texts of the hub are not read.
 
     Raises:
         ConfigError: As ``load_text``.
-        CalibrationError: As ``load_text``, or fewer bytes than a window has tokens.
+        CalibrationError: As ``load_text``, or the text has fewer bytes than a window has tokens.
     """
     if spec.dataset in HUB_TEXTS and spec.path is None:
         return
     documents, window = load_text(spec).documents, getattr(spec, "seq_len", 0)
-    # A token stands for one byte or more. Beside them, a document has a BOS token and the blank that some tokenizers put before it.
-    most = sum(len(document) for document in documents) + 2 * len(documents)
-    if most < window and (most := sum(len(document.encode()) for document in documents) + 2 * len(documents)) < window:
+    if sum(map(len, documents)) >= window:
+        return  # at least as many bytes, which need not be counted
+    # A token stands for one byte or more. A document also has a BOS token and the blank that some tokenizers put before it.
+    most = sum(len(document.encode()) + 2 for document in documents)
+    if most < window:
         raise CalibrationError(
             f"{_name(spec)} has at most {most} tokens, expected at least one window of seq_len={window}: give a longer text, or a "
             f"smaller seq_len"
@@ -106,16 +103,14 @@ def check_text(spec: TextSpec) -> None:
 
 
 def documents_of(spec: TextSpec) -> list[Document]:
-    """Read the documents of a portion, and where they lie in the content.
+    """Read the documents of a portion, with their places in the content.
 
     Raises:
-        ConfigError: As ``load_text``.
-        CalibrationError: As ``load_text``.
-        DataNotHereError: As ``load_text``.
+        ConfigError, CalibrationError, DataNotHereError: As ``load_text``.
     """
     known = HUB_TEXTS.get(spec.dataset)
     path = _hub_file(spec, known) if known is not None and spec.path is None else _local_path(spec)
-    content = _content(path)
+    content = _text_content(path)
     if not hub.is_identity(spec.digest) and spec.digest not in (None, _digest(content)):
         raise ConfigError(
             f"{_name(spec)} has changed since this cell was composed: expected the content {spec.digest}, found {_digest(content)}"
@@ -123,12 +118,21 @@ def documents_of(spec: TextSpec) -> list[Document]:
     return _portion(_prose(path, content, spec.separator) if known is None else rows(path, content, known), spec)
 
 
-def _content(path: Path) -> bytes:
-    """The bytes of a file, without the byte order mark that some editors put before UTF-8."""
+def content_of(path: Path, what: str = "") -> bytes:
+    """Read the bytes of a file that a user named.
+
+    Raises:
+        ConfigError, StorageError: It cannot be read; the message begins with ``what``.
+    """
     try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        return path.read_bytes()
     except OSError as error:
-        raise unreadable(error, f"text file {path} cannot be read") from error
+        raise unreadable(error, f"{what}{path} cannot be read") from error
+
+
+def _text_content(path: Path) -> bytes:
+    """The bytes of a text file, without the byte order mark that some editors put before UTF-8."""
+    return content_of(path, "text file ").removeprefix(codecs.BOM_UTF8)
 
 
 def _digest(content: bytes) -> str:
@@ -140,7 +144,7 @@ def _name(spec: TextSpec) -> str:
 
 
 def _prose(path: Path, content: bytes, separator: str | None) -> list[Document]:
-    """Split plain text into its documents, without the spaces around them; one document without a separator."""
+    """Split plain text into documents without the white space around them; without a separator it is one document."""
     for start, kind in ((b"\x1f\x8b", "gzip"), (b"PAR1", "Parquet")):
         if content.startswith(start):
             raise ConfigError(f"text file {path} is a {kind} file, expected plain UTF-8 text; {JSON_LINES}")
@@ -174,15 +178,15 @@ def _is_json(line: str) -> bool:
 
 
 def text_digest(spec: TextSpec, commit_of: Callable[[str, str], str] = hub.commit_of) -> str:
-    """Identify the content of a text without loading it into windows: a file hash, or a commit of the hub.
+    """Identify the content of a text: the hash of a file, or a commit of the hub.
 
     Args:
         spec: The text.
-        commit_of: Says which commit a revision of a repository names.
+        commit_of: Maps a repository and a revision to a commit.
 
     Raises:
         ConfigError: As ``load_text``.
-        DataNotHereError: The revision is a branch or tag, and neither the hub nor the hub cache says which commit it is.
+        DataNotHereError: The revision is a branch or tag, and neither the hub nor the hub cache knows its commit.
     """
     if spec.dataset in HUB_TEXTS and spec.path is None:
         known = HUB_TEXTS[spec.dataset]
@@ -190,7 +194,7 @@ def text_digest(spec: TextSpec, commit_of: Callable[[str, str], str] = hub.commi
             return hub.digest(known.repository, commit_of(known.repository, spec.revision or known.revision))
         except DataNotHereError as error:
             raise _not_here(spec, error) from None
-    return _digest(_content(_local_path(spec)))
+    return _digest(_text_content(_local_path(spec)))
 
 
 def embedded_folder() -> Path:

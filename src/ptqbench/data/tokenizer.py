@@ -1,12 +1,15 @@
-"""The tokenizer of a checkpoint, with the token ids that its ``tokenizer.json`` says."""
+"""The tokenizer of a checkpoint, checked against the token ids of its ``tokenizer.json``."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ptqbench.errors import ConfigError
+from ptqbench.errors import ConfigError, first_line
+
+T = TypeVar("T")
 
 SAMPLE = (
     "Once upon a time, there was a little girl who didn't like 3.14159 or 1,024 apples; she'd say: \"No!\"\n\n"
@@ -14,14 +17,14 @@ SAMPLE = (
     "Größe, naïve façade, Ελληνικά, Русский язык, 你好，世界。こんにちは 안녕하세요 مرحبا שלום हिन्दी "
     "\u00e9 e\u0301 ﬁ ½ ™ … – — “quoted” ‘so’ 😀 👩‍👩‍👧 \u00a0\u200b\u3000 END_of CamelCase HTTPServer2 aaaaaaaa ........ \n\n\n x"
 )
-"""What tokenizers divide in different ways: quotes, digits, spaces, line ends, code, scripts, composed characters, emoji."""
+"""Text that tokenizers divide in different ways: quotes, digits, spaces, line ends, code, scripts, composed characters, emoji."""
 
 
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a checkpoint folder.
 
-    transformers builds the tokenizers of some classes from the vocabulary alone. If these give other ids for ``SAMPLE`` than
-    ``tokenizer.json``, the tokenizer is made from ``tokenizer.json``, and the log says so.
+    transformers builds the tokenizers of some classes from the vocabulary alone. If such a tokenizer gives other ids for ``SAMPLE``
+    than ``tokenizer.json``, the tokenizer is made from ``tokenizer.json``, and the log says so.
 
     Raises:
         ConfigError: It cannot be read, or does not follow its own ``tokenizer.json``.
@@ -32,15 +35,16 @@ def load_tokenizer(folder: Path) -> Any:
     their_logging.set_verbosity_error()
     file = folder / "tokenizer.json"
     if not file.is_file():
-        return _loaded(AutoTokenizer, folder)
-    expected = _ids_of_file(file)
+        return _read(folder, lambda: AutoTokenizer.from_pretrained(folder))
+    expected = _read(folder, lambda: _ids_of_file(file))
+    found: Any = None
     try:
-        found = _loaded(AutoTokenizer, folder)
-    except ConfigError:  # the class that the configuration names may be unable to read a file that is sound
-        found = None
-    if found is not None and _ids(found) == expected:
-        return found
-    plain = _loaded(PreTrainedTokenizerFast, folder)
+        found = _read(folder, lambda: AutoTokenizer.from_pretrained(folder))
+        if _read(folder, lambda: _ids(found)) == expected:
+            return found
+    except ConfigError:  # the class that the configuration names may be unable to read or use a sound file
+        pass
+    plain = _read(folder, lambda: PreTrainedTokenizerFast.from_pretrained(folder))
     if _ids(plain) != expected:
         raise ConfigError(
             f"the tokenizer in {folder} gives other token ids than its tokenizer.json; expected the same ids: restore the "
@@ -54,27 +58,27 @@ def load_tokenizer(folder: Path) -> Any:
     return plain
 
 
-def _loaded(loader: Any, folder: Path) -> Any:
+def _read(folder: Path, look: Callable[[], T]) -> T:
+    """Call a function that reads or uses the tokenizer of a folder; its errors become one line.
+
+    Raises:
+        ConfigError: It fails in any way.
+    """
     try:
-        return loader.from_pretrained(folder)
+        return look()
     except Exception as error:  # tokenizers reports a damaged file by a bare Exception
-        raise ConfigError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from None
+        raise ConfigError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from None
 
 
 def _ids_of_file(file: Path) -> list[int]:
     from tokenizers import Tokenizer
 
-    try:
-        found: list[int] = Tokenizer.from_file(str(file)).encode(SAMPLE, add_special_tokens=False).ids
-    except Exception as error:  # as above
-        raise ConfigError(f"the tokenizer in {file.parent} cannot be read: {_first_line(error)}") from None
-    return found
+    tokenizer = Tokenizer.from_file(str(file))
+    # Settings of a training run that may be saved with it; transformers sets its own for every call.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return list(tokenizer.encode(SAMPLE, add_special_tokens=False).ids)
 
 
 def _ids(tokenizer: Any) -> list[int]:
     return list(tokenizer(SAMPLE, add_special_tokens=False, verbose=False).input_ids)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -1,7 +1,7 @@
-"""Calibration windows that somebody else drew: token ids from a file. Imports torch only to read ``.pt``.
+"""Calibration windows drawn by another code: token ids from a file. Imports torch only to read ``.pt``.
 
-Codes of the GPTQ family leave their loader of samples as ``torch.save([(inputs, targets), ...])`` with ``inputs`` (1, seq_len), or
-as one tensor. A cell is identified by the ids, whatever the format and the place of the file.
+Codes of the GPTQ family save their samples as ``torch.save([(inputs, targets), ...])`` with ``inputs`` (1, seq_len), or as one
+tensor. A cell is identified by the token ids, whatever the format and the place of the file.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
     import numpy
 
 WINDOWS = "windows"
-"""Data set of a calibration whose windows come from a file."""
+"""Name of the data set of a calibration whose windows come from a file."""
 NAMES = ("input_ids", "windows")
+"""Keys of the token ids in a file of several tensors."""
 
 
 def pin_windows(spec: CalibrationSpec) -> CalibrationSpec:
-    """Describe a calibration by the windows in its file.
+    """Identify a calibration by the windows in its file.
 
     Args:
         spec: A calibration with ``windows``.
 
     Returns:
-        The same file with the digest of its token ids, and with its number of windows and their length.
+        A calibration with that file, the digest of its token ids, its number of windows and their length.
 
     Raises:
         ConfigError: As ``read_windows``.
@@ -55,7 +56,7 @@ def read_windows(given: str) -> numpy.ndarray[Any, Any]:
             file of one tensor or with ``input_ids``, a ``.npy`` file, or a ``.json`` file of a list of lists.
 
     Raises:
-        ConfigError: The file is missing or unreadable, or holds anything but equally long windows of token ids.
+        ConfigError: The file is missing or unreadable, or holds something else than equally long windows of token ids.
     """
     import numpy
 
@@ -66,7 +67,7 @@ def read_windows(given: str) -> numpy.ndarray[Any, Any]:
         raise ConfigError(f"calibration.windows={given!r}: no such file (looked in {Path.cwd()})")
     try:
         found = numpy.asarray(_stacked(READERS[path.suffix](path)))
-    except Exception as error:  # every reader raises many types for one fact
+    except Exception as error:  # the readers raise many types for one fact
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(f"calibration.windows={given!r} cannot be read as windows of token ids: {reason}") from None
     if found.ndim == 3 and found.shape[1] == 1:
@@ -80,7 +81,7 @@ def read_windows(given: str) -> numpy.ndarray[Any, Any]:
 
 
 def _stacked(data: Any) -> Any:
-    """Bring what was saved to one array: of pairs the inputs, of a mapping the token ids."""
+    """Turn saved data into one array: the inputs of pairs, the token ids of a mapping."""
     if isinstance(data, dict):
         name = next((name for name in NAMES if name in data), None)
         if name is None and len(data) != 1:

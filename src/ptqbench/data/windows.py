@@ -1,6 +1,6 @@
-"""From text to windows of tokens: (n_windows, seq_len) int64.
+"""From text to windows of tokens, (n_windows, seq_len) int64.
 
-Calibration draws windows at random (seeded); evaluation follows a named protocol (``data.protocols``).
+Calibration draws windows at random, with the seed of the cell. Evaluation follows a named protocol (``data.protocols``).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +21,22 @@ from ptqbench.data.window_files import read_windows, windows_digest
 from ptqbench.errors import CalibrationError, ConfigError
 
 BATCH_CHARACTERS = 1 << 20
-"""Documents are tokenized together until they have so many characters, which bounds the memory."""
+"""Documents are tokenized in batches of at most so many characters, or one longer document, which bounds the memory."""
 
 
 def tokenize(text: Text, tokenizer: Any, vocab_size: int) -> Iterator[list[int]]:
     """Turn a text into rows of token ids: one per document, or a single one if the documents are joined.
 
     Raises:
-        CalibrationError: The tokenizer yields ids the model has no embedding for.
+        CalibrationError: The tokenizer yields ids that the model has no embedding for.
     """
+    # Joined: one string, with the special tokens that the tokenizer adds.
     if text.join is not None:
         joined = [tokenizer(text.join.join(text.documents), verbose=False).input_ids]
         _check(joined, vocab_size)
         yield from joined
         return
+    # Separated: every document opens with BOS if there is one, whatever the tokenizer adds.
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for batch in _batches(text.documents):
         encoded = tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
@@ -57,8 +59,8 @@ def _batches(documents: tuple[str, ...]) -> Iterator[list[str]]:
 
 
 def _row(text: Text, tokenizer: Any, vocab_size: int) -> Tensor:
-    """All tokens of a text one after another, (n_tokens,) int64, each kept in eight bytes while they are collected."""
-    row = array("q")
+    """All tokens of a text one after another, (n_tokens,) int64."""
+    row = array("q")  # eight bytes per token, where a list would take more
     for ids in tokenize(text, tokenizer, vocab_size):
         row.extend(ids)
     return torch.frombuffer(row, dtype=torch.int64) if row else torch.zeros(0, dtype=torch.int64)
@@ -76,9 +78,9 @@ def calibration_windows(spec: CalibrationSpec, tokenizer: Any, vocab_size: int, 
     """Draw calibration windows.
 
     Args:
-        spec: ``windows`` names a file, whose first ``n_samples`` windows are taken. ``joined_random`` draws start positions
-            uniformly over the whole row of tokens; ``document_random`` draws a document until it is longer than ``seq_len``,
-            then a crop of it (the C4 protocol of the GPTQ code).
+        spec: If ``windows`` names a file, its first ``n_samples`` windows are taken. ``joined_random`` draws start positions
+            uniformly over the whole row of tokens. ``document_random`` draws documents until one is longer than ``seq_len``, then
+            a crop of it (the C4 protocol of the GPTQ code).
         tokenizer: The model's tokenizer.
         vocab_size: Rows of the model's embedding.
         seed: Seed of the cell.
@@ -87,7 +89,7 @@ def calibration_windows(spec: CalibrationSpec, tokenizer: Any, vocab_size: int, 
         (n_samples, seq_len) int64.
 
     Raises:
-        CalibrationError: The text is shorter than one window, or no document is long enough; the file has fewer windows, or
+        CalibrationError: The text is shorter than one window, no document is long enough, or the file has fewer windows or
             token ids that the model does not have.
         ConfigError: The file of windows has changed since the cell was composed.
     """
@@ -95,8 +97,13 @@ def calibration_windows(spec: CalibrationSpec, tokenizer: Any, vocab_size: int, 
         return _given_windows(spec, vocab_size)
     text, rng = load_text(spec), _rng(seed, "calibration")
     if spec.sampling == "document_random":
-        crops = [_document_crop(text, spec.seq_len, tokenizer, vocab_size, rng) for _ in range(spec.n_samples)]
-        return torch.tensor(crops, dtype=torch.int64)
+        return _crops(
+            (spec.n_samples, spec.seq_len),
+            text.documents,
+            encode=lambda document: next(tokenize(Text((document,), None), tokenizer, vocab_size)),
+            draw=lambda n: _below(rng, n),
+            advice="; use calibration.sampling=joined_random",
+        )
     row = _row(text, tokenizer, vocab_size)
     if len(row) <= spec.seq_len:
         raise CalibrationError(
@@ -125,23 +132,35 @@ def _given_windows(spec: CalibrationSpec, vocab_size: int) -> Tensor:
     return torch.from_numpy(ids[: spec.n_samples].astype("int64"))
 
 
-def _document_crop(text: Text, seq_len: int, tokenizer: Any, vocab_size: int, rng: random.Random) -> list[int]:
-    for _ in range(MAX_DRAWS):
-        document = text.documents[_below(rng, len(text.documents))]
-        row = next(tokenize(Text((document,), None), tokenizer, vocab_size))
-        if len(row) > seq_len:
-            start = _below(rng, len(row) - seq_len)
-            return row[start : start + seq_len]
-    raise CalibrationError(
-        f"no document of more than {seq_len} tokens in {MAX_DRAWS} draws; use calibration.sampling=joined_random"
-    )
+def _crops(
+    shape: tuple[int, int],
+    documents: tuple[str, ...],
+    encode: Callable[[str], list[int]],
+    draw: Callable[[int], int],
+    advice: str,
+) -> Tensor:
+    """Crop windows (n_windows, seq_len) from documents, each from the first drawn document that is longer than ``seq_len``.
+
+    ``draw(n)`` gives an integer below n; documents are drawn with replacement. Deviation: the GPTQ code also accepts a document of
+    exactly ``seq_len`` tokens and then fails in ``randint``. Here another document is drawn.
+    """
+    n_windows, seq_len = shape
+    windows = []
+    for _ in range(n_windows):
+        rows = (encode(documents[draw(len(documents))]) for _ in range(MAX_DRAWS))
+        row = next((row for row in rows if len(row) > seq_len), None)
+        if row is None:
+            raise CalibrationError(f"no document of more than {seq_len} tokens in {MAX_DRAWS} draws{advice}")
+        start = draw(len(row) - seq_len)
+        windows.append(row[start : start + seq_len])
+    return torch.tensor(windows, dtype=torch.int64)
 
 
 def evaluation_windows(spec: PerplexitySpec, tokenizer: Any, vocab_size: int) -> Tensor:
     """Cut a text into windows (n_windows, seq_len) int64 as its protocol says.
 
     Args:
-        spec: Text, protocol (that of its data set by default) and window length.
+        spec: Text, protocol (by default that of its data set) and window length.
         tokenizer: The model's tokenizer.
         vocab_size: Rows of the model's embedding.
 
@@ -152,7 +171,16 @@ def evaluation_windows(spec: PerplexitySpec, tokenizer: Any, vocab_size: int) ->
     protocol, text = PROTOCOLS[str(spec.protocol)], load_text(spec)
     documents = text.documents[: protocol.first_documents]
     if protocol.sampled:
-        return _sampled_windows(documents, spec.seq_len, protocol.max_windows or 0, tokenizer, vocab_size)
+        rng = random.Random(0)  # the seed and the draws of GPTQ's get_c4
+        windows = _crops(
+            (protocol.max_windows or 0, spec.seq_len),
+            documents,
+            encode=lambda document: tokenizer(document, verbose=False).input_ids,
+            draw=lambda n: rng.randint(0, n - 1),
+            advice=" of the evaluation text",
+        )
+        _check(windows.tolist(), vocab_size)
+        return windows
     tokens = _row(Text(documents, protocol.join), tokenizer, vocab_size)
     n_windows = len(tokens) // spec.seq_len
     if n_windows == 0:
@@ -163,32 +191,8 @@ def evaluation_windows(spec: PerplexitySpec, tokenizer: Any, vocab_size: int) ->
     return windows[: protocol.max_windows]
 
 
-def _sampled_windows(
-    documents: tuple[str, ...], seq_len: int, n_windows: int, tokenizer: Any, vocab_size: int
-) -> Tensor:
-    """Crop windows from documents drawn with replacement until one is longer than ``seq_len`` (GPTQ's ``get_c4``, seed 0).
-
-    Deviation: the GPTQ code also accepts a document of exactly ``seq_len`` tokens and then fails in ``randint``; here it is
-    drawn again.
-    """
-    rng, windows = random.Random(0), []
-    for _ in range(n_windows):
-        for _ in range(MAX_DRAWS):
-            row = tokenizer(documents[rng.randint(0, len(documents) - 1)], verbose=False).input_ids
-            if len(row) > seq_len:
-                break
-        else:
-            raise CalibrationError(
-                f"no document of more than {seq_len} tokens in {MAX_DRAWS} draws of the evaluation text"
-            )
-        start = rng.randint(0, len(row) - seq_len - 1)
-        windows.append(list(row[start : start + seq_len]))
-    _check(windows, vocab_size)
-    return torch.tensor(windows, dtype=torch.int64)
-
-
 def _rng(seed: int, name: str) -> random.Random:
-    """Derive an independent stream from (seed, name); only ``random()`` is used, which no Python version may change."""
+    """Derive an independent stream from (seed, name). Only its ``random()`` is used, which no version of Python may change."""
     return random.Random(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big"))
 
 

@@ -22,13 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ptqbench.errors import ConfigError, NumericalError
+from ptqbench.engine.blocks_on_disk import metadata_of
+from ptqbench.errors import NumericalError
 from ptqbench.methods.basis import FoldedBasis
 from ptqbench.methods.eigenbases import COLUMNS_OF, FACTS, diagonalised, eigenbases, facts
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.capture import BlockMoments, read_moments
 from ptqbench.models.stages import Positions, forward
-from ptqbench.runs.files import is_readable, replacing
+from ptqbench.runs.files import replacing
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -62,17 +63,7 @@ class StoredBases(Mapping[str, Tensor]):
             ConfigError: The file belongs to something else.
             StorageError: The file cannot be read now.
         """
-        path = self._path(part)
-        if not is_readable(path):
-            return False
-        try:
-            with safe_open(path, framework="pt") as stored:
-                owner = (stored.metadata() or {}).get("identity")
-        except SafetensorError:
-            return False
-        if owner != self.identity:
-            raise ConfigError(f"{path} belongs to {owner}, not {self.identity}; remove the folder to start anew")
-        return True
+        return metadata_of(self._path(part), "identity", self.identity) is not None
 
     def save(self, part: str, bases: Mapping[str, Tensor]) -> None:
         """Write a part."""
@@ -196,7 +187,7 @@ def compute_bases(
     return computation.stored
 
 
-def missing_parts(transform: Any, n_blocks: int, stored: StoredBases) -> list[str]:
+def missing_parts(transform: Subspace, n_blocks: int, stored: StoredBases) -> list[str]:
     """Name the parts of a transform's eigenbases that are not stored: indices of blocks, and ``shared``."""
     parts = [str(index) for index in range(n_blocks)] + [SHARED] * (transform.granularity == "full_shared")
     return [part for part in parts if not stored.has(part)]
@@ -220,7 +211,7 @@ def recorded_facts(stored: StoredBases) -> dict[str, Any]:
 
 
 def left_at_identity(said: Mapping[str, Any], index: int) -> dict[str, str]:
-    """Say which bases of a block are the identity because their moment is zero.
+    """Say which bases of a block are the identity because what they diagonalise is zero.
 
     Args:
         said: What `recorded_facts` returned.
@@ -235,7 +226,9 @@ def left_at_identity(said: Mapping[str, Any], index: int) -> dict[str, str]:
             heads = its.get("identity", [])
             which = f" of head {', '.join(map(str, heads))}" if name in ("value", "key") else ""
             for linear in COLUMNS_OF[name] if heads else ():
-                remarks.setdefault(linear, []).append(f"{name} basis{which} is the identity: its moment is zero")
+                remarks.setdefault(linear, []).append(
+                    f"{name} basis{which} is the identity: what it diagonalises is zero"
+                )
     return {linear: "; ".join(found) for linear, found in remarks.items()}
 
 

@@ -1,4 +1,4 @@
-"""Finished blocks on disk: the integer codes, scales and reports of one decoder block each.
+"""Finished blocks on disk: the integer codes, scales and layer records of one decoder block each.
 
 A block's file is written under a temporary name and renamed, so that its existence means the block is finished. The weights
 that the model runs with are always rebuilt from the stored codes, in the run that made them and after a resume alike.
@@ -38,6 +38,32 @@ def stored_parts(results: Mapping[str, LinearResult]) -> dict[str, Tensor]:
     return {f"{name}.{part}": getattr(result, part) for name, result in rounded.items() for part in PARTS}
 
 
+def metadata_of(path: Path, key: str, owner: str) -> dict[str, str] | None:
+    """Read the metadata of a safetensors file; None where the file is absent or damaged.
+
+    Args:
+        path: The file.
+        key: Entry that names whom the file belongs to.
+        owner: Whom it must belong to.
+
+    Raises:
+        ConfigError: It belongs to something else.
+        StorageError: It cannot be read now.
+    """
+    if not is_readable(path):
+        return None
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata: dict[str, str] = stored.metadata() or {}
+    except SafetensorError as error:
+        if errno_of(error) is not None:
+            raise StorageError(f"{path} cannot be read: {error}") from error
+        return None
+    if metadata.get(key) != owner:
+        raise ConfigError(f"{path} belongs to {metadata.get(key)}, not {owner}; remove the folder to start anew")
+    return metadata
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockState:
     """The finished blocks of one cell.
@@ -58,27 +84,13 @@ class BlockState:
         return self._metadata(index) is not None
 
     def _metadata(self, index: int) -> dict[str, str] | None:
-        path = self._path(index)
-        if not is_readable(path):
-            return None
-        try:
-            with safe_open(path, framework="pt") as stored:
-                metadata: dict[str, str] = stored.metadata() or {}
-        except SafetensorError as error:
-            if errno_of(error) is not None:
-                raise StorageError(f"{path} cannot be read: {error}") from error
-            return None
-        if metadata.get("run_id") != self.run_id:
-            raise ConfigError(
-                f"{path} belongs to cell {metadata.get('run_id')}, not {self.run_id}; remove the folder to start anew"
-            )
-        return metadata
+        return metadata_of(self._path(index), "run_id", self.run_id)
 
-    def save(self, index: int, parts: dict[str, Tensor], reports: list[dict[str, Any]]) -> None:
+    def save(self, index: int, parts: dict[str, Tensor], layer_records: list[dict[str, Any]]) -> None:
         """Write a block: the ``stored_parts`` of its rounded linears, and their layer records."""
         tensors = {name: part.cpu().clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
         with replacing(self._path(index)) as temporary:
-            save_file(tensors, temporary, metadata={"run_id": self.run_id, "reports": json.dumps(reports)})
+            save_file(tensors, temporary, metadata={"run_id": self.run_id, "reports": json.dumps(layer_records)})
 
     def overlay(self, index: int, block: nn.Module) -> None:
         """Put the quantized weights of a finished block into a loaded decoder block."""
@@ -90,7 +102,7 @@ class BlockState:
                 old: Tensor = linear.weight  # type: ignore[assignment]
                 linear.weight = nn.Parameter(stored_weight(*parts).to(old.device, old.dtype), requires_grad=False)
 
-    def reports(self, n_blocks: int) -> list[dict[str, Any]]:
+    def layer_records(self, n_blocks: int) -> list[dict[str, Any]]:
         """Read the layer records of all finished blocks, in order."""
         rows: list[dict[str, Any]] = []
         for index in range(n_blocks):

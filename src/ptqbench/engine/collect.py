@@ -54,6 +54,7 @@ def untouched_copy(block: nn.Module) -> nn.Module:
 
     Sharing is safe because rounding replaces the weights of a block and never writes into them.
     """
+    # deepcopy takes what the memo holds as its own copy: parameters, buffers and the configuration.
     configs = (module.config for module in block.modules() if hasattr(module, "config"))
     shared: tuple[Any, ...] = (*block.parameters(), *block.buffers(), *configs)
     reference = copy.deepcopy(block, {id(value): value for value in shared})
@@ -95,7 +96,7 @@ class Lockstep:
             self.reference = staged(reference_block, reference_hidden, positions, park)
 
     def park(self) -> None:
-        """Move the window to its waiting place; call this after its stage input has been read."""
+        """Move the window to where it waits; call this after its stage input has been read."""
         if self._parks:
             next(self.quantized)
             if self.reference is not None:
@@ -179,6 +180,7 @@ class Collector:
             CalibrationError: Nothing was added.
             NumericalError: A sum holds NaN or infinity.
         """
+        # The unweighted moment is there at every stage; the others as far as they were collected.
         weighted = cross = residual = None
         if self._compared is not None:
             weighted, cross, residual = self._compared.means()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ptqbench.cell.registry import create
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.methods.base import REFERENCE, Statistic
+from ptqbench.methods.subspace import Subspace
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -40,7 +41,7 @@ class Work:
 
 
 def work(spec: RunSpec, architecture: Architecture, evaluated: Mapping[str, int]) -> Work:
-    """Count the work of a cell, zero-shot tasks left out.
+    """Count the work of a cell, without zero-shot tasks.
 
     Args:
         spec: The cell.
@@ -48,8 +49,9 @@ def work(spec: RunSpec, architecture: Architecture, evaluated: Mapping[str, int]
         evaluated: Tokens of every text, by its label.
 
     Returns:
-        Kinds of work that the cell does not do are left out.
+        Its operations and tokens; kinds of work that the cell does not do are left out.
     """
+    # Calibration and eigenbases, where the cell has them.
     flop: dict[str, float] = {}
     n_tokens = {"evaluation": sum(evaluated.values())}
     if spec.calibrates and spec.calibration is not None:
@@ -58,9 +60,10 @@ def work(spec: RunSpec, architecture: Architecture, evaluated: Mapping[str, int]
             n_tokens["calibration"] = spec.calibration.n_samples * length
             flop |= _calibration(spec, architecture, n_tokens["calibration"], length)
         transform = create("transform", spec.method.transform)
-        if transform.needs_statistics:
+        if isinstance(transform, Subspace):
             n_tokens["bases"] = transform.n_samples * length
             flop["bases"] = _bases(architecture, n_tokens["bases"], length)
+    # Evaluation: one pass, and the output projection for every token.
     head = 2.0 * architecture.vocab_size * architecture.hidden_size
     flop["perplexity"] = sum(
         _forward(architecture, tokens, spec.evaluation.texts[label].seq_len) + head * tokens
@@ -78,20 +81,21 @@ def _forward(architecture: Architecture, tokens: int, length: int) -> float:
 def _calibration(spec: RunSpec, architecture: Architecture, tokens: int, length: int) -> dict[str, float]:
     members = {role: create(role, getattr(spec.method, role)) for role in ("target", "solver", "refine")}
     needed = frozenset().union(*(member.needs for member in members.values()))
+    # Per distinct input of width w: its moments (symmetric ones count half), the errors of the record, the factorisation.
     one_pass = _forward(architecture, tokens, length)
     moment = round_ = report = 0.0
     for width, rows in _inputs(architecture):
         adds = rows == architecture.hidden_size
-        moment += tokens * width**2
+        moment += tokens * width**2  # X_q^T X_q, symmetric
         if Statistic.CROSS_MOMENT in needed:
-            moment += tokens * 2.0 * width**2
+            moment += tokens * 2.0 * width**2  # X_q^T (X - X_q)
         if Statistic.TOKEN_WEIGHTS in needed and adds:
-            moment += tokens * width**2
+            moment += tokens * width**2  # the weighted moment beside the plain one
         if Statistic.RESIDUAL_MOMENT in needed and adds:
-            moment += tokens * 2.0 * width * architecture.hidden_size
-        report += 2.0 * rows * width**2
+            moment += tokens * 2.0 * width * architecture.hidden_size  # X_q^T (R - R_q)
+        report += 2.0 * rows * width**2  # trace(E H E^T) of the error and of the weight, each over one triangle of H
         if Statistic.SECOND_MOMENT in members["solver"].needs:
-            round_ += 2 / 3 * width**3 + rows * width**2
+            round_ += 2 / 3 * width**3 + rows * width**2  # Cholesky and inverse; updates of all later columns
     blocks = architecture.n_blocks
     rounds = spec.bitwidth.w_bits < UNTOUCHED_BITS
     return {

@@ -12,7 +12,8 @@ the loss is float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +32,23 @@ from ptqbench.numerics.rtn import round_to_nearest
 
 if TYPE_CHECKING:
     from ptqbench.models.fuse import Basis
+    from ptqbench.numerics.grid import Grid
 
 Rotations = dict[str, Tensor]
 
 
 @contextmanager
-def opened(model: BlockwiseModel, seq_len: int, quantize_weights: bool) -> Iterator[Network]:
-    """Hold what all steps share: positions, the norm-folded embedding and head, and one block that runs any block's weights."""
+def opened(model: BlockwiseModel, seq_len: int, grids: Mapping[str, Grid] | None = None) -> Iterator[Network]:
+    """Hold what all steps share: positions, the norm-folded embedding and head, and one block that runs any block's weights.
+
+    Args:
+        model: The checkpoint.
+        seq_len: Tokens per window.
+        grids: Linears that the loss rounds to nearest -> their grids; none of them where weights are left alone.
+    """
     folded = model.reopened(FoldedBasis())
     with folded.block(0) as block, folded.head() as head:
-        yield Network(model, folded, block, head, folded.positions(seq_len), quantize_weights)
+        yield Network(model, folded, block, head, folded.positions(seq_len), grids or {})
 
 
 def _repeatable_attention(device: torch.device) -> AbstractContextManager[Any]:
@@ -48,20 +56,25 @@ def _repeatable_attention(device: torch.device) -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
+@dataclasses.dataclass(frozen=True)
 class Network:
-    """The loss of the network in a basis, and its gradient, block by block."""
+    """The loss of the network in a basis, and its gradient, block by block.
 
-    def __init__(
-        self,
-        model: BlockwiseModel,
-        folded: BlockwiseModel,
-        block: nn.Module,
-        head: Callable[[Tensor], Tensor],
-        positions: Positions,
-        quantize_weights: bool,
-    ) -> None:
-        self.model, self.folded, self.block, self.head = model, folded, block, head
-        self.positions, self.quantize_weights = positions, quantize_weights
+    Attributes:
+        model: The checkpoint, whose tensors are fused with the rotations.
+        folded: The same with norms folded; gives embedding and head.
+        block: A decoder block of the installed class, whose weights are replaced in every call.
+        head: Final norm and output projection.
+        positions: RoPE tables and mask.
+        grids: Linears that the loss rounds to nearest -> their grids.
+    """
+
+    model: BlockwiseModel
+    folded: BlockwiseModel
+    block: nn.Module
+    head: Callable[[Tensor], Tensor]
+    positions: Positions
+    grids: Mapping[str, Grid]
 
     def gradients(
         self, build: Callable[[Rotations], Basis], rotations: Rotations, windows: Tensor
@@ -82,12 +95,14 @@ class Network:
         return total, {name: value / len(windows) for name, value in sums.items()}
 
     def _add(self, build: Callable[[Rotations], Basis], rotations: Rotations, window: Tensor, sums: Rotations) -> float:
+        # The rotations as leaves of the graphs of all parts.
         leaves = {name: value.detach().requires_grad_() for name, value in rotations.items()}
         entering = [self.folded.embed(window).to(self.model.device)]
         # Forward: keep only the stream that enters each part; part -1 is the embedding.
         with torch.no_grad():
             for index in range(-1, self.model.n_blocks):
                 entering.append(self._part(build(leaves), index, entering[-1]))
+        # The loss, from the stream behind the last block.
         stream = entering.pop().requires_grad_()
         loss = self._loss(build(leaves), stream, window.to(self.model.device))
         if not bool(torch.isfinite(loss)):
@@ -107,6 +122,7 @@ class Network:
     ) -> Tensor | None:
         """Add the contribution of a part to the gradients of the rotations. Returns the gradient of its input."""
         wanted = [*leaves.values(), *([stream] if stream.requires_grad else [])]
+        # sum_R += (d leaving / dR)^T dL / d(leaving); a part need not depend on every rotation.
         found = torch.autograd.grad(leaving, wanted, flowing, allow_unused=True)
         for name, gradient in zip(leaves, found, strict=False):
             if gradient is not None:
@@ -124,8 +140,10 @@ class Network:
             name: tensor.to(self.model.dtype)
             for name, tensor in basis.block(self.model.tensors(index), index).items()
         }  # fmt: skip
-        if self.quantize_weights:
-            weights |= self._rounded(basis, weights)
+        # Round the linears to nearest; the gradient passes straight through.
+        for linear, grid in self.grids.items():
+            name = f"{linear}.weight"
+            weights[name] = straight_through(weights[name], round_to_nearest(weights[name].detach(), grid).dequantized)
         # Run the installed block with these weights and its quantizers on.
         install(self.block, basis.plan(index) or BlockPlan())
         placed = {"attention_mask": self.positions.mask, "position_embeddings": self.positions.rope}
@@ -133,16 +151,6 @@ class Network:
             output = torch.func.functional_call(self.block, weights, (stream,), placed)
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
-
-    def _rounded(self, basis: Any, weights: Rotations) -> Rotations:
-        """Round the linears of a block to nearest; the gradient passes straight through."""
-        grids = {
-            f"{name}.weight": basis.precision.weight_grid(name) for name in self.model.architecture.linear_shapes()
-        }
-        return {
-            name: straight_through(weights[name], round_to_nearest(weights[name].detach(), grid).dequantized)
-            for name, grid in grids.items()
-        }
 
     def _loss(self, basis: Basis, stream: Tensor, window: Tensor) -> Tensor:
         """Return the mean loss per predicted token, float32 or float64."""

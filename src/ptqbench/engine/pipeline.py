@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ptqbench.engine.blocks_on_disk import BlockState, stored_parts
 from ptqbench.engine.collect import Collector, Lockstep, Wanted, untouched_copy
-from ptqbench.engine.rounding import Method, report, round_stage
+from ptqbench.engine.rounding import Method, layer_record, round_stage
 from ptqbench.engine.timings import Timings
 from ptqbench.errors import NumericalError
 from ptqbench.methods.base import Statistics
@@ -83,6 +83,7 @@ def quantize(
         hidden = model.embed(windows)
         home = model.resting_place(hidden, 1 + method.needs_reference)
         batches = list(hidden.to(home).split(BATCH))
+    # RoPE tables and mask are the same for all windows and blocks.
     positions, park = model.positions(windows.shape[1]), model.parking_place(hidden, 1 + method.needs_reference)
     loop = _Loop(model, method, positions, timings, home, park)
     streams = Streams(batches, list(batches) if method.needs_reference else None)
@@ -158,10 +159,12 @@ class _Loop:
 
     def replay(self, index: int, streams: Streams, state: BlockState) -> Streams:
         """Run both streams through a finished block: the quantized one with the stored weights, the other without."""
+        # The reference sees the block of the checkpoint.
         reference = streams.reference
         if reference is not None:
             with self.model.block(index) as block:
                 reference = self._propagate(untouched_copy(block), reference, "reference_s")
+        # The quantized stream sees the weights that the stored codes rebuild, as in the run that made them.
         with self.model.block(index, state.overlay) as block, _calibrating(block, self.method):
             return Streams(self._propagate(block, streams.quantized), reference)
 
@@ -184,7 +187,7 @@ class _Loop:
         # Otherwise one pass through the unrounded block gives the statistics of all four stages, and a second pass
         # through the rounded block gives the stream of the next one.
         together = self._collect(index, windows, STAGES, block, reference)
-        behind = self._leave(windows)
+        behind = self._leave(windows)  # the reference has passed all stages; only its last addition is left
         for stage, statistics in zip(STAGES, together, strict=True):
             self._round(index, block, stage, statistics, results, rows)
         return Streams(self._propagate(block, streams.quantized), behind), results, rows
@@ -203,6 +206,7 @@ class _Loop:
         reference: nn.Module | None,
     ) -> list[Statistics]:
         """Advance every window through the next stages, one window after the other, and sum what is found there."""
+        # The union of what target, solver and refinement need at each stage.
         eps = float(self.model.config.rms_norm_eps)
         wanted = [Wanted(self.method.needs(stage), self.method.target.rms_scale, eps) for stage in stages]
         collectors = [Collector(*pair, block, reference) for pair in zip(stages, wanted, strict=True)]
@@ -217,7 +221,7 @@ class _Loop:
                 # Add its tokens to the sums: H += X_q^T X_q, and whatever else the members need.
                 with self.timings.measure("moment_s"):
                     collector.add(quantized, beside)
-                # Drop the last references, so that the window's tensors can leave the device.
+                # Drop the last references to the window's tensors, so that they can leave the device.
                 del quantized, beside
                 window.park()
         return [self._statistics(index, collector) for collector in collectors]
@@ -230,7 +234,7 @@ class _Loop:
             raise NumericalError(f"block {index}, input of {linears}: {error}{self._way_out()}") from error
 
     def _way_out(self) -> str:
-        """Advice for numbers that are not finite, where the data type may be the reason."""
+        """What to do about numbers that are not finite, where the data type may be the reason."""
         if self.model.dtype != torch.float16:
             return ""
         return "; the model runs in float16, whose largest number is 65504: give model.dtype=bfloat16 or model.dtype=float32"
@@ -238,15 +242,17 @@ class _Loop:
     def _round(
         self, index: int, block: nn.Module, stage: Stage, statistics: Statistics, results: Results, rows: Rows
     ) -> None:
+        # Aim, solve, refine, and put the rounded weights into the block.
         try:
             with self.timings.measure("round_s"):
                 linears = round_stage(block, stage, self.method, statistics)
         except NumericalError as error:
             raise NumericalError(f"block {index}, {error}{self._way_out()}") from error
+        # Keep the codes for the file of the block, and describe every linear.
         grid = self.method.grid_of(stage.name, len(statistics.second_moment))
         results |= {linear.name: linear.repaired.result for linear in linears}
         with self.timings.measure("report_s"):
-            rows += [report(index, linear, statistics, grid) for linear in linears]
+            rows += [layer_record(index, linear, statistics, grid) for linear in linears]
 
     def _propagate(self, block: nn.Module, hidden: list[Tensor], timing: str = "forward_s") -> list[Tensor]:
         with self.timings.measure(timing):

@@ -48,10 +48,12 @@ def read_rotations(transform: Transform, architecture: Architecture, stored: Sto
     """
     if stored.has(READ):
         return stored
+    # All matrices of all files by name, without the ``.weight`` that a state dictionary adds.
     held: dict[str, Any] = {}
     for digest, path in transform.files.items():
         held |= {name.removesuffix(".weight"): value for name, value in _read_file(path, digest).items()}
     where = " and ".join(str(path) for path in transform.files.values())
+    # The transform says which of them it wants and in which shape.
     wanted = transform.from_files(architecture, held)
     stored.save_named({name: _checked(held, matrix, where) for name, matrix in wanted.items()})
     stored.save(READ, {})
@@ -86,6 +88,7 @@ def _read_file(given: str | None, digest: str) -> dict[str, Any]:
 
 
 def _checked(held: Mapping[str, Any], wanted: FileMatrix, where: str) -> Tensor:
+    # It is there, has the right shape, and is finite.
     matrix, name = held.get(wanted.name), wanted.name
     if not isinstance(matrix, Tensor):
         raise ConfigError(
@@ -102,6 +105,7 @@ def _checked(held: Mapping[str, Any], wanted: FileMatrix, where: str) -> Tensor:
         raise ConfigError(f"rotation_file {where}: {name!r} holds NaN or infinity")
     if wanted.table and float(matrix.double().square().mean()) > (1 + 1 / len(matrix)) / 2:
         matrix = matrix.double() / math.sqrt(len(matrix))  # entries of mean square 1, not 1 / K
+    # Replace each by the nearest orthogonal matrix.
     single = [_orthogonal(one, name, where) for one in matrix.reshape(-1, *matrix.shape[-2:])]
     return torch.stack(single).reshape(matrix.shape)
 

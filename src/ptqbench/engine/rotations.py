@@ -10,7 +10,7 @@ import dataclasses
 from collections import ChainMap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +19,15 @@ from ptqbench.engine.bases import SHARED, Shelf, StoredBases, compute_bases, mis
 from ptqbench.engine.network_loss import Rotations, opened
 from ptqbench.engine.rotation_files import read_rotations
 from ptqbench.errors import ConfigError, NumericalError
+from ptqbench.methods.subspace import Subspace
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.numerics.cayley import cayley_step, cosine_rate
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
     from ptqbench.methods.transform import Transform
+    from ptqbench.models.fuse import Basis
+    from ptqbench.numerics.grid import Grid
     from ptqbench.runs.attempt import Observer
 
 PROGRESS = "progress"
@@ -76,15 +79,15 @@ class Preparation:
         learning = transform.learning
         if transform.files:
             read_rotations(transform, self.model.architecture, stored)
-        if transform.needs_statistics and missing_parts(transform, self.model.n_blocks, stored):
+        if isinstance(transform, Subspace) and missing_parts(transform, self.model.n_blocks, stored):
             self._eigenbases(transform)
         if learning is not None:
             self.observer.stage("rotations", learning.steps)
             windows = self.calibration.windows(learning.n_samples)
             learn_rotations(transform, self.model, windows, self.spec, stored, self._advance)
-        return stored if transform.files or transform.needs_statistics or learning is not None else None
+        return stored if transform.files or isinstance(transform, Subspace) or learning is not None else None
 
-    def _eigenbases(self, transform: Any) -> None:
+    def _eigenbases(self, transform: Subspace) -> None:
         self.observer.stage("bases", self.model.n_blocks)
         windows, shelf = self.calibration.windows(transform.n_samples), self.calibration.shelf(transform.n_samples)
         compute_bases(transform, self.model, windows, self.spec, self.folder, self.identity, self._advance, shelf)
@@ -94,7 +97,7 @@ class Preparation:
 
 
 def learn_rotations(
-    transform: Any,
+    transform: Transform,
     model: BlockwiseModel,
     windows: Tensor,
     spec: RunSpec,
@@ -121,6 +124,7 @@ def learn_rotations(
         NumericalError: The loss or a gradient is not finite; names the step.
     """
     learning = transform.learning
+    assert learning is not None, "asked of transforms that learn"
     if len(windows) < learning.n_samples:
         raise ConfigError(f"learning rotations: expected {learning.n_samples} windows, got {len(windows)}")
     # R_0: the rotations to start from, each orthogonal.
@@ -128,8 +132,13 @@ def learn_rotations(
     parts = {part or SHARED for part, _, _ in (name.rpartition(".") for name in rotations)}
     if not all(stored.has(part) for part in parts):
         first, rotations, velocities = _progress(stored, rotations)
-        build = lambda given: transform.basis(spec, model.architecture, ChainMap(given, stored))  # type: ignore[arg-type]  # noqa: E731
-        with opened(model, windows.shape[1], learning.quantize_weights) as network:
+
+        def build(given: Rotations) -> Basis:
+            basis = transform.basis(spec, model.architecture, ChainMap(given, stored))  # type: ignore[arg-type]
+            assert basis is not None, "what is learned is a basis"
+            return basis
+
+        with opened(model, windows.shape[1], weight_grids(transform, model, spec)) as network:
             for step in range(first, learning.steps):
                 # Step t uses its own windows and the learning rate of a cosine schedule.
                 batch = windows[step * learning.batch_size : (step + 1) * learning.batch_size]
@@ -155,6 +164,14 @@ def learn_rotations(
         stored.save_named(rotations)
     stored.drop(PROGRESS)  # also where an earlier process was killed before this line
     return stored
+
+
+def weight_grids(transform: Transform, model: BlockwiseModel, spec: RunSpec) -> dict[str, Grid]:
+    """The grids that the loss rounds weights to; none where it leaves them alone."""
+    if transform.learning is None or not transform.learning.quantize_weights:
+        return {}
+    precision = transform.precision(spec, model.architecture)
+    return {name: precision.weight_grid(name) for name in model.architecture.linear_shapes()}
 
 
 def _progress(stored: StoredBases, start: Rotations) -> tuple[int, Rotations, Rotations]:

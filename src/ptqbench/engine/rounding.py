@@ -7,6 +7,7 @@ factorisation.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -85,7 +86,7 @@ class Rounded:
         weight: (out, in) float32 original weight.
         aim: What the solver was asked for.
         repaired: The solver's result after refinement.
-        degenerate: Which inputs are always zero and how their columns were rounded; None if no input is.
+        degenerate: What is missing (inputs that are always zero, a weight that is zero) and what was done; None if nothing is.
         quantize_s: Seconds spent on it.
     """
 
@@ -114,6 +115,7 @@ def round_stage(block: nn.Module, stage: Stage, method: Method, statistics: Stat
         UnsupportedError: A grid that leaves some columns of a linear unrounded.
     """
     rounded: dict[str, Rounded] = {}
+    # Every group is rounded from the original weights; the block is changed only after that.
     for names in method.groups(stage):
         try:
             for linear in _round_group(block, names, stage, method, dataclasses.replace(statistics, linears=names)):
@@ -128,8 +130,8 @@ def round_stage(block: nn.Module, stage: Stage, method: Method, statistics: Stat
 def _round_group(
     block: nn.Module, names: tuple[str, ...], stage: Stage, method: Method, statistics: Statistics
 ) -> list[Rounded]:
-    # Stack the rows: all of them meet the same inputs.
     start = time.perf_counter()
+    # Stack the rows of the group: all of them meet the same inputs.
     weights: list[Tensor] = [block.get_submodule(name).weight.detach().float() for name in names]  # type: ignore[operator]
     stacked = torch.cat(weights)
     grid = method.grid_of(stage.name, stacked.shape[1])
@@ -140,13 +142,12 @@ def _round_group(
         )
     # A channel that is zero for every token has H_jj = 0.
     dead = statistics.second_moment.diagonal() == 0
-    if all(untouched):
-        # 16 bits: the weight stays as it is.
+    if all(untouched) or bool(dead.all()):
+        # At 16 bits the solver returns the weight. Without any input every rounding has the same error, and no moment can be
+        # factored: round to nearest.
         aim = Weight().aim(stacked, statistics)
-        repaired = Repaired(method.solver.solve(aim, statistics, grid))
-    elif bool(dead.all()):  # no input: every rounding has the same error, and no moment can be factored
-        aim = Weight().aim(stacked, statistics)
-        repaired = Repaired(RoundToNearest().solve(aim, statistics, grid))
+        solver = method.solver if all(untouched) else RoundToNearest()
+        repaired = Repaired(solver.solve(aim, statistics, grid))
     else:
         # Aim at V, round it to Q on the grid, then repair Q; an excluded linear keeps W as its target, or Q as it is.
         target = Weight() if names[0] in method.target.exclude else method.target
@@ -159,11 +160,16 @@ def _round_group(
     rows = [len(weight) for weight in weights]
     per_row = (time.perf_counter() - start) / len(stacked)
     parts = zip(names, weights, _split_aim(aim, rows), _split_repaired(repaired, rows), strict=True)
-    remark = None if all(untouched) else _degenerate(dead, repaired.result)
-    return [Rounded(*part, degenerate=remark, quantize_s=per_row * len(part[1])) for part in parts]
+    shared = None if all(untouched) else _zero_inputs(dead, repaired.result)
+    return [Rounded(*part, degenerate=_remarks(shared, part[1]), quantize_s=per_row * len(part[1])) for part in parts]
 
 
-def _degenerate(dead: Tensor, result: LinearResult) -> str | None:
+def _remarks(shared: str | None, weight: Tensor) -> str | None:
+    """Join what is said about the inputs of a group with what is said about the weight of one of its linears."""
+    return "; ".join(filter(None, [shared, None if bool(weight.any()) else "the weight is zero"])) or None
+
+
+def _zero_inputs(dead: Tensor, result: LinearResult) -> str | None:
     """Describe the inputs that are always zero, ``dead`` (in,) bool, and how their columns were rounded."""
     n_dead = int(dead.sum())
     if n_dead == 0:
@@ -191,11 +197,12 @@ def _put(linear: Any, result: LinearResult) -> None:
         linear.weight = nn.Parameter(stored.to(linear.weight.dtype), requires_grad=False)
 
 
-def report(index: int, linear: Rounded, statistics: Statistics, grid: Grid) -> dict[str, Any]:
+def layer_record(index: int, linear: Rounded, statistics: Statistics, grid: Grid) -> dict[str, Any]:
     """Describe one rounded linear: one row of ``layers.parquet``; every row has the same keys.
 
     ``relative_output_error`` compares with the original weight under the unweighted inputs of the quantized stream;
-    ``relative_target_error`` with the target under the moment that rounding minimised.
+    ``relative_target_error`` with the target under the moment that rounding minimised. A figure is None where it would be
+    relative to zero: a target has moved a weight that is zero, or whose output is.
     """
     weight, aim, result, row_scale = linear.weight, linear.aim, linear.repaired.result, linear.repaired.row_scale
     output_error = relative_output_error(weight, result.dequantized, statistics.second_moment)
@@ -205,12 +212,12 @@ def report(index: int, linear: Rounded, statistics: Statistics, grid: Grid) -> d
         "linear": linear.name,
         "out_features": weight.shape[0],
         "in_features": weight.shape[1],
-        "relative_weight_error": relative_weight_error(weight, result.dequantized),
-        "relative_output_error": output_error,
-        "relative_target_error": (
+        "relative_weight_error": _finite(relative_weight_error(weight, result.dequantized)),
+        "relative_output_error": _finite(output_error),
+        "relative_target_error": _finite(
             output_error if plain else relative_output_error(aim.weight, result.dequantized, aim.second_moment)
         ),
-        "correction_norm": relative_correction(aim.weight, weight),
+        "correction_norm": _finite(relative_correction(aim.weight, weight)),
         "correction_damping": aim.damping,
         "effective_w_bits": effective_bits(grid),
         "damping_used": result.damping_used,
@@ -222,3 +229,7 @@ def report(index: int, linear: Rounded, statistics: Statistics, grid: Grid) -> d
         "n_tokens": statistics.n_tokens,
         "quantize_s": linear.quantize_s,
     }
+
+
+def _finite(figure: float) -> float | None:
+    return figure if math.isfinite(figure) else None

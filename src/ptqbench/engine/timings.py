@@ -35,6 +35,7 @@ class Timings:
             finally:
                 self._seconds[name] += time.perf_counter() - start
             return
+        # Events are put into the stream and read later: the host does not wait for the GPU.
         begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begun.record()
         try:

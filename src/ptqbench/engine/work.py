@@ -70,21 +70,16 @@ class Calibration:
     tokenizer: Any
 
     def windows(self, n_samples: int | None = None) -> torch.Tensor:
-        """Draw windows, (n_samples, seq_len) int64, or find those that another cell drew."""
+        """Draw windows, (n_samples, seq_len) int64, or find those that another cell drew; by default those of the cell."""
         from ptqbench.data.windows import calibration_windows
 
         text, rows, seed = self._text(n_samples), self.model.architecture.vocab_size, self.spec.seed
-        key = {
-            "model": self.spec.model.digest,
-            "calibration": identity_fields(text),
-            "seed": seed,
-            "rows": rows,
-        }
+        key = {"model": self.spec.model.digest, "calibration": identity_fields(text), "seed": seed, "rows": rows}
         make = lambda: {"windows": calibration_windows(text, self.tokenizer, rows, seed)}  # noqa: E731
         return self.artefacts.get("calibration", key, make)["windows"]
 
     def shelf(self, n_samples: int) -> Shelf:
-        """Where moments over so many windows are left for other cells."""
+        """Where moments over ``n_samples`` windows are left for other cells."""
         from ptqbench.engine.bases import Shelf
 
         key = {
@@ -101,7 +96,7 @@ class Calibration:
 
     @functools.cached_property
     def artefacts(self) -> Artefacts:
-        """One object for the whole cell: it knows what the cell was spared."""
+        """What cells of the runs folder share; one object per cell, which counts what the cell did not have to compute."""
         execution = self.spec.execution
         return Artefacts(Path(execution.runs_dir) / FOLDER, int(execution.artefacts_gib * 2**30))
 
@@ -173,6 +168,7 @@ class Work:
         )
         with self.timings.measure("bases_s"):
             bases = preparation.of(self.transform)
+        # Keep what is worth knowing about eigenbases, then open the model in their basis.
         said = {} if bases is None else recorded_facts(bases)
         if said:
             write_json(self.folder.bases_path, said)
@@ -225,8 +221,9 @@ class Work:
 
         from ptqbench.engine.bases import left_at_identity
 
+        # What is missing about a linear, and which bases were left at the identity, in one remark.
         said = read_json(self.folder.bases_path) or {}
-        rows = self.state.reports(self.model.n_blocks)
+        rows = self.state.layer_records(self.model.n_blocks)
         for row in rows:
             remarks = [row["degenerate"], left_at_identity(said, row["block"]).get(row["linear"])]
             row["degenerate"] = "; ".join(remark for remark in remarks if remark) or None
@@ -237,7 +234,7 @@ class Work:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary)
 
     def _context_remarks(self) -> list[str]:
-        """Say that calibration windows are longer than what the model was made for."""
+        """Say so where calibration windows are longer than the context that the model was made for."""
         context, calibration = getattr(self.model.config, "max_position_embeddings", None), self.spec.calibration
         if not isinstance(context, int) or calibration is None or calibration.seq_len <= context:
             return []
@@ -252,6 +249,7 @@ class Work:
         from ptqbench.numerics.fused_columns import engine_on
         from ptqbench.runs import provenance
 
+        # Operations counted beside the seconds that they took: estimates of later cells rest on both.
         spec = self.spec
         tokens = {label: metrics[f"{label}/perplexity"]["n_tokens"] for label in spec.evaluation.texts}
         done = work(spec, self.model.architecture, tokens)

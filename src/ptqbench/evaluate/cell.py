@@ -1,4 +1,4 @@
-"""The evaluation of one cell: texts and tasks block by block; finished parts are not redone."""
+"""The evaluation of one cell: texts and tasks, block by block. Parts that are finished are not done again."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ptqbench.data.tasks import requested
 from ptqbench.evaluate.records import DIGEST_LENGTH, read_summary, write_records
+from ptqbench.evaluate.scores import CHUNK_BYTES, Request, Score, Scores
+from ptqbench.evaluate.zero_shot import Harness, Prepared, generates, metrics_of, prepare
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,9 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ptqbench.cell.spec import EvaluationSpec, PerplexitySpec
-    from ptqbench.evaluate.scores import Request, Score, Scores
     from ptqbench.evaluate.unquantized import Unquantized
-    from ptqbench.evaluate.zero_shot import Harness, Prepared
     from ptqbench.models.blockwise import BlockwiseModel, Overlay
     from ptqbench.runs.attempt import Observer
     from ptqbench.runs.folder import RunFolder
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """What is loaded before the model is quantized, so that data that are missing or unfit cost no work.
+    """What is loaded before the model is quantized, so that missing or unfit data are found before any work is done.
 
     Attributes:
-        windows: Label -> (n_windows, seq_len) int64, of the texts that are not measured yet.
+        windows: Label -> (n_windows, seq_len) int64 token ids, of the texts that are not measured yet.
         tasks: All tasks, as ``zero_shot.prepare`` returns them.
     """
 
@@ -48,11 +48,11 @@ class CellEvaluation:
 
     Attributes:
         spec: What is measured.
-        folder: Where records go.
+        folder: The run folder, where records go.
         model: The checkpoint, in the basis of the cell.
-        overlay: Puts the quantized weights into a loaded block; None for those of the checkpoint.
-        tokenizer: Its tokenizer.
-        observer: Told of progress.
+        overlay: Puts the quantized weights into a loaded block; None leaves those of the checkpoint.
+        tokenizer: The tokenizer of the model.
+        observer: Is told of progress.
         measure: Context that adds the seconds inside it to a named timing.
         ready: What ``load`` found before the model was quantized.
         unquantized: What the model is compared with.
@@ -69,7 +69,7 @@ class CellEvaluation:
     unquantized: Unquantized
 
     def run(self) -> dict[str, Any]:
-        """Measure what is not measured yet and return all metrics: name -> value, stderr and the facts behind them."""
+        """Measure what is not measured yet and return all metrics: name -> value, standard error and the facts behind them."""
         metrics: dict[str, Any] = {}
         for label, text in self.spec.texts.items():
             done = read_summary(self.folder.windows_path(label), self.folder.run_id)
@@ -129,11 +129,10 @@ class CellEvaluation:
         self.observer.advance()
 
     def _tasks(self) -> dict[str, Any]:
-        """Score all requests in one pass over the blocks, then let lm-eval make figures of them, task by task."""
+        """Score all requests in one pass over the blocks, then let lm-eval compute the metrics, task by task."""
         if not self.ready.tasks:
             return {}
-        from ptqbench.evaluate.zero_shot import metrics_of
-
+        # Tasks come last: the whole model, where one needs it, is not run by blocks afterwards.
         self._score_by_blocks()
         asked = requested(self.spec.tasks)
         self.observer.stage("zero-shot", sum(len(members) for members in self.ready.tasks.values()))
@@ -151,40 +150,34 @@ class CellEvaluation:
                 summaries.append(summary)
                 self.observer.advance()
             metrics |= metrics_of(request, asked[request], summaries)
+        # All records exist, so that the scores behind them are not needed any more.
         shutil.rmtree(self._scores_path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # finished blocks stay
+        with contextlib.suppress(OSError):  # the folder may hold finished blocks, which stay
             self.folder.state_path.rmdir()
         return metrics
 
     def _score_by_blocks(self) -> None:
-        waiting = [task for members in self.ready.tasks.values() for task in members.values() if task is not None]
-        waiting = [task for task in waiting if not self._needs_whole(task)]
+        tasks = [task for members in self.ready.tasks.values() for task in members.values()]
+        waiting = [task for task in tasks if task is not None and not self._needs_whole(task)]
         if waiting:
             with self.measure("zero_shot_s"):
                 self._by_blocks.score_all(waiting)
 
     def _needs_whole(self, task: Any) -> bool:
-        from ptqbench.evaluate.zero_shot import generates
-
         return self.spec.engine == "whole" or generates(task)
 
     @functools.cached_property
     def _by_blocks(self) -> Harness:
-        from ptqbench.evaluate.zero_shot import Harness
-
         return Harness(self.model.skeleton, self.tokenizer, self.spec, self._scores)
 
     @functools.cached_property
     def _whole(self) -> Harness:
-        """The model in memory as a whole; nothing is run by blocks afterwards."""
-        from ptqbench.evaluate.zero_shot import Harness
-
+        """The whole model in memory; nothing runs block by block after this."""
         return Harness(self.model.materialise(self.overlay), self.tokenizer, self.spec)
 
     @functools.cached_property
     def _scores(self) -> Scores:
-        from ptqbench.evaluate.loglikelihood import chunk_tokens, log_likelihoods
-        from ptqbench.evaluate.scores import Scores
+        from ptqbench.evaluate.loglikelihood import log_likelihoods
 
         longest = int(self.model.config.max_position_embeddings)
 
@@ -192,7 +185,8 @@ class CellEvaluation:
             self.observer.stage("log-likelihoods", self.model.n_blocks)
             return log_likelihoods(self.model, requests, longest, self.overlay, None, self._advance)
 
-        return Scores(compute, self._scores_path, self.folder.run_id, chunk_tokens(self.model))
+        bytes_per_token = self.model.architecture.hidden_size * self.model.dtype.itemsize
+        return Scores(compute, self._scores_path, self.folder.run_id, CHUNK_BYTES // bytes_per_token)
 
     @property
     def _scores_path(self) -> Path:
@@ -205,12 +199,12 @@ def load(spec: EvaluationSpec, folder: RunFolder, tokenizer: Any, vocab_size: in
 
     Args:
         spec: What is measured.
-        folder: Where records are.
+        folder: The run folder, where records are.
         tokenizer: The tokenizer of the model.
         vocab_size: Rows of the model's embedding.
 
     Raises:
-        ConfigError: A text, a task, its metric or its data are not to be had.
+        ConfigError: A text, a task, its metric or its data do not exist or cannot be read.
         CalibrationError: A text is shorter than one window, or has tokens that the model does not have.
         UnsupportedError: The tokenizer lacks a token that a task needs.
     """
@@ -226,13 +220,11 @@ def load(spec: EvaluationSpec, folder: RunFolder, tokenizer: Any, vocab_size: in
     }
     if not spec.tasks:
         return Ready(windows, {})
-    from ptqbench.evaluate.zero_shot import prepare
-
     return Ready(windows, prepare(spec, tokenizer, lambda name: done(folder.examples_path(name))))
 
 
 def averages(tasks: tuple[str, ...], metrics: dict[str, Any]) -> dict[str, Any]:
-    """Average the requested task metrics, each task counted once.
+    """Average the requested task metrics, where each task has one.
 
     Args:
         tasks: ``task/metric`` words.

@@ -12,18 +12,22 @@ SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 def local_changes(name: str, request: str, config: dict[str, Any], shots: int, folder: Path) -> dict[str, Any]:
-    """Make the changes of an lm-eval task that read its splits from JSON lines; splits without a file are left out.
+    """Changes to an lm-eval task with which it reads its splits from JSON lines. Splits without a file are left out.
 
     Args:
-        name: The task, no group.
-        request: The task itself or the group that it was asked for by.
+        name: The task, not a group.
+        request: The requested name: the task itself or a group that contains it.
         config: lm-eval's definition of the task, not modified.
         shots: Examples in the prompt.
         folder: ``evaluation.data_dir``.
 
+    Returns:
+        Fields of the definition and their new values.
+
     Raises:
-        ConfigError: No file for the split that is measured, or for the one that shots come from.
+        ConfigError: There is no file for the split that is measured, or for the one that the shots come from.
     """
+    # Read every split that the definition names and the folder has; the others become None.
     known = TASKS.get(request, Task(None, ()))
     rows: dict[str, list[dict[str, Any]]] = {}
     changes: dict[str, Any] = dict.fromkeys(SPLITS)
@@ -40,6 +44,7 @@ def local_changes(name: str, request: str, config: dict[str, Any], shots: int, f
         raise ConfigError(
             f"task {name!r} with {shots} shots needs {name}.{shown}.jsonl in evaluation.data_dir={str(folder)!r}"
         )
+    # Rows that went through lm-eval's own processing before they were written are not processed again.
     ready = {"process_docs": None} if known.processed(rows[tested][0]) else {}
     return {"custom_dataset": lambda **_: dataset(rows), "dataset_kwargs": None, **changes, **ready}
 

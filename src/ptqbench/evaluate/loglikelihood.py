@@ -2,8 +2,8 @@
 
     log p(c | x) = sum_i log softmax(head(h_{x c_<i}))[c_i],   greedy: every c_i is the largest logit
 
-The model is run as for perplexity: each block is loaded once, all token trees pass through it, and the head is applied at the
-positions of continuations alone. Memory is one block and the states of the tokens, whatever the size of the model. Prefixes that
+The model runs as for perplexity: each block is loaded once, all token trees pass through it, and the head is applied only at the
+positions of continuations. Memory is one block and the hidden states of the tokens, whatever the size of the model. Prefixes that
 requests share are computed once (``evaluate.trees``).
 
 Source: EleutherAI/lm-evaluation-harness, ``HFLM._loglikelihood_tokens`` (truncation from the left to ``max_length`` inputs).
@@ -26,13 +26,6 @@ from ptqbench.models.stages import Positions
 
 TOKEN_BUDGET = {"cpu": 1 << 12, "cuda": 1 << 14}
 """Tokens per forward of a block."""
-CHUNK_BYTES = 16 << 30
-"""Residual streams held at once."""
-
-
-def chunk_tokens(model: BlockwiseModel) -> int:
-    """Most tokens whose residual streams are held at once; the weights are read once for so many."""
-    return CHUNK_BYTES // (model.architecture.hidden_size * model.dtype.itemsize)
 
 
 @torch.no_grad()
@@ -48,10 +41,10 @@ def log_likelihoods(
 
     Args:
         model: The checkpoint.
-        requests: Token ids of context and continuation, neither empty; not modified.
-        max_length: Most tokens that the model sees; longer inputs lose their beginning.
+        requests: Token ids of context and continuation, neither of them empty; not modified.
+        max_length: Most input tokens; longer inputs are cut at their beginning.
         overlay: Replaces the weights of a block after loading (quantized ones).
-        token_budget: Tokens per forward, padding included; None takes what suits the device. It changes the order of sums alone.
+        token_budget: Tokens per forward, padding included; None takes that of the device. It changes nothing but the order of sums.
         on_block: Called with the index of every finished block.
 
     Returns:
@@ -60,6 +53,7 @@ def log_likelihoods(
     Raises:
         NumericalError: A log-likelihood is not finite.
     """
+    # The last token is predicted but never read, so an input has one token less.
     whole = [(context + continuation)[-(max_length + 1) :] for context, continuation in requests]
     rows = pack([tokens[:-1] for tokens in whole])
     groups = batches(rows, token_budget or TOKEN_BUDGET[model.device.type])
@@ -84,7 +78,7 @@ def log_likelihoods(
 def _through_blocks(
     model: BlockwiseModel, groups: list[list[Row]], overlay: Overlay | None, on_block: Callable[[int], None]
 ) -> list[Tensor]:
-    """Residual stream behind the last block, (rows, tokens, hidden_size) per group."""
+    """Residual stream after the last block, (rows, tokens, hidden_size) per group."""
     tokens = [_padded([torch.tensor(row.tokens) for row in group]) for group in groups]
     depths = [_padded([torch.tensor(row.depth) for row in group]) for group in groups]
 
@@ -102,22 +96,31 @@ def _padded(rows: list[Tensor]) -> Tensor:
 def _scores(
     head: Callable[[Tensor], Tensor], hidden: Tensor, at: dict[int, list[int]], targets: dict[int, list[int]]
 ) -> dict[int, tuple[float, bool]]:
-    """Score the requests of a row: ``at`` says where each reads, ``targets`` which tokens it wants there."""
+    """Score the requests of a row.
+
+    Args:
+        head: Hidden states -> float32 logits.
+        hidden: States of the row, (tokens, hidden_size).
+        at: Request -> the tokens of the row whose states it reads.
+        targets: Request -> the tokens that are to be predicted there.
+    """
     nodes = sorted({node for path in at.values() for node in path})
     place = {node: i for i, node in enumerate(nodes)}
-    # Pairs of (logits, wanted token), all requests in one.
+    # Pairs of (position, wanted token) of all requests, one after another.
     where = torch.tensor([place[node] for path in at.values() for node in path], device=hidden.device)
     wanted = torch.tensor([token for row in targets.values() for token in row], device=hidden.device)
     states = hidden[nodes]
     step = max(1, CHUNK_ELEMENTS // head(states[:1]).shape[-1])
     value = torch.empty(len(where), dtype=torch.float64, device=hidden.device)
     greedy = torch.empty(len(where), dtype=torch.bool, device=hidden.device)
+    # Logits of a chunk of positions at a time, so that (tokens, vocabulary) never exists as a whole.
     for first in range(0, len(nodes), step):
         logits = head(states[first : first + step])
         here = (where >= first) & (where < first + step)
         found = logits.log_softmax(-1)[where[here] - first, wanted[here]]
         value[here] = found.double()
         greedy[here] = logits.argmax(-1)[where[here] - first] == wanted[here]
+    # log p of a request is the sum over its pairs; it is greedy if all of them are.
     lengths = [len(path) for path in at.values()]
     return {
         n: (float(v.sum()), bool(g.all()))

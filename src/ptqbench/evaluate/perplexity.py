@@ -1,11 +1,11 @@
 """Perplexity: exp of the mean negative log-likelihood per predicted token, in non-overlapping windows.
 
-Protocol (GPTQ code): the text is cut into windows of ``seq_len`` tokens, the remainder dropped; each window predicts its
-last ``seq_len - 1`` tokens from those before them; windows count equally, which is the mean over all predicted tokens.
-The loss is computed from logits in chunks, so that (tokens x vocabulary) never exists as a whole. It is float32; on request,
-logits and losses per token are rounded to bfloat16, as in the codes of QuaRot, ResQ and CoQuant. Sums over tokens are float64
-either way. The model runs block by block over all windows: memory is one block and the residual stream, whatever the size of
-the model.
+Protocol (GPTQ code): the text is cut into windows of ``seq_len`` tokens, and the remainder is dropped. Each window predicts its
+last ``seq_len - 1`` tokens from those before them. All predicted tokens have equal weight.
+
+The loss is computed from logits in chunks, so that (tokens x vocabulary) never exists as a whole. Logits and losses per token are
+float32, or on request rounded to bfloat16 as in the codes of QuaRot, ResQ and CoQuant. Sums over tokens are float64. The model runs
+block by block over all windows: memory is one block and the residual stream, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Perplexity:
 
     @property
     def standard_error(self) -> float | None:
-        """Standard error of ``perplexity`` from the spread over windows (delta method).
+        """Standard error of ``perplexity`` from the spread over windows: ppl * std(nll per token of a window) / sqrt(n).
 
-        None for a single window, and where perplexity or error are beyond ``LARGEST``.
+        None for a single window, and where perplexity or error exceed ``LARGEST``.
         """
         n = len(self.window_nll)
         if n < 2 or self.perplexity == LARGEST:

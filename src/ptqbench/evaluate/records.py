@@ -1,11 +1,11 @@
-"""What a finished evaluation leaves behind: one Parquet file (zstd) per text and per task, and how to read them back.
+"""The records of a finished evaluation: one Parquet file (zstd) per text and per task, written and read here.
 
     records/windows/<label>.parquet    one row per window of a text: summed loss, digest of its tokens
     records/examples/<task>.parquet    one row per example (and filter): scores, log-likelihoods of the choices, digest of prompts
 
-A file is written once, under a temporary name, and renamed; its metadata hold the run id and the figures of the result, so its
-existence means that the text or task is finished and need not be measured again. Log-likelihoods are those that lm-eval
-returns, summed over the tokens of a choice. Imports neither torch nor lm_eval.
+A file is written under a temporary name and renamed, and its metadata hold the run id and the figures of the result. So if it
+exists, the text or task is finished and is not measured again. Log-likelihoods are those that lm-eval returns, summed over the
+tokens of a choice. Imports neither torch nor lm_eval.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ptqbench.runs.folder import RunFolder, replacing
 KEY = b"ptqbench"
 DIGEST_LENGTH = 16
 LARGEST = 1e300
-"""Reported in place of any larger perplexity (a mean loss above 690.8 nats), which a float would soon not hold."""
+"""Reported in place of any larger perplexity (a mean loss above 690.8 nats), since floats end at 1.8e308."""
 
 
 def write_records(path: Path, rows: list[dict[str, Any]], run_id: str, summary: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def write_records(path: Path, rows: list[dict[str, Any]], run_id: str, summary: 
 
 
 def read_summary(path: Path, run_id: str) -> dict[str, Any] | None:
-    """Read the figures of a finished text or task; None where there is no whole file.
+    """Read the figures of a finished text or task; None where no complete file exists.
 
     Raises:
         ConfigError: The file belongs to another cell.
@@ -63,7 +63,7 @@ def read_summary(path: Path, run_id: str) -> dict[str, Any] | None:
 
 
 def read_records(path: Path, run_id: str) -> list[dict[str, Any]]:
-    """Read the rows of a file of this cell; none where there is no whole file or it belongs to another cell."""
+    """Read the rows of a file of this cell; an empty list where it is not complete or belongs to another cell."""
     import pyarrow.parquet
 
     try:
@@ -73,13 +73,13 @@ def read_records(path: Path, run_id: str) -> list[dict[str, Any]]:
 
 
 def window_scores(folder: RunFolder, label: str) -> tuple[dict[Hashable, float], int]:
-    """Read the losses of a text: identity of a window (number, digest of its tokens) -> nats, and its predicted tokens."""
+    """Read the losses of a text: (number of the window, digest of its tokens) -> nats; and the predicted tokens per window."""
     rows = list(_rows(folder.windows_path(label)))
     return {(row["window"], row["digest"]): row["nll"] for row in rows}, int(rows[0]["n_tokens"])
 
 
 def example_scores(folder: RunFolder, metric: str) -> dict[Hashable, float]:
-    """Read the scores behind ``task/metric``: identity of an example (task, number, digest of its prompts) -> score.
+    """Read the scores behind ``task/metric``: (task, number of the example, digest of its prompts) -> score.
 
     Raises:
         ConfigError: The cell has no record of the task, or the task no such metric.
@@ -87,6 +87,7 @@ def example_scores(folder: RunFolder, metric: str) -> dict[Hashable, float]:
     task, _, word = metric.rpartition("/")
     name, _, chosen = word.partition(":")
     found: dict[Hashable, float] = {}
+    # A group has one file per task, each with the group's name as its request.
     for path in sorted((folder.records_path / "examples").glob("*.parquet")):
         summary = read_summary(path, folder.run_id) or {}
         if task not in (summary.get("task"), summary.get("request")):

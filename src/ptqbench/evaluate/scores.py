@@ -1,9 +1,9 @@
-"""Log-likelihoods of requests in chunks, each kept as soon as it is done, so that a restart loses at most one chunk.
+"""Log-likelihoods of requests in chunks. Each chunk is stored when it is finished, so that a restart loses at most one.
 
     state/scores/<digest>.parquet    one row per request of a chunk: digest of its tokens, log-likelihood, whether it is greedy
 
-Chunks are cut from all requests in lexicographic order, so requests that begin alike stay together and the same requests give
-the same chunks, whatever was interrupted.
+Chunks are cut from all requests in lexicographic order. So requests that begin alike stay together, and a restart cuts the same
+chunks. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ Request = tuple[list[int], list[int]]
 """Token ids of a context and of its continuation."""
 Score = tuple[float, bool]
 """Log-likelihood in nats, and whether the continuation is the greedy one."""
+CHUNK_BYTES = 16 << 30
+"""Residual streams of the tokens of a chunk, which are held at once. The weights are read once per chunk."""
 
 
 class Scores:
-    """Scores of requests; computes what is not known yet."""
+    """Scores requests, and computes only what is not known yet."""
 
     def __init__(
         self, compute: Callable[[list[Request]], list[Score]], folder: Path, run_id: str, chunk_tokens: int
     ) -> None:
-        """Read what an earlier attempt left.
+        """Read what an earlier attempt has stored.
 
         Args:
             compute: Scores the requests of a chunk.
-            folder: Where chunks are kept.
-            run_id: The cell; files of another are not read.
-            chunk_tokens: Most tokens of a chunk, shared ones counted each time; a request is never cut.
+            folder: Where chunks are stored.
+            run_id: The cell; files of other cells are not read.
+            chunk_tokens: Most tokens of a chunk, where shared prefixes count every time. A request is never cut.
         """
         self._compute, self._folder, self._run_id, self._chunk_tokens = compute, folder, run_id, chunk_tokens
         self._known: dict[bytes, Score] = {}
@@ -43,6 +45,7 @@ class Scores:
     def __call__(self, requests: Sequence[Request]) -> list[Score]:
         """Score requests, in their order."""
         keys = [_key(request) for request in requests]
+        # Equal requests have one key, so each is scored once. A chunk is computed as a whole even if some of its scores are known.
         for chunk in self._chunks(dict(zip(keys, requests, strict=True))):
             if any(key not in self._known for key in chunk):
                 self._score(chunk)

@@ -1,8 +1,8 @@
 """Pack token sequences that begin alike into trees, so that a model computes every shared prefix once.
 
-A row holds several sequences as a tree of tokens. A token attends to its ancestors and to itself, and its position is its
-depth; so it sees exactly what it would see in its own sequence, and one forward over the row gives every sequence its
-states. Quantizers that work per token are not changed by this.
+A row holds several sequences as a tree of tokens. A token attends to its ancestors and to itself, and its position is its depth.
+So it sees exactly what it would see in its own sequence, and one forward over the row computes the states of every sequence.
+Quantizers that work per token give the same result.
 
 Legend: T tokens of a row; ``parent`` of a token is the index of the token before it in its sequence.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 SHORTEST_ROW = 512
-"""A row is at least so long where there are tokens to fill it: short trees share a row."""
+"""A row takes tokens up to this length at least: short trees share a row."""
 ROW_FACTOR = 4
-"""A row is at most so many times the longest sequence: attention costs its square."""
+"""A longer row is at most so many times the longest sequence, since the cost of attention grows with the square."""
 
 
 @dataclasses.dataclass
@@ -28,8 +28,8 @@ class Row:
     Attributes:
         tokens: Token ids.
         depth: Position of each token in its sequence.
-        runs: Added pieces: first token of the piece, and the indices of its ancestors in the row.
-        ends: (number of the sequence, indices of its tokens in the row).
+        runs: Pieces that were added: index of the first token, and indices of its ancestors in the row.
+        ends: Per sequence, its number and the indices of its tokens in the row.
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -49,9 +49,10 @@ class Row:
         return path
 
     def mask(self, length: int) -> Tensor:
-        """Which tokens each token attends to, (length, length) bool; padding attends to itself."""
+        """Which tokens (second axis) each token attends to, (length, length) bool; padding attends to itself."""
         seen = torch.eye(length, dtype=torch.bool)
         stops = [first for first, _ in self.runs[1:]] + [len(self.tokens)]
+        # A piece sees the tokens before it in its sequence, and itself causally.
         for (first, ancestors), stop in zip(self.runs, stops, strict=True):
             seen[first:stop, ancestors] = True
             seen[first:stop, first:stop] = torch.ones(stop - first, stop - first, dtype=torch.bool).tril()
@@ -61,14 +62,14 @@ class Row:
 def pack(sequences: Sequence[list[int]]) -> list[Row]:
     """Pack sequences into rows, longest row first.
 
-    In lexicographic order a sequence shares its longest prefix with the one before it, so one pass finds all that can be
-    shared inside a row. A row that is full is closed, and the next one repeats the prefix.
+    In lexicographic order a sequence shares its longest prefix with the one before it, so one pass finds all prefixes that can be
+    shared inside a row. A full row is closed, and the next one repeats the prefix.
 
     Args:
-        sequences: Token ids, none empty; not modified. Equal ones become one.
+        sequences: Token ids, none of them empty; not modified. Equal ones are stored once.
 
     Returns:
-        Rows; every number of a sequence stands in ``ends`` of exactly one of them.
+        Rows; each sequence has its entry in ``ends`` of exactly one of them.
     """
     limit = max(SHORTEST_ROW, ROW_FACTOR * max(map(len, sequences), default=0))
     rows: list[Row] = []
@@ -77,6 +78,7 @@ def pack(sequences: Sequence[list[int]]) -> list[Row]:
     for number in sorted(range(len(sequences)), key=lambda i: sequences[i]):
         sequence = sequences[number]
         shared = _common(before, sequence)
+        # Only the tokens behind the shared prefix are new to the row.
         if not rows or len(rows[-1].tokens) + len(sequence) - shared > limit:
             rows.append(Row())
             shared = 0

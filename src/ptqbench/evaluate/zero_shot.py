@@ -1,11 +1,11 @@
 """Tasks through lm-eval. The only importer of lm_eval.
 
-Prompts, splits, metrics and filters are lm-eval's own task definitions. Only the folders in use are indexed. lm-eval
-scores each choice of a question by its log-likelihood given the context; ``acc`` takes the largest, ``acc_norm`` the largest
-per byte of the choice. Nothing is cached: lm-eval's caches are not keyed by the model, so two cells would share scores.
+Prompts, splits, metrics and filters are lm-eval's own task definitions. lm-eval scores each choice of a question by its
+log-likelihood given the context; ``acc`` takes the largest, ``acc_norm`` the largest per byte of the choice. lm-eval's caches are
+not used: their keys do not contain the model, so two cells would share scores.
 
-Tasks are evaluated one by one (a group such as MMLU: each of its subjects), so that a finished one is kept. The value of a
-group is the share of all its examples (``weight_by_size``), as lm-eval aggregates accuracies.
+Tasks are evaluated one by one (of a group such as MMLU each subject), so that finished ones are kept. The value of a group is the
+mean over all its examples (``weight_by_size``), as lm-eval aggregates accuracies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptqbench.cell.spec import nearest
 from ptqbench.data import hub
 from ptqbench.data.tasks import (
     LOCAL_DATA,
@@ -35,6 +34,7 @@ from ptqbench.data.tasks import (
 from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError
 from ptqbench.evaluate.local_data import dataset, local_changes
 from ptqbench.evaluate.records import DIGEST_LENGTH
+from ptqbench.evaluate.task_files import check_metric, filtered, folder_of, unknown_task
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import EvaluationSpec
@@ -42,16 +42,15 @@ if TYPE_CHECKING:
 
 Prepared = dict[str, dict[str, Any]]
 """Request -> task -> the loaded lm-eval task; None for a task that is measured already."""
-METRICS = ("acc", "acc_norm")
 FEWSHOT_SEED = 1234  # lm-eval's default
 BOOTSTRAP_ITERATIONS = 1000
-ALL_AT_ONCE = 1 << 30  # requests per call of lm-eval, where batches are our own business
+ALL_AT_ONCE = 1 << 30  # requests per call of lm-eval, where ``evaluate.loglikelihood`` makes the batches
 
 
 def embedded_task() -> dict[str, Any]:
     """The packaged question set as an lm-eval task configuration: 4 choices, chance 25 %, zero shots.
 
-    Texts are named by their field, not by a template: lm-eval compiles a template for every question, longer than the model runs.
+    Texts are named by their field, not by a template: lm-eval would compile one per question, which is slower than the model.
     """
     return {
         "task": TINY_QUESTIONS,
@@ -65,30 +64,32 @@ def embedded_task() -> dict[str, Any]:
         "doc_to_target": "answer",
         "target_delimiter": "",
         "num_fewshot": 0,
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in METRICS],
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in TASKS[TINY_QUESTIONS].metrics
+        ],
         "metadata": {"version": 1},
     }
 
 
 def members(task: str) -> list[str]:
-    """Names of the tasks that a requested name stands for: itself, or the leaves of a group, sorted.
+    """Names of the tasks that a requested name stands for, sorted: itself, or the tasks of a group and of its subgroups.
 
     Raises:
-        ConfigError: lm-eval does not know the name, or aggregates the group in another way than by size.
+        ConfigError: lm-eval does not know the name, or does not weight the tasks of the group by size.
     """
     return [TINY_QUESTIONS] if task == TINY_QUESTIONS else sorted(set(_leaves(task)))
 
 
 def prepare(spec: EvaluationSpec, tokenizer: Any, done: Callable[[str], bool] = lambda name: False) -> Prepared:
-    """Load every task of a cell, so that what is wrong with one is said before the model is quantized.
+    """Load every task of a cell, so that what is wrong with one is found before the model is quantized.
 
     Args:
         spec: Tasks, shots and local data.
         tokenizer: The tokenizer of the model.
-        done: Whether a task, no group, is measured already; such a task is not loaded.
+        done: Whether a task (not a group) is measured already; such a task is not loaded.
 
     Returns:
-        Request -> task -> the loaded lm-eval task, None for a finished one.
+        Request -> task -> the loaded lm-eval task, or None for a finished one.
 
     Raises:
         ConfigError: lm-eval does not know a task or its metric, or the data cannot be read.
@@ -109,15 +110,13 @@ def prepare(spec: EvaluationSpec, tokenizer: Any, done: Callable[[str], bool] = 
 
 
 def _check_task(task: Any, request: str, metrics: list[str], tokenizer: Any) -> None:
-    if task.OUTPUT_TYPE == "generate_until" and tokenizer.eos_token_id is None:
+    if generates(task) and tokenizer.eos_token_id is None:
         raise UnsupportedError(
             f"task {request!r} generates text, but the tokenizer of the model has no end-of-text token"
         )
-    filters = [chosen.name for chosen in task._filters]
-    known = [name if chosen == "none" else f"{name}:{chosen}" for name in task.aggregation() for chosen in filters]
+    known = filtered(task.aggregation(), [chosen.name for chosen in task._filters])
     for metric in metrics:
-        if metric not in known:
-            raise ConfigError(f"evaluation.tasks: {request!r} yields no {metric!r}; {nearest(metric, known)}")
+        check_metric(request, metric, known)
 
 
 def generates(task: Any) -> bool:
@@ -138,10 +137,10 @@ class Harness:
         """Wrap a model.
 
         Args:
-            model: A transformers causal language model, not modified; on its device, or without weights where ``score`` is given.
-            tokenizer: Its tokenizer.
+            model: A transformers causal language model on its device, not modified. With ``score`` it needs no weights.
+            tokenizer: The tokenizer of the model.
             spec: Batch size, shots, limit and local data.
-            score: Scores continuations in place of the model in memory.
+            score: Scores continuations in place of the model.
         """
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         from lm_eval.models.huggingface import HFLM
@@ -169,7 +168,7 @@ class Harness:
         )
 
     def score_all(self, tasks: list[Any]) -> None:
-        """Score the requests of several tasks in one go; ``evaluate`` then finds every score."""
+        """Score the requests of several tasks together; ``evaluate`` then finds every score."""
         instances: dict[str, list[Any]] = {"loglikelihood": [], "loglikelihood_rolling": []}
         for task in tasks:
             task.set_fewshot_seed(FEWSHOT_SEED)
@@ -184,17 +183,18 @@ class Harness:
         """Measure one task.
 
         Args:
-            name: The task, no group.
-            request: The name that was asked for: the task itself or a group that it belongs to.
+            name: The task, not a group.
+            request: The requested name: the task itself or a group that contains it.
             task: The task as ``prepare`` loaded it.
 
         Returns:
-            One record per example (and filter of generated text), and the figures of the task.
+            One record per example (and filter of generated text), and the metrics of the task.
         """
         import lm_eval
         from lm_eval import evaluator
 
         task.set_fewshot_seed(FEWSHOT_SEED)
+        # With ``score``, the requests were scored by ``score_all`` before, and lm-eval only computes the metrics.
         report = evaluator.evaluate(
             lm=self._model,
             task_dict={"tasks": {name: task}},
@@ -218,16 +218,16 @@ class Harness:
 
 
 def metrics_of(request: str, metrics: list[str], summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Make result columns from the figures of the members of a request.
+    """Make result columns from the metrics of the tasks of a request.
 
     Args:
-        request: The name that was asked for.
+        request: The requested name.
         metrics: Its metrics; ``metric:FILTER`` where generated text is filtered.
-        summaries: As ``Harness.evaluate`` returns them.
+        summaries: Metrics of the tasks, as ``Harness.evaluate`` returns them.
 
     Returns:
-        ``request/metric`` -> value, stderr and the facts behind it. A group's value is the mean over all examples; its standard
-        error pools the members' as lm-eval does.
+        ``request/metric`` -> value, standard error and the facts behind it. The value of a group is the mean over all examples; its
+        standard error pools those of the tasks, as lm-eval does.
 
     Raises:
         ConfigError: The task does not yield the metric.
@@ -239,6 +239,7 @@ def metrics_of(request: str, metrics: list[str], summaries: list[dict[str, Any]]
         if any(key not in summary["values"] for summary in summaries):
             known = sorted(summaries[0]["values"])
             raise ConfigError(f"evaluation.tasks: {request!r} yields no {metric!r}; lm-eval yields {', '.join(known)}")
+        # mean over all examples = sum n_i v_i / sum n_i
         sizes = [summary["n_examples"] for summary in summaries]
         values = [summary["values"][key] for summary in summaries]
         errors = [summary["values"].get(error_key) for summary in summaries]
@@ -256,9 +257,10 @@ def metrics_of(request: str, metrics: list[str], summaries: list[dict[str, Any]]
 
 
 def _pooled(errors: list[float | None], sizes: list[int]) -> float | None:
-    """Pooled standard error of a mean over all examples, from the sample variances n se^2 within the members."""
+    """Standard error of a mean over all examples, from the sample variances n se^2 of the tasks: sqrt(pooled variance / total)."""
     if any(error is None for error in errors):
         return None
+    # pooled variance = sum (n_i - 1) n_i se_i^2 / (N - tasks), as n se^2 is the sample variance within a task
     total = sum(sizes)
     if total == len(sizes):
         return None
@@ -267,8 +269,9 @@ def _pooled(errors: list[float | None], sizes: list[int]) -> float | None:
 
 
 def _record(name: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """One example: identity, scores, and what the model said of each choice (or wrote)."""
+    """The record of one example: identity, scores, and the log-likelihoods of the choices or the generated text."""
     prompts = hashlib.sha256(repr((sample["arguments"], sample["target"])).encode()).hexdigest()[:DIGEST_LENGTH]
+    # lm-eval gives (log-likelihood, greedy) per choice, or the generated text.
     answers = sample["filtered_resps"]
     scored = all(isinstance(answer, list | tuple) for answer in answers)
     return {
@@ -283,33 +286,29 @@ def _record(name: str, sample: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=32)
 def _manager(task: str) -> Any:
-    """Index the folder of a known task, or all of lm-eval (seconds) for any other."""
-    from importlib.util import find_spec
+    """lm-eval's index of the folder that defines a task; for a group or tag that of all folders, which takes a minute."""
+    return _indexed(folder_of(task))
 
+
+@functools.lru_cache(maxsize=32)
+def _indexed(folder: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
-    known = TASKS.get(task)
-    found = find_spec("lm_eval")
-    if known is None or known.folder is None or found is None or not found.submodule_search_locations:
-        return TaskManager()
-    folder = Path(found.submodule_search_locations[0]) / "tasks" / known.folder
-    return TaskManager(include_path=str(folder), include_defaults=False)
+    return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def _leaves(task: str, root: str | None = None) -> list[str]:
-    import lm_eval
-
     index = _manager(root or task).task_index
     if task not in index:
-        close = nearest(task, index).split("known:")[0].strip()
-        raise ConfigError(f"evaluation.tasks: lm-eval {lm_eval.__version__} has no task {task!r}; {close}")
+        raise ConfigError(unknown_task(task))
     entry = index[task]
+    # A tag is a set of tasks; a group is a list of tasks and groups with rules of its own.
     if entry.kind.name == "TAG":
         return [name for member in sorted(entry.tags) for name in _leaves(member, root or task)]
     if entry.kind.name != "GROUP":
         return [task]
+    # Only the mean over all examples is computed here, on the tasks as they are.
     rules = (entry.cfg or {}).get("aggregate_metric_list") or []
     if any(not rule.get("weight_by_size", True) for rule in rules):
         raise ConfigError(
@@ -322,13 +321,14 @@ def _leaves(task: str, root: str | None = None) -> list[str]:
 
 
 def load_task(name: str, request: str, spec: EvaluationSpec) -> Any:
-    """Build an lm-eval task: its installed definition with our data and number of shots, nothing else changed."""
+    """Build an lm-eval task: its installed definition, of which only the data and the number of shots are changed."""
     from lm_eval.tasks import TaskManager
 
     if name == TINY_QUESTIONS:
         return TaskManager(include_defaults=False).load([embedded_task()])["tasks"][name]
     manager, known = _manager(request), TASKS.get(request)
     config: dict[str, Any] = manager.task_index[name].cfg or {}
+    # Shots, then the data: local files, or the hub data set at its commit. Tasks outside the table load what lm-eval says.
     changes: dict[str, Any] = {}
     if request in spec.few_shot:
         changes["num_fewshot"] = spec.few_shot[request]
@@ -337,11 +337,11 @@ def load_task(name: str, request: str, spec: EvaluationSpec) -> Any:
         changes |= local_changes(name, request, config, shots, Path(spec.data_dir).expanduser())
     elif known is not None and known.repository is not None:
         changes["dataset_path"] = _hub_folder(known, name, spec.task_digests.get(request))
-    try:  # a group of one is lm-eval's way to change fields of a task that it has
+    try:  # lm-eval changes fields of one of its tasks where the task is a member of an inline group
         return manager.load([{"group": "ptqbench", "task": [{"task": name, **changes}]}])["tasks"][name]
     except ConfigError:
         raise
-    except Exception as error:  # the libraries raise many types for one fact: the data cannot be had
+    except Exception as error:  # the libraries raise many types where data cannot be loaded
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         source = spec.data_dir or changes.get("dataset_path") or config.get("dataset_path")
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""From composed cells to finished ones: plan, announce, prepare the folders, hand over to a launcher, sum up."""
+"""From composed cells to finished ones: plan, announce, make the run folders, hand over to a launcher, sum up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from ptqbench.cell.spec import LauncherSpec
-from ptqbench.errors import CellBusy, ConfigError, RunFailed, StorageError
+from ptqbench.errors import CellBusy, RunFailed, StorageError
 from ptqbench.launch import local, slurm
 from ptqbench.launch.summary import Summary, print_plan
 from ptqbench.runs.failures import classify
@@ -17,7 +17,7 @@ from ptqbench.runs.files import read_record, write_json
 from ptqbench.runs.folder import DONE, FAILED, RUNNING, create
 from ptqbench.runs.lease import drop_stale
 from ptqbench.runs.liveness import local_process, me
-from ptqbench.runs.outcome import outcome
+from ptqbench.runs.outcome import one_line, outcome
 from ptqbench.runs.queue import QUEUED, look, submission
 from ptqbench.sweeps.cells import Cell
 from ptqbench.sweeps.plan import Row, describe, plan
@@ -27,21 +27,22 @@ def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False)
     """Run what is not done.
 
     Args:
-        cells: As composed; the launcher is that of the first composed cell.
-        wait: Whether to follow cells that SLURM runs; the other launchers always wait.
-        only_failed: Leave everything alone but failed cells.
+        cells: As composed. The launcher is that of the first cell that could be composed.
+        wait: Whether to wait for cells that SLURM runs; the other launchers always wait.
+        only_failed: Whether to run failed cells only.
 
     Returns:
-        Exit status: 1 if a cell failed, could not be composed, or waits for a job that can never start; 130 if cells were
-        cancelled; else 0.
+        Exit status: 1 if a cell failed, could not be composed, or waits for a job that can never start; else 130 if cells
+        were cancelled; else 0.
 
     Raises:
-        ConfigError: Cells are to run on a GPU of this machine, which has none.
+        ConfigError: Cells ask for a GPU, and this machine has none; or SLURM refuses them or does not answer.
+        StorageError: The folder of runs cannot be locked.
     """
     launcher = next((cell.spec.launcher for cell in cells if cell.spec is not None), LauncherSpec())
     kind = choose(launcher)
     with contextlib.ExitStack() as lock:
-        if kind == "slurm":  # others that submit the same cells plan when these are in the queue
+        if kind == "slurm":  # other commands for the same cells wait until these are in the queue, and plan then
             lock.enter_context(slurm.submitting(cell.folder for cell in cells if cell.folder is not None))
         rows = plan(cells, patient=kind == "slurm")
         if only_failed:
@@ -59,6 +60,7 @@ def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False)
             if kind == "slurm" and todo:
                 slurm.submit(todo, launcher, summary)
             lock.close()
+            # What a process that was killed after writing its result has left beside it.
             for row in rows:
                 if row.state == DONE and row.cell.folder is not None:
                     drop_stale(row.cell.folder)
@@ -68,28 +70,29 @@ def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False)
 
 
 def _prepared(cell: Cell, summary: Summary) -> bool:
-    """Make the folder of a cell; a cell whose folder cannot be made fails alone."""
+    """Make the folder of a cell. Where that is impossible, this cell fails and the others go on."""
     assert cell.spec is not None
     assert cell.folder is not None
     try:
         create(cell.spec, cell.folder)
         cell.folder.cancel_path.unlink(missing_ok=True)
     except (OSError, StorageError) as error:
-        summary.failed(cell, classify(error).name, " ".join(str(error).split()), "")
+        summary.failed(cell, classify(error).name, one_line(error), "")
         return False
     return True
 
 
 def cancel(cells: Sequence[Cell]) -> str:
-    """Stop what runs or waits: jobs leave the queue, workers stop at their next step. Finished blocks stay.
+    """Stop cells that run or wait: jobs leave the queue, workers stop at their next step. Finished blocks stay.
 
     Returns:
-        A sentence about what was stopped.
+        One line that says what was stopped.
     """
     folders = [cell.folder for cell in cells if cell.folder is not None and cell.skipped is None]
     queue, asked, silent = look(folders), [], 0
     for folder in folders:
         state, _ = describe(folder, queue)
+        # Where SLURM does not answer, any submitted cell may wait there: its job finds the wish when it starts.
         if state not in (RUNNING, QUEUED) and not (queue.problem and state != DONE and submission(folder)):
             continue
         try:
@@ -99,25 +102,28 @@ def cancel(cells: Sequence[Cell]) -> str:
             continue
         asked.append(folder)
     jobs = slurm.cancel(asked, queue)
+    # Processes of this machine are interrupted at once; those elsewhere see the wish at their next heartbeat.
     for folder in asked:
         with contextlib.suppress(ProcessLookupError, PermissionError, StorageError):
             pid = local_process(read_record(folder.lease_path))
             if pid is not None:
                 os.kill(pid, signal.SIGINT)
+    if not asked and not silent and not queue.problem:
+        return "no cell runs or waits"
     said = f"asked {len(asked)} cells to stop ({jobs} jobs taken out of the queue)"
     said += f"; {queue.problem}: their jobs stop soon after they start" if queue.problem else ""
     return f"{said}; {silent} run folders cannot be written" if silent else said
 
 
 def choose(launcher: LauncherSpec) -> str:
-    """Resolve ``auto``: SLURM where it is and this is not a job already, else the local pool."""
+    """Resolve the launcher ``auto``: SLURM on a machine of a cluster, outside its jobs; else the local pool."""
     if launcher.kind != "auto":
         return launcher.kind
     return "slurm" if slurm.available() and "SLURM_JOB_ID" not in os.environ else "local"
 
 
 def _check_devices(kind: str, todo: list[Row]) -> None:
-    """Refuse cells that are to run on a GPU of this machine where it has none, before any has a run folder."""
+    """Refuse cells that ask for a GPU of this machine where it has none, before any of them gets a run folder."""
     asked = [row.cell.spec for row in todo if row.cell.spec is not None and row.cell.spec.execution.device == "cuda"]
     if asked and kind in ("local", "inline"):
         from ptqbench.engine.work import device_of
@@ -134,6 +140,7 @@ def _how(kind: str, launcher: LauncherSpec) -> str:
 def _run(
     kind: str, launcher: LauncherSpec, todo: list[Row], elsewhere: list[Row], wait: bool, summary: Summary
 ) -> None:
+    """Run what is to do, or follow it where SLURM runs it; ``elsewhere`` are cells that run or wait already."""
     if kind == "slurm" and wait:
         slurm.follow([*todo, *elsewhere], launcher, summary)
     elif kind == "slurm":
@@ -145,27 +152,24 @@ def _run(
             summary.say("follow with: python -m ptqbench status, or the same command with --wait")
     elif kind == "local":
         local.run_pool([*todo, *[row for row in elsewhere if row.state == RUNNING]], summary, launcher.workers)
-    elif kind == "inline":
-        _run_inline(todo, summary)
     else:
-        raise ConfigError(f"unknown launcher {kind!r}")
+        _run_inline(todo, summary)
 
 
 def _run_inline(todo: list[Row], summary: Summary) -> None:
-    from ptqbench.foreground import Bar
-    from ptqbench.run import run_cell
+    """Run cells one after another in this process."""
+    from ptqbench.foreground import run_shown
 
     for row in todo:
         cell = row.cell
         if cell.spec is None or cell.folder is None:
             continue
         try:
-            with Bar(summary.errors, cell.name, cell.spec.execution.progress and summary.errors.is_terminal) as bar:
-                run_cell(cell.spec, cell.folder, bar)
+            run_shown(cell.spec, cell.folder, cell.name, summary.errors)
             summary.finished(cell)
         except CellBusy as busy:
             summary.note("running elsewhere", cell, str(busy))
         except RunFailed as failed:
             summary.failed_on_record(cell, str(failed))
-        except Exception as error:  # of one cell, whatever it is
+        except Exception as error:  # whatever it is, the other cells go on
             summary.failed(cell, classify(error).name, outcome(error)[0], "")

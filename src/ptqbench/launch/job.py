@@ -1,47 +1,44 @@
-"""The callable that a SLURM task runs: nothing but the path of a run folder, so that no code or state is pickled."""
+"""The callable that a SLURM task runs. It holds the path of a run folder and a time, so that no code or state is pickled."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ptqbench.runs.folder import RunFolder
+from ptqbench.errors import CellBusy, TimeLimitTooShort
+from ptqbench.runs.attempt import record_failure
+from ptqbench.runs.files import read_record
+from ptqbench.runs.folder import RunFolder
 
 USED_UP = 0.7
-"""Share of its time after which an attempt that was interrupted counts as ended by the limit."""
+"""Share of its time after which an interrupted attempt counts as ended by the time limit."""
 
 
+@dataclasses.dataclass(frozen=True)
 class CellJob:
-    """Run the cell of a folder; after a warning (time limit, preemption) the same again, which goes on where it stopped."""
+    """Run the cell of a folder. After a warning (time limit, preemption) the job is requeued and goes on where it stopped.
 
-    def __init__(self, folder: str, work_s: float) -> None:
-        """Name the cell.
+    Attributes:
+        folder: Absolute path of the run folder.
+        work_s: Seconds from the start of the job to the warning before its time limit.
+    """
 
-        Args:
-            folder: Absolute path of the run folder.
-            work_s: Seconds from the start of the job to the warning before its time limit.
-        """
-        self.folder, self.work_s = folder, work_s
+    folder: str
+    work_s: float
 
     def __call__(self) -> str:
         """Run the cell.
 
         Returns:
-            The run id. A cell that another process works on counts as run.
+            The run id, also where another process works on the cell.
 
         Raises:
-            RunFailed: The cell failed, which makes the task FAILED for SLURM too.
-            TimeLimitTooShort: Two attempts of this job in a row used up their time without finishing anything.
+            RunFailed: The cell failed. SLURM shows the task as FAILED too.
+            TimeLimitTooShort: The last two attempts of this job used up their time without finishing anything.
         """
-        from pathlib import Path
-
-        from ptqbench.errors import CellBusy, TimeLimitTooShort
         from ptqbench.run import run_folder
-        from ptqbench.runs.attempt import record_failure
-        from ptqbench.runs.folder import RunFolder
 
         folder = RunFolder(Path(self.folder))
         if stalled(folder, self.work_s, os.environ.get("SLURM_JOB_ID")):
@@ -58,25 +55,24 @@ class CellJob:
         return folder.run_id
 
     def checkpoint(self) -> Any:
-        """What submitit requeues; finished blocks are on disk already."""
+        """The task that submitit keeps for the requeued job: the same, since finished blocks are on disk already."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(CellJob(self.folder, self.work_s))
+        return DelayedSubmission(self)
 
 
 def stalled(folder: RunFolder, work_s: float, job: str | None) -> bool:
-    """Whether requeuing a cell once more would go on for ever.
+    """Whether a job is requeued again and again without progress.
 
     Args:
         folder: The cell.
         work_s: Seconds that an attempt has before it is warned.
-        job: Number of the job whose attempts count; those of a job submitted before had another limit perhaps.
+        job: Number of the job. Only its attempts count, since those of an earlier job may have had another time limit.
 
     Returns:
-        True where the last two attempts of this job both used up their time and no file of finished work appeared.
+        True where the last two attempts are of this job, used up their time, and left no new file of finished work.
     """
-    from ptqbench.runs.files import read_record
-
+    # The last two attempts are of this job, and each used up its time.
     last = folder.attempts[-2:]
     if job is None or len(last) < 2:
         return False
@@ -84,6 +80,7 @@ def stalled(folder: RunFolder, work_s: float, job: str | None) -> bool:
         slurm = read_record(path / "meta.json").get("slurm")
         if not isinstance(slurm, dict) or slurm.get("SLURM_JOB_ID") != job or _duration(path) < USED_UP * work_s:
             return False
+    # Nothing in the folders of finished work is younger than the first of them.
     began = (last[0] / "meta.json").stat().st_mtime
     finished = [path for root in (folder.state_path, folder.records_path) for path in root.rglob("*") if path.is_file()]
     return all(path.stat().st_mtime < began for path in finished)

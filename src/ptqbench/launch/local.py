@@ -1,8 +1,8 @@
 """The local pool: one process per cell, one GPU (or a share of the cores) per process.
 
-A process per cell, so that a crash, an out-of-memory kill or a leak ends one cell and nothing else. The pool reads what
-happened from the run folder and from the exit status: a worker that died without a word (SIGKILL, segmentation fault) is
-started again, and the cell goes on behind its last finished block. How a process starts is in ``launch.worker``.
+Every cell has a process of its own, so that a crash, an out-of-memory kill or a leak ends one cell and nothing else. The pool
+learns how a cell ended from its run folder and from the exit status. Where a worker died without a record (SIGKILL, segmentation
+fault), the cell is started again and goes on behind its last finished block. ``launch.worker`` starts the processes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from ptqbench.errors import StorageError
 from ptqbench.launch.summary import Summary
 from ptqbench.launch.worker import Child, Slot, start
+from ptqbench.runs import provenance
 from ptqbench.runs.attempt import log_lines, record_death
 from ptqbench.runs.failures import KINDS, classify
 from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE, RunFolder
@@ -33,12 +34,20 @@ ELSEWHERE_S = 2.0
 GRACE_S = 15.0
 CPU_SHARE = 4
 ENVIRONMENT = 1
-"""Exit status of a worker whose run folder could not be used, for the disk's sake; 2 where that is a person's to mend."""
+"""Exit status of a worker that could not use its run folder because of the disk; 2 where a person can mend the reason."""
 
 
 @dataclasses.dataclass
 class Task:
-    """A cell on its way: how often it was tried again, and how often it died since its last progress."""
+    """A cell on its way to an end.
+
+    Attributes:
+        cell: The cell.
+        folder: Its run folder.
+        tries: How often it was tried again after a recorded failure.
+        deaths: How often its worker died without a record since ``progress`` last grew.
+        progress: Number of finished blocks at the last death.
+    """
 
     cell: Cell
     folder: RunFolder
@@ -49,9 +58,10 @@ class Task:
 
 @dataclasses.dataclass
 class Worker:
-    """A running process."""
+    """A running process, with its output."""
 
     task: Task
+    slot: Slot
     process: Child
     log: Path
 
@@ -61,19 +71,25 @@ def run_pool(rows: Sequence[Row], summary: Summary, workers: int | None = None) 
 
     Args:
         rows: Cells to run; their folders exist.
-        summary: Told of everything.
-        workers: Processes at once; None is one per GPU or, without, by cores and memory.
+        summary: Prints what happens.
+        workers: Processes at once. None is one per GPU; without GPUs, as many as cores and memory allow.
     """
     Pool([Task(row.cell, row.cell.folder) for row in rows if row.cell.folder], slots(rows, workers), summary).run()
 
 
 def slots(rows: Sequence[Row], workers: int | None) -> list[Slot]:
-    """Divide this machine among workers."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Divide this machine among workers.
+
+    Args:
+        rows: Cells to run.
+        workers: As ``run_pool`` has it.
+    """
+    cores = provenance.cores()
     gpus = visible_gpus() if any(row.needs is not None and row.needs.gpus for row in rows) else []
     if gpus:
         chosen = gpus[: workers or len(gpus)]
         return [Slot(gpu, max(1, cores // len(chosen))) for gpu in chosen]
+    # On CPU: as many of the largest cell as fit into the free memory, each with the cores that a cell asks for.
     threads = [row.cell.spec.execution.threads for row in rows if row.cell.spec is not None]
     share = max([t for t in threads if t is not None] or [min(CPU_SHARE, cores)])
     largest = max([row.needs.host_mem_gib for row in rows if row.needs is not None] or [1.0])
@@ -94,23 +110,23 @@ def visible_gpus() -> list[str]:
 
 
 class Pool:
-    """The event loop over workers."""
+    """The event loop over workers: starts them, sees how they end, and starts again what can be mended by that."""
 
     def __init__(self, tasks: Sequence[Task], slots: Sequence[Slot], summary: Summary) -> None:
         self._waiting, self._free, self._summary = deque(tasks), list(slots), summary
-        self._running: list[tuple[Slot, Worker]] = []
-        self._elsewhere: list[Task] = []
+        self._running: list[Worker] = []
+        self._elsewhere: list[Task] = []  # cells on which processes of others work
         self._looked = 0.0
 
     def run(self) -> None:
-        """Run everything; on Ctrl-C let the workers stop at their next step and raise again."""
+        """Run everything. On Ctrl-C the workers stop at their next step, and the interruption is raised again."""
         try:
             while self._waiting or self._running or self._elsewhere:
                 while self._waiting and self._free:
                     self._start(self._waiting.popleft(), self._free.pop(0))
                 self._reap()
                 self._look_elsewhere()
-                self._summary.draw([w.task.cell for _, w in self._running], len(self._waiting) + len(self._elsewhere))
+                self._summary.draw([w.task.cell for w in self._running], len(self._waiting) + len(self._elsewhere))
                 time.sleep(POLL_S)
         except BaseException:
             self._stop()
@@ -121,24 +137,24 @@ class Pool:
             self._summary.note(CANCELLED, task.cell, "not started")
             self._free.append(slot)
             return
-        log = (
-            task.folder.path / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{task.tries}-{task.deaths}.log"
-        )
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{task.tries}-{task.deaths}.log"
+        log = task.folder.path / "logs" / name
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.touch()
-            self._running.append((slot, Worker(task, start(task.folder.path, log, slot), log)))
+            self._running.append(Worker(task, slot, start(task.folder.path, log, slot), log))
         except OSError as error:
             self._summary.failed(task.cell, classify(error).name, f"no worker could be started: {error}", "")
             self._free.append(slot)
 
     def _reap(self) -> None:
-        for slot, worker in [pair for pair in self._running if pair[1].process.status() is not None]:
-            self._running.remove((slot, worker))
-            self._free.append(slot)
+        for worker in [worker for worker in self._running if worker.process.status() is not None]:
+            self._running.remove(worker)
+            self._free.append(worker.slot)
             self._ended(worker)
 
     def _ended(self, worker: Worker) -> None:
+        """Conclude from the run folder, and only then from the exit status, how a worker ended."""
         task, state, status = worker.task, worker.task.folder.state(), worker.process.status() or 0
         if state == DONE:
             self._summary.finished(task.cell)
@@ -149,7 +165,7 @@ class Pool:
             self._summary.note(CANCELLED, task.cell, "stopped; what is finished stays")
         elif state == FAILED:
             self._failed(task)
-        elif state == UNREADABLE or (status > 0 and _said(worker.log)):
+        elif state == UNREADABLE or (status > 0 and _said(worker.log)):  # it could not even record a failure
             message = task.folder.examined()[1] or _said(worker.log) or _describe(status)
             self._summary.failed(task.cell, "disk" if status == ENVIRONMENT else "config", message, str(worker.log))
         else:
@@ -158,7 +174,7 @@ class Pool:
     def _failed(self, task: Task) -> None:
         failure = task.folder.failure() or {}
         kind = KINDS.get(str(failure.get("kind")), KINDS["code"])
-        if kind.retries > task.tries and not kind.more_memory:  # this machine will not have more memory the next time
+        if kind.retries > task.tries and not kind.more_memory:  # the same machine has no more memory the next time
             task.tries += 1
             self._summary.say(f"{task.cell.name}: {kind.name}: {failure.get('message')}", "again", "yellow")
             self._waiting.append(task)
@@ -166,7 +182,9 @@ class Pool:
         self._summary.failed_on_record(task.cell)
 
     def _died(self, worker: Worker, status: int) -> None:
+        """Start a cell again whose worker died without a record, unless it dies again and again without progress."""
         task, name = worker.task, _describe(status)
+        # Progress is a further finished block; it starts the count of deaths anew.
         finished = sum(1 for _ in task.folder.state_path.glob("*")) if task.folder.state_path.is_dir() else 0
         task.deaths = 1 if finished > task.progress else task.deaths + 1
         task.progress = max(finished, task.progress)
@@ -179,6 +197,7 @@ class Pool:
         self._waiting.appendleft(task)
 
     def _look_elsewhere(self) -> None:
+        """See whether other processes have ended their cells; what they left unfinished is started here."""
         if time.time() - self._looked < ELSEWHERE_S:
             return
         self._looked = time.time()
@@ -195,16 +214,17 @@ class Pool:
                 self._waiting.append(task)
 
     def _stop(self) -> None:
-        for _, worker in self._running:
+        for worker in self._running:
             worker.process.signal(signal.SIGINT)
+        # One deadline for all of them, then the hard way.
         deadline = time.time() + GRACE_S
-        for _, worker in self._running:
+        for worker in self._running:
             if not worker.process.wait(max(0.1, deadline - time.time())):
                 worker.process.signal(signal.SIGKILL)
 
 
 def _said(log: Path) -> str | None:
-    """What a worker said that could not even begin, nor record that in the run folder."""
+    """The last error line of a worker that could neither begin nor record that in the run folder."""
     prefix = "ptqbench: "
     lines = [line.removeprefix(prefix) for line in log_lines(log) if line.startswith(prefix)]
     return lines[-1] if lines else None

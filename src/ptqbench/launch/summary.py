@@ -1,4 +1,4 @@
-"""What a launch tells a person: the plan before it begins, one line per finished cell, a live view on a terminal, the end."""
+"""What a launch prints: the plan before it begins, one line per cell that ends, a live view on a terminal, and the counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from ptqbench.errors import DataNotHereError, StorageError
 from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE
 from ptqbench.sweeps.cells import INVALID, SKIPPED
-from ptqbench.sweeps.plan import Row, calibrated, counts, groups
+from ptqbench.sweeps.plan import Row, calibrated, groups
 from ptqbench.sweeps.resources import duration
 
 if TYPE_CHECKING:
@@ -28,19 +28,26 @@ ORDER = (DONE, ALREADY, "submitted", RUNNING, SKIPPED, CANCELLED, FAILED)  # of 
 
 
 LONG_DETAIL = 60
-"""Details of a plan that are as long and said of many cells are written once, below."""
+"""Number of characters from which a detail that several cells of a plan share is written once, below the table."""
 PLAN_COLUMNS = ("cell", "state", "needs", "estimate", "detail")
 
 
 class Summary:
-    """Counts and prints; the launchers call it."""
+    """Counts how cells end, and prints it. The launchers call it.
+
+    Attributes:
+        rows: The plan.
+        console: Standard output.
+        errors: Standard error, where the live view is drawn.
+        counts: Number of cells by state.
+    """
 
     def __init__(self, rows: Sequence[Row], live: bool) -> None:
-        """Begin.
+        """Print nothing yet.
 
         Args:
             rows: The plan.
-            live: Whether a live view is drawn (on a terminal only).
+            live: Whether a live view is drawn, on a terminal only.
         """
         self.rows, self.console, self.errors = rows, Console(), Console(stderr=True)
         self.counts: Counter[str] = Counter()
@@ -51,7 +58,7 @@ class Summary:
         self._failed: list[tuple[str, str, str]] = []
 
     def __enter__(self) -> Summary:
-        """Say what was settled before anything runs."""
+        """Print the cells that are settled before anything runs, and start the live view."""
         for row in self.rows:
             if row.state == SKIPPED:
                 self.note(SKIPPED, row.cell, row.detail)
@@ -68,7 +75,11 @@ class Summary:
             self._live.stop()
 
     def announce(self, how: str) -> None:
-        """Print what will be done and where."""
+        """Print how many cells will run, where, and what each group of them needs.
+
+        Args:
+            how: Where they run, as the end of a sentence.
+        """
         todo = groups(self.rows)
         total = sum(len(rows) for rows in todo.values())
         self.say(f"{total} of {len(self.rows)} cells to run, {how}")
@@ -78,7 +89,7 @@ class Summary:
             self.say(f"  {len(rows)} x {amount.describe()} ({kind}, estimated)")
 
     def finished(self, cell: Cell, state: str = DONE) -> None:
-        """A cell has its result."""
+        """Count and print a cell that has its result."""
         from ptqbench.results.terminal import result_line
 
         self._finished += state == DONE
@@ -87,17 +98,24 @@ class Summary:
         self.say(f"{cell.name}: {result_line(result) if result else ''}", state, "green")
 
     def failed(self, cell: Cell, kind: str, message: str, log: str) -> None:
-        """A cell has failed for good."""
+        """Count and print a cell that has failed and is not tried again.
+
+        Args:
+            cell: The cell.
+            kind: Name of the kind of failure, as in ``failure.json``.
+            message: One line.
+            log: Where to read more; empty for nowhere.
+        """
         self._failed.append((cell.name, f"{kind}: {message}", log))
         self.counts[FAILED] += 1
         self.say(f"{cell.name}: {kind}: {message}", FAILED, "red")
 
     def failed_on_record(self, cell: Cell, message: str = "see the run folder") -> None:
-        """A cell has failed for good and has said how in its ``failure.json``.
+        """Count and print a cell that has failed, as its ``failure.json`` has it.
 
         Args:
             cell: The cell.
-            message: What is said where it could not be recorded.
+            message: Printed where there is no such record.
         """
         assert cell.folder is not None
         failure, log = {"kind": "disk", "message": message}, cell.folder.path
@@ -107,12 +125,12 @@ class Summary:
         self.failed(cell, str(failure.get("kind")), str(failure.get("message")), str(log))
 
     def note(self, state: str, cell: Cell, message: str) -> None:
-        """Something else happened to a cell; ``state`` is counted."""
+        """Count ``state``, and print that something else happened to a cell."""
         self.counts[state] += 1
         self.say(f"{cell.name}: {message}", state, "yellow")
 
     def say(self, text: str, mark: str = "", style: str = "") -> None:
-        """Print a line, as it is: names, messages and folders may hold brackets.
+        """Print a line without markup, since names, messages and folders may hold brackets.
 
         Args:
             text: The line.
@@ -123,7 +141,12 @@ class Summary:
         (self._live.console if self._live else self.console).print(line, soft_wrap=True, highlight=False)
 
     def draw(self, running: Sequence[Cell], waiting: int) -> None:
-        """Refresh the live view, at most twice a second."""
+        """Refresh the live view, at most twice a second.
+
+        Args:
+            running: Cells that processes work on.
+            waiting: Number of cells that have not begun, or that others work on.
+        """
         if self._live is None or time.time() - self._drawn < 0.5:
             return
         self._drawn = time.time()
@@ -134,13 +157,14 @@ class Summary:
             table.add_row(*map(Text, words))
         if len(running) > RUNNING_SHOWN:
             table.add_row(f"and {len(running) - RUNNING_SHOWN} more", "", "")
+        # At the rate of finished cells so far, which covers any number of workers.
         spent, left = time.time() - self._began, waiting + len(running)
         eta = duration(spent / self._finished * left / 60) if self._finished else "not known yet"
         state = f"{len(running)} running, {waiting} waiting, {self._summary() or 'none finished'}; time left: {eta}"
         self._live.update(Group(table, Text(state)), refresh=True)
 
     def finish(self) -> int:
-        """Print the failures and the counts; exit status 1 if anything failed, 130 if anything was cancelled."""
+        """Print the failures and the counts; returns exit status 1 if a cell failed, else 130 if one was cancelled, else 0."""
         if self._failed:
             table = Table(title="failed cells", title_justify="left", show_edge=False, pad_edge=False)
             for column in ("cell", "reason", "log"):
@@ -157,7 +181,7 @@ class Summary:
 
 
 def _repeated(rows: Sequence[Row]) -> dict[str, str]:
-    """Marks for the long details that several cells have."""
+    """A mark for each long detail that several cells share: ``(1)``, ``(2)`` and so on."""
     said = Counter(row.detail for row in rows if len(row.detail) >= LONG_DETAIL)
     often = [detail for detail, count in said.items() if count > 1]
     return {detail: f"({number})" for number, detail in enumerate(often, 1)}
@@ -170,7 +194,7 @@ def _plan_line(row: Row, notes: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _print_cells(console: Console, lines: Sequence[tuple[str, ...]]) -> None:
-    """Print a heading and a line per cell: folded on a terminal, as long as it is in a file or a pipe."""
+    """Print a heading and a line per cell. Long lines are folded on a terminal and kept whole in a file or a pipe."""
     if console.is_terminal:
         table = Table(*lines[0], show_edge=False, pad_edge=False)
         for line in lines[1:]:
@@ -183,7 +207,7 @@ def _print_cells(console: Console, lines: Sequence[tuple[str, ...]]) -> None:
 
 
 def _missing(cell: Cell) -> str:
-    """What of a cell is not on this machine."""
+    """The name of the data set or the model that a cell needs and this machine lacks."""
     if isinstance(cell.problem, DataNotHereError):
         return cell.problem.repository
     return "" if cell.draft is None else cell.draft.model.name
@@ -194,29 +218,33 @@ def _line(console: Console, text: str) -> None:
 
 
 def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
-    """Print every cell with its state and needs, and the sums per resource group."""
+    """Print a plan: its cells, the sums per group of resources, and how good the estimates were so far.
+
+    Args:
+        rows: The plan.
+        every_cell: Whether each cell gets a line.
+    """
     console = Console()
     if every_cell:
         notes = _repeated(rows)
         _print_cells(console, [PLAN_COLUMNS, *(_plan_line(row, notes) for row in rows)])
         for reason, mark in notes.items():
             _line(console, f"{mark} {reason}")
-    todo = groups(rows)
-    for amount, members in todo.items():
+    else:
+        reasons = Counter((row.state, row.detail) for row in rows if row.state in (INVALID, SKIPPED))
+        for (state, reason), count in reasons.items():
+            _line(console, f"{count} {state}: {reason}")
+    # What there is to do, by resources, and what cannot be done here yet.
+    todo, absent = groups(rows), groups(rows, absent=True)
+    for amount, members in [*todo.items(), *absent.items()]:
         hours = sum(row.needs.estimate_min for row in members if row.needs is not None) / 60
-        _line(
-            console,
-            f"{len(members)} cells: {amount.describe()}; estimated {hours:.1f} {'GPU-' if amount.gpus else ''}hours",
-        )
-    absent = [row for row in rows if row.state == INVALID and row.needs is not None]
+        missing = ", ".join(sorted({_missing(row.cell) for row in members if row.absent}))
+        where = f" whose models or data are not on this machine ({missing})" if missing else ""
+        unit = "GPU-hours" if amount.gpus else "hours"
+        _line(console, f"{len(members)} cells{where}: {amount.describe()}; estimated {hours:.1f} {unit}")
     if absent:
-        hours = sum(row.needs.estimate_min for row in absent if row.needs is not None) / 60
-        names = ", ".join(sorted({_missing(row.cell) for row in absent}))
-        _line(
-            console,
-            f"{len(absent)} cells whose models or data are not on this machine ({names}): estimated {hours:.1f} GPU-hours; "
-            "load them with: python -m ptqbench prefetch",
-        )
+        _line(console, "load what is not on this machine with: python -m ptqbench prefetch")
+    # How far the estimates above were corrected by finished cells.
     for (model, on_gpu), found in calibrated(rows).items():
         peak = (
             "" if found.peak_gib is None else f"; peak memory {found.peak_gib:.3g} of {found.asked_gib:g} GiB asked for"
@@ -227,6 +255,9 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
             f"(median){peak}",
         )
     running = [row for row in rows if row.state == RUNNING]
-    _line(console, ", ".join(f"{n} {state}" for state, n in sorted(counts(rows).items())) or "no cells")
+    _line(
+        console,
+        ", ".join(f"{n} {state}" for state, n in sorted(Counter(row.state for row in rows).items())) or "no cells",
+    )
     if not todo and not running:
         console.print("nothing to run")

@@ -1,10 +1,10 @@
 """How the local pool starts the process of a cell.
 
-On GPUs it is a fresh interpreter. On CPU it is forked from a server that has imported everything a cell needs and computed
-nothing (the standard library's ``forkserver``): ten seconds of imports would exceed the work of a small cell. A process that has
-touched CUDA must not be forked, and importing is enough for some drivers; hence the difference.
+On CPU the process is forked from a server (the standard library's ``forkserver``) that has imported everything a cell needs and
+computed nothing, because ten seconds of imports would exceed the work of a small cell. On a GPU the process is a fresh interpreter,
+because a process that has touched CUDA must not be forked, and for some drivers importing is enough.
 
-Either way ``ptqbench.run.main`` does the work, output goes to a file, and the worker ends with the pool.
+In both cases ``ptqbench.run.main`` does the work, output goes to a file, and the worker ends with the pool.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerProcess
 
 PRELOADED = (
     "ptqbench.run", "ptqbench.engine.pipeline", "ptqbench.engine.rotations", "ptqbench.data.windows", "ptqbench.models.source",
@@ -33,23 +29,42 @@ PRELOADED = (
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """What one worker may use: a GPU by its index, or cores."""
+    """What one worker may use.
+
+    Attributes:
+        gpu: Index of its GPU; None for a worker on CPU.
+        threads: Number of cores.
+    """
 
     gpu: str | None
     threads: int
 
 
-class Child(Protocol):
-    """A started worker."""
+@dataclasses.dataclass(frozen=True)
+class Child:
+    """A started worker.
 
-    def status(self) -> int | None:
-        """Exit status, negative for a signal; None while it runs."""
+    Attributes:
+        pid: Number of its process.
+        status: Exit status, negative for a signal; None while it runs.
+        join: Waits for its end, at most so many seconds.
+    """
+
+    pid: int
+    status: Callable[[], int | None]
+    join: Callable[[float], object]
 
     def wait(self, timeout: float) -> bool:
-        """Wait so many seconds for its end; whether it came."""
+        """Wait for its end, at most ``timeout`` seconds; returns whether it has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.join(timeout)
+        return self.status() is not None
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal, unless the process has ended."""
+        if self.status() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
 def start(folder: Path, log: Path, slot: Slot) -> Child:
@@ -57,67 +72,38 @@ def start(folder: Path, log: Path, slot: Slot) -> Child:
 
     Args:
         folder: Run folder with ``spec.json``.
-        log: Where output goes; its folder exists.
+        log: File for its output, in an existing folder.
         slot: What the worker may use.
     """
-    return _Spawned(folder, log, slot) if slot.gpu is not None else _Forked(folder, log, slot)
+    return _spawned(folder, log, slot) if slot.gpu is not None else _forked(folder, log, slot)
 
 
-class _Spawned:
+def _spawned(folder: Path, log: Path, slot: Slot) -> Child:
     """A fresh interpreter."""
-
-    def __init__(self, folder: Path, log: Path, slot: Slot) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(slot.threads), "CUDA_VISIBLE_DEVICES": str(slot.gpu)}
-        command = [sys.executable, "-m", "ptqbench.run", "--with-parent", str(folder)]
-        with log.open("wb") as stream:
-            self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
-            )
-
-    def status(self) -> int | None:
-        return self._process.poll()
-
-    def wait(self, timeout: float) -> bool:
-        try:
-            self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
+    environment = os.environ | {"OMP_NUM_THREADS": str(slot.threads), "CUDA_VISIBLE_DEVICES": str(slot.gpu)}
+    command = [sys.executable, "-m", "ptqbench.run", "--with-parent", str(folder)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+    return Child(process.pid, process.poll, process.wait)
 
 
-class _Forked:
-    """A copy of a server that has imported everything."""
-
-    def __init__(self, folder: Path, log: Path, slot: Slot) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
-        with _environment(OMP_NUM_THREADS=str(slot.threads)):
-            forkserver.ensure_running()
-        arguments = (folder, log, slot.threads, dict(os.environ))
-        self._process: ForkServerProcess = context.Process(target=_work, args=arguments)
-        self._process.start()
-
-    def status(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float) -> bool:
-        self._process.join(timeout)
-        return self._process.exitcode is not None
-
-    def signal(self, number: signal.Signals) -> None:
-        if self._process.exitcode is None and self._process.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, number)
+def _forked(folder: Path, log: Path, slot: Slot) -> Child:
+    """A fork of a server that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with _environment("OMP_NUM_THREADS", str(slot.threads)):  # read once, when the server imports torch
+        forkserver.ensure_running()
+    process = context.Process(target=_work, args=(folder, log, slot.threads, dict(os.environ)))
+    process.start()
+    assert process.pid is not None
+    return Child(process.pid, lambda: process.exitcode, process.join)
 
 
 def _work(folder: Path, log: Path, threads: int, environment: dict[str, str]) -> None:
-    """Be the worker, in a forked process; the server may be older than the environment."""
+    """Run the cell in a forked process."""
+    # The server has the environment of its own start; the one of this moment is passed along.
     os.environ.update(environment | {"OMP_NUM_THREADS": str(threads)})
-    with log.open("wb") as stream:
+    with log.open("wb") as stream:  # standard output and error, of native code too
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
     import torch
@@ -129,14 +115,14 @@ def _work(folder: Path, log: Path, threads: int, environment: dict[str, str]) ->
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -138,13 +138,21 @@ class Member:
         return None
 
 
-class Target(Member, ABC):
-    """Which weight should rounding aim at?"""
+class Scoped(Member):
+    """A member that acts on rounded weights, perhaps not on those of all linears."""
 
     @property
     def exclude(self) -> tuple[LinearName, ...]:
-        """Linears that keep their weight as the target."""
+        """Linears on which it does not act."""
         return ()
+
+
+class Target(Scoped, ABC):
+    """Which weight should rounding aim at? Excluded linears keep their own weight as the target."""
+
+    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
+        """Skip cells that round no weight."""
+        return _idle(f"target {spec.method.target.name}", spec)
 
     @property
     def rms_scale(self) -> RmsScale:
@@ -158,6 +166,13 @@ class Target(Member, ABC):
 
 class Solver(Member, ABC):
     """How is a linear rounded?"""
+
+    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
+        """Skip cells in which everything stays at 16 bits."""
+        if spec.calibrates:  # a transform alone: a check that it keeps the function
+            return None
+        name = spec.bitwidth.name
+        return f"bitwidth {name} leaves everything at {UNTOUCHED_BITS} bits; the unquantized model is +method=fp16"
 
     @property
     def one_by_one(self) -> bool:
@@ -176,13 +191,12 @@ class Solver(Member, ABC):
         """
 
 
-class Refine(Member, ABC):
-    """What is repaired after rounding?"""
+class Refine(Scoped, ABC):
+    """What is repaired after rounding? Excluded linears keep the solver's result."""
 
-    @property
-    def exclude(self) -> tuple[LinearName, ...]:
-        """Linears that keep the solver's result."""
-        return ()
+    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
+        """Skip cells that round no weight."""
+        return _idle(f"refine {spec.method.refine.name}", spec)
 
     @property
     def reads_working(self) -> bool:
@@ -194,8 +208,7 @@ class Refine(Member, ABC):
         """Return a better result on the same codes; ``weight`` is the original one. ``result.codes`` is not None."""
 
 
-def idle_reason(member: str, spec: RunSpec) -> str | None:
-    """Say that a member which acts on rounded weights has nothing to do in a cell, or None."""
+def _idle(member: str, spec: RunSpec) -> str | None:
     if spec.method.solver.name == "none":
         return f"{member} acts on rounded weights, but solver none rounds nothing; use a solver"
     if spec.quantizes and spec.bitwidth.w_bits >= UNTOUCHED_BITS:

@@ -45,34 +45,54 @@ class PlainBasis:
         return self.precision.block_plan()
 
 
-@dataclasses.dataclass(frozen=True)
-class FoldedBasis:
-    """Norm gains folded into the linears behind them and nothing else: the stream that bases are computed from."""
+class _Folded:
+    """A basis with norm gains folded into the linears behind them; the stream enters and leaves the blocks in one basis each.
 
-    center_embedding: bool = False
+    Attributes:
+        center_embedding: Whether row means are subtracted from the embedding.
+    """
+
+    center_embedding: bool
     unties: ClassVar[bool] = True
 
+    def entering(self) -> Tensor | None:
+        """T (d, d) of the stream that the first block reads, or None."""
+        return None
+
+    def leaving(self) -> Tensor | None:
+        """T (d, d) of the stream that the head reads, or None."""
+        return None
+
     def embedding(self, tensors: Tensors) -> Tensors:
+        """Rotate rows into the basis of the first block."""
         from ptqbench.models.fuse import rotate_embedding
 
-        return rotate_embedding(tensors, None, center=self.center_embedding)
+        return rotate_embedding(tensors, self.entering(), center=self.center_embedding)
+
+    def head(self, tensors: Tensors) -> Tensors:
+        """Fold the final norm and read the stream in the basis behind the last block."""
+        from ptqbench.models.fuse import rotate_head
+
+        return rotate_head(tensors, self.leaving())
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedBasis(_Folded):
+    """Norm gains folded and nothing else: the stream that bases are computed from."""
+
+    center_embedding: bool = False
 
     def block(self, tensors: Tensors, index: int) -> Tensors:
         from ptqbench.models.fuse import fold_norms
 
         return fold_norms(tensors)
 
-    def head(self, tensors: Tensors) -> Tensors:
-        from ptqbench.models.fuse import rotate_head
-
-        return rotate_head(tensors, None)
-
     def plan(self, index: int) -> BlockPlan | None:
         return None
 
 
 @dataclasses.dataclass(frozen=True)
-class HadamardBasis:
+class HadamardBasis(_Folded):
     """QuaRot: one rotation of the residual stream, one of all heads, and online Hadamard transforms.
 
     Attributes:
@@ -97,13 +117,12 @@ class HadamardBasis:
     center_embedding: bool
     block_heads: Mapping[str, Tensor] | None = None
     online_dtype: Literal["float32", "model"] = "float32"
-    unties: ClassVar[bool] = True
 
-    def embedding(self, tensors: Tensors) -> Tensors:
-        """Rotate rows by R1."""
-        from ptqbench.models.fuse import rotate_embedding
+    def entering(self) -> Tensor | None:
+        return self.residual
 
-        return rotate_embedding(tensors, self.residual, center=self.center_embedding)
+    def leaving(self) -> Tensor | None:
+        return self.residual
 
     def block(self, tensors: Tensors, index: int) -> Tensors:
         """Fold norms, then rotate by R1, R2, head mixing and R4."""
@@ -122,12 +141,6 @@ class HadamardBasis:
             down=self.down,
         )
         return rotate_block(fold_norms(tensors), rotations)
-
-    def head(self, tensors: Tensors) -> Tensors:
-        """Fold the final norm and read the stream through R1."""
-        from ptqbench.models.fuse import rotate_head
-
-        return rotate_head(tensors, self.residual)
 
     def plan(self, index: int) -> BlockPlan | None:
         """Online transforms of o and down, R3 on keys and queries, quantizers."""
@@ -152,7 +165,7 @@ def _in_own_type(transform: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class SubspaceBasis:
+class SubspaceBasis(_Folded):
     """ResQ and CoQuant: T = U R, an eigenbasis U randomised inside each precision part by R.
 
     Attributes:
@@ -173,7 +186,12 @@ class SubspaceBasis:
     head_rotation: Tensor | tuple[Tensor, ...]
     down: Callable[[Tensor], Tensor]
     center_embedding: bool
-    unties: ClassVar[bool] = True
+
+    def entering(self) -> Tensor:
+        return self.attention_basis(0)
+
+    def leaving(self) -> Tensor:
+        return self.attention_basis(self.precision.architecture.n_blocks)
 
     def attention_basis(self, index: int) -> Tensor:
         """T (d, d) of the stream that block ``index`` reads, or that the head reads behind the last block.
@@ -207,12 +225,6 @@ class SubspaceBasis:
         rotation = rotation[index] if isinstance(rotation, tuple) else rotation
         return (basis @ rotation.to(basis.device)).expand(self.precision.architecture.n_kv_heads, -1, -1)
 
-    def embedding(self, tensors: Tensors) -> Tensors:
-        """Rotate rows into the basis of the first block."""
-        from ptqbench.models.fuse import rotate_embedding
-
-        return rotate_embedding(tensors, self.attention_basis(0), center=self.center_embedding)
-
     def block(self, tensors: Tensors, index: int) -> Tensors:
         """Fold norms, rotate the streams and the value heads, reorder o's columns, transform down_proj's."""
         from ptqbench.models.fuse import BlockRotations, fold_norms, rotate_block
@@ -231,12 +243,6 @@ class SubspaceBasis:
             output_order=self.precision.output_order(),
         )
         return rotate_block(fold_norms(tensors), rotations)
-
-    def head(self, tensors: Tensors) -> Tensors:
-        """Fold the final norm and read the stream behind the last block."""
-        from ptqbench.models.fuse import rotate_head
-
-        return rotate_head(tensors, self.attention_basis(self.precision.architecture.n_blocks))
 
     def plan(self, index: int) -> BlockPlan | None:
         """Online Hadamard of down, order of o, key rotation, residual basis changes, quantizers."""

@@ -3,8 +3,8 @@
 Shapes: d hidden size; G key/value heads; e head_dim; bases (d, d), (G, e, e) or (e, e), float64, columns from low to high
 importance. The mathematics is in ``numerics.subspace``; this module says which moment meets which weight.
 
-A pruned model has heads or inputs that are always zero. The zero moment of such a part has no preferred basis: the basis is the
-identity and is marked as such.
+A pruned model has heads or inputs that are always zero, or weights that are. The zero matrix of such a part has no preferred
+basis: its basis is the identity and is marked as such.
 
 Sources: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d; arXiv 2604.26378 (CoQuant), code
 Zachary5895/CoQuant@0e2e343.
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ptqbench.models.fuse import Tensors
 
 FACTS = (IDENTITY, COEFFICIENTS) = "_identity", "_coefficients"
-"""Suffixes of the facts stored beside a basis: which of its matrices are the identity because their moment is zero, and the
-coefficients of the two moments in the joint objective."""
+"""Suffixes of the facts stored beside a basis: which of its matrices are the identity because what they diagonalise is zero, and
+the coefficients of the two moments in the joint objective."""
 
 COLUMNS_OF = {
     "attention": ATTENTION_INPUT,
@@ -54,8 +54,8 @@ def eigenbases(
     Returns:
         ``value`` and ``key``; with them ``attention`` and ``mlp`` (``per_layer``), ``residual`` (``one_per_decoder``), or
         nothing more (``full_shared``, whose one basis needs all blocks). Beside a basis ``NAME_identity``, 1 where a matrix
-        is the identity because its moment is zero (left out where none is), and for ``joint`` ``NAME_coefficients`` (..., 3):
-        lambda_x, lambda_w and gamma_low.
+        is the identity because what it diagonalises is zero (left out where none is), and for ``joint``
+        ``NAME_coefficients`` (..., 3): lambda_x, lambda_w and gamma_low.
 
     Raises:
         NumericalError: A moment is not finite.
@@ -63,9 +63,11 @@ def eigenbases(
     """
     from ptqbench.numerics.subspace import activation_objective, selection_basis
 
+    # No rotation: channels sorted by their magnitude.
     if transform.objective == "outlier":
         sizes = moments.largest if transform.outlier_norm == "linf" else moments.mean_abs
         return {name: selection_basis(size) for name, size in sizes.items()}
+    # The residual stream: eigenvectors of its moment, alone or joint with that of the weights that read it.
     if transform.objective == "joint":
         bases = _joint_residual(transform, moments, tensors, low_bits)
     elif transform.granularity == "per_layer":
@@ -74,6 +76,7 @@ def eigenbases(
         bases = diagonalised("residual", activation_objective([moments.attention, moments.mlp]))
     else:
         bases = {}
+    # Values and keys, head by head; one key basis for all heads where the model has one basis.
     if transform.kv_joint:
         return bases | _joint_heads(transform, moments, tensors, architecture, low_bits)
     key = moments.key.mean(0) if transform.granularity == "full_shared" else moments.key
@@ -101,6 +104,7 @@ def diagonalised(name: str, moment: Tensor) -> dict[str, Tensor]:
     zero = moment.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     if not bool(zero.any()):
         return {name: eigenbasis(moment)}
+    # Where it is zero, diagonalise the identity instead and take its basis as it is.
     identity = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
     basis = torch.where(
         zero[..., None, None], identity, eigenbasis(torch.where(zero[..., None, None], identity, moment))
@@ -155,6 +159,7 @@ def _joint(name: str, moment: Tensor, weights: Tensor, low_bits: int, n_high: in
 
     from ptqbench.numerics.subspace import joint_coefficients, joint_objective
 
+    # lambda_x S_x + lambda_w S_w, each lambda proportional to the trace of the other moment.
     lambda_x, lambda_w, gamma = joint_coefficients(moment, weights, low_bits, n_high)
     coefficients = torch.stack([lambda_x, lambda_w, torch.full_like(lambda_x, gamma)], dim=-1)
     objective = joint_objective(moment, weights, low_bits, n_high)
@@ -167,6 +172,7 @@ def _joint_heads(
     """Compute the joint bases of values (with the columns of o that read them) and of keys (with their queries)."""
     from ptqbench.numerics.subspace import output_head_moments
 
+    # The moment of o's columns beside that of the values; the moment of the queries beside that of the keys.
     head_dim = architecture.head_dim
     n_high = transform.layout().parts(head_dim)[2]
     output = output_head_moments(tensors[f"{ATTENTION_OUTPUT[0]}.weight"], architecture.n_kv_heads, head_dim)

@@ -1,6 +1,6 @@
 """Rotations learned by descent on the loss of the quantized network (SpinQuant, arXiv 2405.16406).
 
-What is learned, from where, and with which steps is said here; ``ptqbench.engine.rotations`` makes the pass.
+The options are here: what is learned, from which start, and with which steps. ``ptqbench.engine.rotations`` learns.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class LearnedRotation(Transform):
             return f"r2 and r3 need a head_dim that is a power of two, got {shape.head_dim}; use init=haar r3=false"
         if self.init == "random_hadamard":
             reason = no_hadamard(shape.hidden_size, "paley", "init=random_hadamard (hidden_size; haar works)")
-        if reason is None and self.r4:
-            reason = no_hadamard(shape.intermediate_size, rule, "r4 (intermediate_size)")
+        if self.r4:
+            reason = reason or no_hadamard(shape.intermediate_size, rule, "r4 (intermediate_size)")
         return reason or self.precision(spec, architecture).skip_reason()
 
     def layout(self) -> Layout:

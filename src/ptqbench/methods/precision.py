@@ -137,7 +137,8 @@ class Precision:
         shapes = self.architecture.linear_shapes()
         if linear not in shapes:
             raise ConfigError(f"expected one of {[*STAGE_LINEARS, *shapes]}, got {name!r}")
-        bits, options = self.spec.bitwidth.w_bits, self.spec.method.grid
+        bits, options = self.spec.bitwidth.w_bits, dataclasses.asdict(self.spec.method.grid)
+        # Parts of this linear's inputs, low to high: none for down, those of all heads together for o, else of the hidden size.
         if linear in MLP_OUTPUT:
             widths, part_bits = (0, shapes[linear][1], 0), (self._down_bits(bits),) * 3
         elif linear in ATTENTION_OUTPUT:
@@ -146,17 +147,11 @@ class Precision:
             widths, part_bits = (n_heads * lowest, n_heads * bulk, n_heads * high), self.layout.bits(bits)
         else:
             widths, part_bits = self.layout.parts(shapes[linear][1]), self.layout.bits(bits)
+        # One range of columns for each part that has any.
         ranges, start = [], 0
         for i, (width, its_bits) in enumerate(zip(widths, part_bits, strict=True)):
-            grid = GridSpec(
-                bits=its_bits,
-                scheme=self._lowest_scheme() if i == 0 else options.scheme,
-                group_size=self.spec.bitwidth.group_size,
-                clip_search=options.clip_search,
-                sym_nonnegative_row=options.sym_nonnegative_row,
-                range_contains_zero=options.range_contains_zero,
-                zero_point=options.zero_point,
-            )
+            scheme = self._lowest_scheme() if i == 0 else options["scheme"]
+            grid = GridSpec(bits=its_bits, group_size=self.spec.bitwidth.group_size, **(options | {"scheme": scheme}))
             if width:
                 ranges.append(ColumnRange(start, start + width, grid))
             start += width
@@ -190,6 +185,7 @@ class Precision:
 
         inputs: dict[str, InputPlan] = {}
         for linear in self.architecture.linear_shapes():
+            # The parts of o are put together before a quantizer of whole tokens, or behind one of single heads.
             order = self.output_order() if linear in ATTENTION_OUTPUT else None
             per_head = linear in ATTENTION_OUTPUT and self.layout.output_per_head
             before, after = (None, order) if per_head else (order, None)
@@ -201,6 +197,7 @@ class Precision:
             )
             if plan.online is not None or plan.grid is not None or plan.order is not None:
                 inputs[linear] = plan
+        # Basis changes of the residual stream, then keys and values.
         grid = self._basis_change_grid()
         first, second = (None if matrix is None else BasisChange(matrix, grid) for matrix in basis_changes)
         kv = self._kv_plan(key_rotation)
@@ -216,15 +213,17 @@ class Precision:
         parts = self.layout.parts(self.architecture.head_dim)
         return part_order(self.architecture.n_heads, parts) if sum(width > 0 for width in parts) > 1 else None
 
-    def _grid(self, bits: int, width: int, *, contains_zero: bool, kv: bool = False) -> ActivationGrid | None:
-        """Build a quantizer with the layout's split of an axis; None for 16 bits."""
+    def _grid(
+        self, bits: int, width: int, *, contains_zero: bool, kv: bool = False, layout: Layout | None = None
+    ) -> ActivationGrid | None:
+        """Build a quantizer with the split of an axis that a layout asks for (the transform's); None for 16 bits."""
         from ptqbench.numerics.activation import ActivationGrid
 
         if bits >= UNTOUCHED_BITS:
             return None
-        options = self.spec.method.activation
-        lowest, _, high = self.layout.parts(width)
-        lowest_bits, _, high_bits = self.layout.bits(bits)
+        options, layout = self.spec.method.activation, layout or self.layout
+        lowest, _, high = layout.parts(width)
+        lowest_bits, _, high_bits = layout.bits(bits)
         symmetric = options.kv_symmetric if kv else options.symmetric
         return ActivationGrid(
             bits=bits,
@@ -239,13 +238,7 @@ class Precision:
         )
 
     def _uniform(self, bits: int, contains_zero: bool = True) -> ActivationGrid | None:
-        from ptqbench.numerics.activation import ActivationGrid
-
-        if bits >= UNTOUCHED_BITS:
-            return None
-        options = self.spec.method.activation
-        zero_point = "integer" if options.symmetric else options.zero_point
-        return ActivationGrid(bits, options.symmetric, options.clip_ratio, contains_zero, zero_point)
+        return self._grid(bits, 0, contains_zero=contains_zero, layout=Layout())
 
     def _input_grid(self, linear: str) -> ActivationGrid | None:
         bits = self.spec.bitwidth.a_bits
@@ -313,6 +306,7 @@ class Precision:
         shapes = self.architecture.linear_shapes()
         grids = {name: self.weight_grid(name) for name in shapes}
         sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+        # d^2 numbers of 16 bits per basis change, spread over the weights of a block.
         changes = self.layout.basis_changes * self.architecture.hidden_size**2 * BASIS_CHANGE_WEIGHT_BITS
         change_bits = changes / sum(sizes.values())
         low, high = self.layout.lowest_fraction, self.layout.high_fraction
@@ -331,6 +325,7 @@ class Precision:
         """Bits per cached element: codes of the parts, and one grid per part and head (``shared``: per part and token)."""
         if bits >= UNTOUCHED_BITS:
             return float(UNTOUCHED_BITS)
+        # Codes, and for each part a scale and (asymmetric) a zero point, spread over the elements that share them.
         parts = self.layout.parts(self.architecture.head_dim)
         numbers = 1 if self.spec.method.activation.kv_symmetric else 2
         width = self.architecture.kv_dim if shared else self.architecture.head_dim

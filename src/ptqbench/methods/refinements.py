@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ptqbench.cell.spec import added
-from ptqbench.methods.base import Aim, LinearName, Refine, Repaired, Statistic, Statistics, idle_reason
+from ptqbench.methods.base import Aim, LinearName, Refine, Repaired, Statistic, Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True)
 class NoRefinement(Refine):
     """Leave the rounded linear as the solver made it."""
+
+    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
+        return None
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         return Repaired(result)
@@ -61,27 +64,25 @@ class NullSpace(Refine):
     def needs(self) -> frozenset[Statistic]:
         return frozenset({Statistic.SECOND_MOMENT if self.moment == "full" else Statistic.POSITION_MEAN})
 
-    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        return idle_reason("refine null_space", spec)
-
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         """Return the rescaled result; unchanged, with rank None, if the rank rule finds no signal space."""
-        from ptqbench.numerics.null_space import apply_row_scale, refine_null_space, signal_space
+        from ptqbench.numerics.null_space import apply_row_scale, null_space_row_scale, signal_space
 
         moment = statistics.second_moment if self.moment == "full" else statistics.position_moment
         assert moment is not None, "the pipeline collects what a member needs"
         # U1: the leading eigenvectors of the moment, as many as the rank rule says.
-        space = signal_space(moment, threshold=self.threshold)
+        basis = signal_space(moment, threshold=self.threshold)
+        if basis is None:
+            return Repaired(result)
         reference = weight if self.reference == "original" else aim.weight if result.working is None else result.working
+        # The authors' code projects weights in the order of processing with a projector in the original order.
         rounded = result.dequantized
         if self.projector_order == "as_code" and result.order is not None:
             reference, rounded = reference[:, result.order], rounded[:, result.order]
         # alpha_i = 1 + <(w_i - q_i) U1, q_i U1> / (||q_i||^2 + ridge). A scale per row applies to columns in any order.
-        refined = refine_null_space(reference, rounded, space, ridge=self.ridge, solver=self.solver)
-        if refined.rank is None:
-            return Repaired(result)
-        dequantized = apply_row_scale(refined.row_scale, result.dequantized)
-        return Repaired(_rescaled(result, refined.row_scale, dequantized), refined.row_scale, refined.rank)
+        alpha = null_space_row_scale(reference, rounded, basis, ridge=self.ridge, solver=self.solver)
+        dequantized = apply_row_scale(alpha, result.dequantized)
+        return Repaired(_rescaled(result, alpha, dequantized), alpha, basis.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +93,6 @@ class ScaleRefit(Refine):
     """
 
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SECOND_MOMENT})
-
-    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        return idle_reason("refine scale_refit", spec)
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         from ptqbench.numerics.null_space import apply_row_scale

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import UnsupportedError
 from ptqbench.methods.base import Aim, Solver, Statistic, Statistics
 from ptqbench.methods.targets import Damping
@@ -16,12 +15,6 @@ if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
     from ptqbench.numerics.grid import Grid, LinearResult
-
-
-def _nothing_to_round(spec: RunSpec) -> str | None:
-    if spec.calibrates:  # a transform alone: a check that it keeps the function
-        return None
-    return f"bitwidth {spec.bitwidth.name} leaves everything at {UNTOUCHED_BITS} bits; the unquantized model is +method=fp16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +33,6 @@ class NoSolver(Solver):
 @dataclasses.dataclass(frozen=True)
 class RoundToNearest(Solver):
     """Round every weight to the nearest point of its grid (RTN)."""
-
-    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Skip cells in which everything stays at 16 bits."""
-        return _nothing_to_round(spec)
 
     def solve(self, aim: Aim, statistics: Statistics, grid: Grid, keep_working: bool = False) -> LinearResult:
         """Round ``aim.weight`` (out, in); the second moment is not used."""
@@ -73,10 +62,6 @@ class Gptq(Solver):
     on_cholesky_failure: Literal["raise", "retry"] = "raise"
 
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SECOND_MOMENT})
-
-    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Skip cells in which everything stays at 16 bits."""
-        return _nothing_to_round(spec)
 
     def solve(self, aim: Aim, statistics: Statistics, grid: Grid, keep_working: bool = False) -> LinearResult:
         """Round ``aim.weight`` (out, in) with compensation under ``aim.second_moment`` (in, in)."""
@@ -128,6 +113,7 @@ class Gptaq(Gptq):
         # Without drift the update is that of GPTQ.
         if aim.cross_moment is None:
             return super().solve(aim, statistics, grid, keep_working)
+        # The authors' code damps the same matrix again for every linear of a group.
         options = self.loop_options | {"keep_working": keep_working, "grid_weight": aim.grid_weight}
         if self.one_by_one:
             options["damping"] = repeated_damping(self.damping, _TIMES_DAMPED.get(statistics.linears[0], 1))

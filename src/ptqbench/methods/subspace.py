@@ -98,7 +98,6 @@ class Subspace(Transform):
     basis_file: str | None = added(None)
     basis_digest: str | None = added(None)
 
-    needs_statistics: ClassVar[bool] = True
     FILES: ClassVar[Mapping[str, str]] = {"rotation_file": "rotation_digest", "basis_file": "basis_digest"}
     without_effect_on_bases: ClassVar[frozenset[str]] = frozenset(
         {
@@ -176,6 +175,7 @@ class Subspace(Transform):
         """
         from ptqbench.numerics.orthogonal import generator, haar
 
+        # The order of the draws is that of `numerics.subspace.random_rotations`: the same seed gives the same factors.
         draws = generator(self.rotation_seed, "subspace")
         parts = self.layout().parts
         found = {
@@ -209,6 +209,7 @@ class Subspace(Transform):
         """All bases of a cell, if the files hold those of any block."""
         if not any(name.startswith("layer.") or name == "attn_mlp" for name in held):
             return {}
+        # Names of the codes: one basis of the stream for the model, for a block, or for a norm; values and keys per block.
         hidden, head = (architecture.hidden_size,) * 2, (architecture.head_dim,) * 2
         per_head = (architecture.n_kv_heads, *head)
         streams = {
@@ -296,7 +297,7 @@ class Subspace(Transform):
         """R1 of the residual stream and R2 of the heads (one, or one per block where they are learned)."""
         import torch
 
-        from ptqbench.numerics.orthogonal import block_diag, generator
+        from ptqbench.numerics.orthogonal import generator
         from ptqbench.numerics.subspace import random_rotations
 
         hidden, head = (self.layout().parts(n) for n in (architecture.hidden_size, architecture.head_dim))
@@ -306,12 +307,12 @@ class Subspace(Transform):
         source = "given" if f"given.residual_{_first(hidden)}" in bases else "rotation"
         if source == "rotation" and not self.learned_rotation:
             return random_rotations(hidden, head, generator(self.rotation_seed, "subspace"))
-        residual = block_diag([bases[f"{source}.residual_{i}"] for i, size in enumerate(hidden) if size])
+        residual = torch.block_diag(*(bases[f"{source}.residual_{i}"] for i, size in enumerate(hidden) if size))
         if f"{source}.head_{_first(head)}" in bases:
-            return residual, block_diag([bases[f"{source}.head_{i}"] for i, size in enumerate(head) if size])
+            return residual, torch.block_diag(*(bases[f"{source}.head_{i}"] for i, size in enumerate(head) if size))
         blocks = range(architecture.n_blocks)
         own = ([bases[f"{source}.head_{at}_{i}"] for i, size in enumerate(head) if size] for at in blocks)
-        return residual, tuple(block_diag(parts) for parts in own)
+        return residual, tuple(torch.block_diag(*parts) for parts in own)
 
 
 def _first(parts: tuple[int, ...]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from ptqbench.methods.base import Aim, LinearName, Statistic, Statistics, Target, idle_reason
+from ptqbench.methods.base import Aim, LinearName, Statistic, Statistics, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,9 @@ Damping = Annotated[float, Field(ge=0, le=10)]  # more leaves nothing of the mom
 @dataclasses.dataclass(frozen=True)
 class Weight(Target):
     """Aim at the weight itself, under the second moment of the quantized stream."""
+
+    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
+        return None
 
     def aim(self, weight: Tensor, statistics: Statistics) -> Aim:
         """Return ``weight`` (out, in), the second moment (in, in) and the whole drift, all as they are."""
@@ -72,9 +75,6 @@ class Loaq(Target):
             found.add(Statistic.TOKEN_WEIGHTS)
         return frozenset(found)
 
-    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        return idle_reason("target loaq", spec)
-
     def aim(self, weight: Tensor, statistics: Statistics) -> Aim:
         """Return the corrected weight (out, in) and the second moment it was corrected under, token weights included."""
         from ptqbench.numerics.targets import corrected_target
@@ -114,9 +114,6 @@ class Qep(Target):
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({Statistic.CROSS_MOMENT} if self.alpha > 0 else ())
-
-    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        return idle_reason("target qep", spec)
 
     def aim(self, weight: Tensor, statistics: Statistics) -> Aim:
         """Return the corrected weight (out, in) and the second moment (in, in) as it is."""

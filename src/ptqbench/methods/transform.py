@@ -61,11 +61,6 @@ class Transform(Member, ABC):
     """In which basis do we quantize? Its grids follow from its layout and the cell."""
 
     @property
-    def needs_statistics(self) -> bool:
-        """Whether eigenbases must be computed first (``ptqbench.engine.bases``)."""
-        return False
-
-    @property
     def learning(self) -> Learning | None:
         """How its rotations are learned on the loss of the quantized network; None if they are not."""
         return None
@@ -75,7 +70,7 @@ class Transform(Member, ABC):
         raise NotImplementedError
 
     def from_files(self, architecture: Architecture, held: Collection[str]) -> dict[str, FileMatrix]:
-        """Say which matrices to take from its files, which hold the names ``held``: our name -> where it is."""
+        """Map our names to the matrices to take from its files, which hold the names ``held``."""
         return {}
 
     def layout(self) -> Layout:

@@ -1,7 +1,7 @@
 """Transforms: the basis in which a model is quantized.
 
 A transform says how it splits the axes (``layout``), which grids follow for a cell (``precision``), and in which basis the
-checkpoint is loaded (``basis``). The one that ``needs_statistics`` wants eigenbases computed first (``ptqbench.engine.bases``).
+checkpoint is loaded (``basis``). Those of `methods.subspace` have eigenbases, which are computed first (``ptqbench.engine.bases``).
 Random factors come from ``rotation_seed`` alone: the seed of the cell does not change them.
 """
 
@@ -98,19 +98,14 @@ class Hadamard(Transform):
         per_head = self.r2 is True or (self.r3 and spec.bitwidth.k_bits < UNTOUCHED_BITS)
         if per_head and shape.head_dim & (shape.head_dim - 1):
             return f"r2 and r3 need a head_dim that is a power of two, {spec.model.name} has {shape.head_dim}; set them to false"
-        checks: list[tuple[bool, int, OddHadamard, str]] = [
-            (
-                self.r1 in ("random_hadamard", "hadamard"),
-                shape.hidden_size,
-                rule,
-                f"r1={self.r1} (hidden_size; haar works)",
-            ),
-            (self.r4, shape.intermediate_size, rule, "r4 (intermediate_size)"),
-            (self.head_mix == "hadamard", shape.n_heads, "paley", "head_mix=hadamard (heads)"),
-        ]
-        objections = (no_hadamard(order, its_rule, what) for used, order, its_rule, what in checks if used)
-        objection = next((objection for objection in objections if objection is not None), None)
-        return objection or self.precision(spec, architecture).skip_reason()
+        reason = None
+        if self.r1 in ("random_hadamard", "hadamard"):
+            reason = no_hadamard(shape.hidden_size, rule, f"r1={self.r1} (hidden_size; haar works)")
+        if self.r4:
+            reason = reason or no_hadamard(shape.intermediate_size, rule, "r4 (intermediate_size)")
+        if self.head_mix == "hadamard":
+            reason = reason or no_hadamard(shape.n_heads, "paley", "head_mix=hadamard (heads)")
+        return reason or self.precision(spec, architecture).skip_reason()
 
     def layout(self) -> Layout:
         """No split; down_proj may have bits of its own."""
@@ -144,6 +139,7 @@ class Hadamard(Transform):
 
         if "file" in (self.r1, self.r2) and bases is None:
             raise ConfigError("r1=file and r2=file need their rotations: read them first (ptqbench.engine.rotations)")
+        # R2 and R3 are the Hadamard matrix of a head; R1 is drawn or read; head mixing and R4 run online.
         head_dim = architecture.head_dim
         head = hadamard_matrix(head_dim).double().T / head_dim**0.5 if self.r2 is True or self.r3 else None
         return HadamardBasis(
@@ -169,6 +165,7 @@ class Hadamard(Transform):
             return None
         if self.r1 == "haar":
             return haar(width, draws)
+        # diag(s) H^T / sqrt(d), signs s all 1 for the bare matrix.
         signs = torch.ones(width, dtype=torch.float64)
         if self.r1 == "random_hadamard":
             signs = 2.0 * torch.randint(0, 2, (width,), generator=draws) - 1
@@ -205,6 +202,7 @@ def down_transform(
     from ptqbench.numerics.hadamard import factorise_order, hadamard_transform
     from ptqbench.numerics.orthogonal import generator, odd_factor
 
+    # width = K 2^k: a fast transform of order 2^k, and a dense odd factor of order K.
     width = architecture.intermediate_size
     if odd is not None:
         return partial(hadamard_transform, odd_factor=odd)

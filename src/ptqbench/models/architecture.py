@@ -1,8 +1,8 @@
 """The shape of a decoder: dimensions and tensor names. Imports neither torch nor transformers.
 
 Covers dense pre-norm decoders with RMSNorm, RoPE, a gated MLP and grouped-query attention: Llama, Qwen2 (bias on q, k, v) and
-Qwen3 (RMSNorm on every query and key head). The published shapes of the supported models lie in ``architectures.csv``, so
-that a sweep can be planned before anything is downloaded.
+Qwen3 (RMSNorm on every query and key head). ``architectures.csv`` has the published shapes of the supported models, so that a
+sweep can be planned before anything is downloaded.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION_OUTPUT = ("self_attn.o_proj",)
 MLP_INPUT = ("mlp.gate_proj", "mlp.up_proj")
 MLP_OUTPUT = ("mlp.down_proj",)
+NORM_READERS = {"input_layernorm": ATTENTION_INPUT, "post_attention_layernorm": MLP_INPUT}
+"""Norm of a block -> the linears that read its output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Dimensions of a decoder; ``head_dim`` is never derived from ``hidden_size / n_heads`` (Qwen3 differs)."""
+    """Dimensions of a decoder. ``head_dim`` need not be ``hidden_size / n_heads`` (in Qwen3 it is not)."""
 
     hidden_size: int
     n_blocks: int
@@ -74,7 +76,7 @@ class Architecture:
         return shapes | {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name of every tensor of the checkpoint -> shape (no ``lm_head`` when embeddings are tied)."""
+        """Name of every tensor of the checkpoint -> shape, without ``lm_head`` if embeddings are tied."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
         for block in range(self.n_blocks):
             shapes |= {f"model.layers.{block}.{name}": shape for name, shape in self.block_shapes().items()}
@@ -85,7 +87,7 @@ class Architecture:
 
     @property
     def linear_params(self) -> int:
-        """Number of weights in the linears of all blocks: what a weight quantizer rounds."""
+        """Number of weights in the linears of all blocks, which a weight quantizer rounds."""
         return self.n_blocks * sum(rows * columns for rows, columns in self.linear_shapes().values())
 
 
@@ -93,7 +95,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     """Read the dimensions from a Hugging Face ``config.json``, with the defaults of the transformers class.
 
     Raises:
-        ConfigError: A dimension is missing, is no positive integer, or does not fit the others.
+        ConfigError: A dimension is missing, is not a positive integer, or does not fit the others.
     """
     kind = config.get("model_type")
     width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
@@ -124,7 +126,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:
-    """Read a positive integer; true and 4.0 are none."""
+    """Read a positive integer; neither true nor 4.0 is one."""
     if key not in config:
         raise ConfigError(f"config.json of the model has no {key!r}")
     value = config[key]
@@ -142,7 +144,7 @@ def _flag(config: Mapping[str, Any], key: str) -> bool:
 
 
 def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
-    """Null means as many as query heads; so does an absent key in Llama, while the Qwen classes have a number of their own."""
+    """Read the number of key/value heads. Null is the number of query heads; an absent key is so in Llama, and an error in Qwen."""
     absent_means_heads = config.get("model_type") == "llama" or "num_key_value_heads" in config
     if absent_means_heads and config.get("num_key_value_heads") is None:
         return heads

@@ -1,10 +1,9 @@
 """A checkpoint of which only the part in use is in memory: embedding, one decoder block, or the head.
 
-The skeleton is the installed transformers class on the meta device. A part is materialised from safetensors when it is
-needed and dropped afterwards, so the resident memory of a pass is one block, whatever the size of the model; while a block
-is in use, a thread reads the next one from disk. On its way in, a part passes through: the edit of the checkpoint, the
-basis (in float64), the data type of the model, the overlay of quantized weights, and the installation of online transforms
-and quantizers.
+The skeleton is the installed transformers class on the meta device. A part is read from safetensors when it is needed and dropped
+afterwards, so the resident memory of a pass is one block, whatever the size of the model. While a block is in use, a thread reads
+the next one from disk. The tensors of a part go through these steps: the edit of the checkpoint, the basis (in float64), the data
+type of the model, the overlay of quantized weights, and the installation of online transforms and quantizers.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from ptqbench.errors import ConfigError, NumericalError
@@ -33,9 +32,9 @@ Overlay = Callable[[int, nn.Module], None]
 TensorEdit = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
 
 STREAM_SHARE = 0.25
-"""Of the free memory of a GPU, what residual streams may hold between blocks."""
+"""Share of the free memory of a GPU that residual streams may take between blocks."""
 VOCABULARY_ROWS = 1 << 14
-"""Rows of the embedding or the output projection in float64 at a time."""
+"""How many rows of the embedding or the output projection are in float64 at a time."""
 
 
 class BlockwiseModel:
@@ -45,7 +44,7 @@ class BlockwiseModel:
         architecture: Dimensions.
         dtype: Floating-point type of all weights and of the residual stream.
         device: Where parts are materialised.
-        basis: The equivalent form in which the checkpoint is loaded; None for its own.
+        basis: The equivalent form in which the checkpoint is loaded; None for the form in which it is stored.
     """
 
     def __init__(
@@ -62,8 +61,8 @@ class BlockwiseModel:
             source: The checkpoint.
             dtype: Target floating-point type.
             device: Target device.
-            edit: Function-preserving change of the tensors of a block (``tensors, block index -> tensors``), made
-                before anything else: the edited tensors count as the checkpoint's.
+            edit: Function-preserving change of the tensors of a block (``tensors, block index -> tensors``), made before
+                anything else, as if the edited tensors were stored.
             basis: Form in which the checkpoint is loaded; its embeddings are untied if the basis says so.
         """
         self.source, self.dtype, self.device, self._edit, self.basis = source, dtype, device, edit, basis
@@ -74,12 +73,12 @@ class BlockwiseModel:
         self.config, self._skeleton = _skeleton(source.folder, dtype, self._tied)
 
     def reopened(self, basis: Basis | None, dtype: torch.dtype | None = None) -> BlockwiseModel:
-        """Open the same checkpoint, with the same edit, in another basis and perhaps another data type."""
+        """Open the same checkpoint with the same edit in another basis, and in another data type if one is given."""
         return BlockwiseModel(self.source, dtype or self.dtype, self.device, self._edit, basis)
 
     @property
     def skeleton(self) -> PreTrainedModel:
-        """The whole model without weights (device meta), for what asks about its class and configuration alone."""
+        """The whole model without weights (device meta), for code that needs its class and configuration alone."""
         return self._skeleton
 
     @property
@@ -101,10 +100,7 @@ class BlockwiseModel:
         mask = create_causal_mask(
             config=self.config, inputs_embeds=probe, attention_mask=None, past_key_values=None, position_ids=ids
         )
-        # A copy: a dynamic embedding remembers the longest window so far, which would change its tables for later windows.
-        rotary = copy.deepcopy(self._skeleton.get_submodule("model.rotary_emb")).to(self.device)
-        rope = rotary(probe, ids)
-        return Positions(rope=rope, mask=mask)
+        return Positions(rope=self._rope(probe, ids), mask=mask)
 
     def tree_positions(self, depth: Tensor, seen: Tensor) -> Positions:
         """Build the RoPE tables and the mask for rows that hold trees of tokens.
@@ -115,8 +111,14 @@ class BlockwiseModel:
         """
         depth, seen = depth.to(self.device), seen.to(self.device)
         probe = torch.empty(*depth.shape, 0, dtype=self.dtype, device=self.device)
-        rope = self._skeleton.get_submodule("model.rotary_emb").to(self.device)(probe, depth)
-        return Positions(rope=rope, mask=seen)
+        return Positions(rope=self._rope(probe, depth), mask=seen)
+
+    def _rope(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Build cos and sin (batch, tokens, head_dim) for positions (batch, tokens), with device and data type of ``like``."""
+        # A copy: a dynamic embedding keeps the longest window so far, which would change the tables of later windows.
+        rotary = copy.deepcopy(self._skeleton.get_submodule("model.rotary_emb")).to(self.device)
+        tables: tuple[Tensor, Tensor] = rotary(like, positions)
+        return tables
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a block on the device, in the basis of the (edited) checkpoint."""
@@ -137,17 +139,17 @@ class BlockwiseModel:
         return tensors
 
     def resting_place(self, hidden: Tensor, streams: int = 1) -> torch.device:
-        """Say where residual streams rest between blocks: on the device if they take little of its memory, else on the host.
+        """Choose where residual streams are kept between blocks: on the device if they take little of its memory, else on the host.
 
         Args:
-            hidden: A residual stream, of which size and data type count.
-            streams: How many there are.
+            hidden: A residual stream, for its size and data type.
+            streams: Number of streams.
         """
         fits = self._fits(streams * hidden.numel() * hidden.element_size())
         return self.device if fits else torch.device("cpu")
 
     def parking_place(self, hidden: Tensor, streams: int = 1) -> torch.device | None:
-        """Say where windows wait between the stages of a block: None for the device, if their widest inputs fit there."""
+        """Choose where windows wait between the stages of a block: None for the device, if their widest inputs fit there."""
         width = (
             max(max(shape) for shape in self.architecture.linear_shapes().values()) + hidden.shape[-1]
         ) / hidden.shape[-1]
@@ -185,7 +187,7 @@ class BlockwiseModel:
             output.to("meta")
 
     def materialise(self, overlay: Overlay | None = None) -> PreTrainedModel:
-        """Load the whole model on its device, for evaluators that need one. Afterwards this object cannot stream blocks."""
+        """Load the whole model on its device. Afterwards this object cannot load single blocks any more."""
         table = self._read_module("model.embed_tokens")["weight"]
         self._fill(self._skeleton.get_submodule("model.embed_tokens"), {"weight": self._embedding(table)})
         head = self._head_tensors()
@@ -195,6 +197,9 @@ class BlockwiseModel:
         for index in range(self.n_blocks):
             self._skeleton.set_submodule(f"model.layers.{index}", self._load_block(index, overlay))
         self._skeleton.tie_weights()
+        # End tokens, repetition penalty and so on of a model that writes; as in from_pretrained, a file that is no JSON is ignored.
+        with suppress(OSError):
+            self._skeleton.generation_config = GenerationConfig.from_pretrained(self.source.folder)
         return self._skeleton.to(self.device)  # type: ignore[arg-type, return-value]
 
     def _load_block(self, index: int, overlay: Overlay | None) -> nn.Module:
@@ -232,7 +237,7 @@ class BlockwiseModel:
         """Move a finite weight to the device and the data type of the model.
 
         Raises:
-            NumericalError: It is beyond the range of the data type.
+            NumericalError: A value is beyond the range of the data type.
         """
         cast = weight.to(device=self.device, dtype=self.dtype)
         if self.dtype == torch.float16 and not bool(torch.isfinite(cast).all()):
@@ -261,7 +266,7 @@ class BlockwiseModel:
         return self._read(f"{name}.", {key: tuple(value.shape) for key, value in state.items()})
 
     def _read(self, prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Read tensors by name and check each for shape and finiteness. Every shard is mapped once and then closed."""
+        """Read tensors by name, and check shape and finiteness of each. Every shard is mapped once and then closed."""
         tensors: dict[str, Tensor] = {}
         files: dict[Path, list[str]] = {}
         for key in shapes:
@@ -269,7 +274,7 @@ class BlockwiseModel:
             if stored is None:
                 raise ConfigError(f"{self.source.folder}: the weights lack tensor {prefix + key!r}")
             files.setdefault(stored.file, []).append(key)
-        # Copies: a tensor that points into the file would keep the whole shard mapped.
+        # Clone, because a tensor that points into the file keeps the whole shard mapped.
         for path, keys in files.items():
             try:
                 with safe_open(path, framework="pt") as shard:

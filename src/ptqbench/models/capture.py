@@ -6,14 +6,15 @@ key/value head, and for queries summed over the query heads that read a key/valu
 Shapes: T tokens; d hidden size; G key/value heads, g query heads each, e head_dim; heads arrive as (batch, heads, tokens, e).
 
 Source: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d. Nothing of the modeling code is copied: the installed
-attention ends by calling a registered function with queries and keys after RoPE (and after query and key norms), and that is
-where they are read. Deviation: sums are float64 (the codes round each window's product to float32).
+attention ends with a call of a registered function with queries and keys after RoPE (and after query and key norms), and a wrapper
+of this function reads them. Deviation: sums are float64 (the codes round each window's product to float32).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -73,16 +74,15 @@ class _Magnitudes:
     def __init__(self) -> None:
         self.largest: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
 
     def add(self, name: str, tokens: Tensor) -> None:
         """Add (..., tokens, channels)."""
         size = tokens.detach().abs()
-        largest, total = size.amax(-2).double(), size.double().sum(-2)
-        seen = name in self.sums
-        self.largest[name] = torch.maximum(self.largest[name], largest) if seen else largest
-        self.sums[name] = self.sums[name] + total if seen else total
-        self.counts[name] = self.counts.get(name, 0) + tokens.shape[-2]
+        largest = size.amax(-2).double()
+        self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
+        self.sums[name] = self.sums.get(name, 0.0) + size.double().sum(-2)
+        self.counts[name] += tokens.shape[-2]
 
     def means(self) -> dict[str, Tensor]:
         return {name: total / self.counts[name] for name, total in self.sums.items()}
@@ -123,7 +123,7 @@ AttentionInterface.register(_READING, _read_and_attend)
 
 @contextmanager
 def _reading(block: nn.Module, moments: dict[str, MomentSum], heads: _Heads) -> Iterator[None]:
-    """Add to the sums whenever the block runs. On exit the block is restored."""
+    """Add to the sums in every forward of the block. On exit the block is restored."""
     attention: Any = block.get_submodule("self_attn")
     stock = attention.config
 
@@ -154,13 +154,13 @@ def read_moments(
     """Run a block over all windows and sum its second moments.
 
     Args:
-        block: Installed decoder block with sdpa attention and no plan, as it was when this returns.
+        block: Installed decoder block with sdpa attention and no plan; unchanged on return.
         hidden: Residual streams entering the block, (batch, tokens, d) each, not modified.
         positions: RoPE tables and mask for this window length.
         device: Where the block lives.
 
     Returns:
-        The moments, on the device, and the residual streams leaving the block, where those entering it are.
+        The moments on the device, and the residual streams leaving the block, each on the device of the one entering it.
     """
     q_proj, up_proj = "self_attn.q_proj", "mlp.up_proj"
     moments = {name: MomentSum(hidden[0].shape[-1], torch.float64) for name in (q_proj, up_proj)}

@@ -1,8 +1,8 @@
-"""What the weight files of a checkpoint hold, read from their headers alone. Imports neither torch nor transformers.
+"""The weight files and tokenizer files of a checkpoint, checked without loading a tensor. Imports neither torch nor transformers.
 
 A checkpoint is what ``transformers`` 5 would load from the folder: ``model.safetensors`` if it is there, else every file that
-``model.safetensors.index.json`` names. Of the index only the names of the files count; which tensor lies in which file is read
-from the headers, and of two files with the same tensor the later name wins.
+``model.safetensors.index.json`` names. Only the file names in the index count. The headers say which tensor lies in which file.
+Where two files hold the same tensor, the file with the later name wins.
 
 Header of a safetensors file: 8 bytes, little-endian, give the length of a JSON object that follows; it maps each tensor name to
 ``dtype``, ``shape`` and ``data_offsets`` (begin and end, in bytes, counted from the end of the header).
@@ -11,6 +11,7 @@ Header of a safetensors file: 8 bytes, little-endian, give the length of a JSON 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import posixpath
@@ -24,11 +25,15 @@ from ptqbench.errors import ConfigError, UnsupportedError, unreadable
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The types that weights may be stored in: safetensors' name -> torch's name. All are cast to the type of the cell."""
+HEAD = "lm_head.weight"
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "C64": 64,
         "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
         "F16": 16, "BF16": 16, "F32": 32, "F64": 64}  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files that can hold a tokenizer, in the order in which they are preferred."""
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """Names that transformers takes before any other weight file."""
@@ -37,7 +42,7 @@ QUANTIZED = re.compile(
 )
 ADAPTER = re.compile(r"\.(lora_\w+|base_layer)\b|^base_model\.")
 SILENT = re.compile(r"rotary_emb\.inv_freq")
-"""Buffers of old checkpoints that transformers leaves out without a report: it computes them from the configuration."""
+"""Buffers of old checkpoints. transformers computes them from the configuration and leaves the stored ones out without a report."""
 OTHER_FORMATS = {
     ".bin": "PyTorch",
     ".pth": "PyTorch",
@@ -54,7 +59,7 @@ MERGE = "merge it first: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unlo
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor as its header describes it: type in safetensors' name, shape, and the file that holds it."""
+    """A tensor as its header describes it: type by safetensors' name, shape, and the file that holds it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -95,26 +100,25 @@ def weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         raise ConfigError(_no_weights(folder))
     index = read_json(folder / INDEX)
-    files = index.get("weight_map")
-    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+    places: Any = index.get("weight_map")
+    mapped = isinstance(places, dict) and places and all(isinstance(name, str) for name in places.values())
+    if not mapped or not isinstance(index.get("metadata"), dict):
         raise ConfigError(
-            f"{folder / INDEX} is not a valid safetensors index: expected 'weight_map' to map tensors to files"
+            f"{folder / INDEX} is not a valid safetensors index: expected 'weight_map', which maps tensors to files, and a "
+            f"mapping 'metadata', which may be empty"
         )
-    if not isinstance(index.get("metadata"), dict):
-        raise ConfigError(
-            f"{folder / INDEX} is not a valid safetensors index: expected a mapping 'metadata' (it may be empty)"
-        )
-    for name in sorted(set(files.values())):
+    names = sorted(set(places.values()))
+    for name in names:
         inside = posixpath.normpath(name)
         if posixpath.isabs(name) or inside == ".." or inside.startswith("../"):
             raise ConfigError(f"{folder / INDEX} names {name!r}, which lies outside the folder of the model")
         if not (folder / name).is_file():
             raise ConfigError(f"{folder / INDEX} names {name}, which is not in {folder}: the download is incomplete")
-    return [folder / name for name in sorted(set(files.values()))]
+    return [folder / name for name in names]
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
-    """Read the headers of weight files: tensor name -> type, shape and file. Of equal names the last one counts.
+    """Read the headers of weight files: tensor name -> type, shape and file. Of equal names the last counts.
 
     Raises:
         ConfigError: As ``read_header``.
@@ -125,7 +129,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
 def read_header(path: Path) -> dict[str, Stored]:
     """Read the header of one safetensors file, sorted by name as the library does.
 
-    The library would do the same with numpy or torch in tow, a sixth of a second that every command would pay.
+    The library would import numpy or torch for this, which would cost every command a sixth of a second.
 
     Raises:
         ConfigError: The file is no safetensors file, or its size is not what the header says.
@@ -148,16 +152,13 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def _check_offsets(header: Mapping[str, Any], size: int) -> None:
-    """Refuse tensors that overlap, leave gaps, or do not fill the file; each must have as many bytes as its shape needs."""
+    """Refuse tensors that overlap, leave gaps, do not fill the file, or have another number of bytes than their shape needs."""
     position = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         shape, bits = entry["shape"], BITS.get(entry["dtype"])
-        if (
-            not all(type(number) is int and number >= 0 for number in (begin, end, *shape))
-            or begin != position
-            or end < begin
-        ):
+        whole = all(type(number) is int and number >= 0 for number in (begin, end, *shape))
+        if not whole or begin != position or end < begin:
             raise ValueError(f"tensor {name!r} has offsets {begin} to {end}, expected them to begin at {position}")
         if bits is not None and (end - begin) * 8 != math.prod(shape) * bits:
             raise ValueError(
@@ -176,7 +177,7 @@ def check_tensors(tensors: Mapping[str, Stored], shapes: Mapping[str, tuple[int,
         shapes: Every tensor that the model needs -> shape.
 
     Raises:
-        ConfigError: A tensor is missing or has another shape.
+        ConfigError: A tensor is missing, has another shape, or is stored under two names.
         UnsupportedError: A tensor has a type other than float16, bfloat16, float32 and float64, or there are tensors of a
             quantized model or of an adapter.
     """
@@ -203,10 +204,18 @@ def check_tensors(tensors: Mapping[str, Stored], shapes: Mapping[str, tuple[int,
         stored = tensors[name]
         if stored.shape != shape:
             raise ConfigError(f"{stored.file.name}: tensor {name!r} has shape {stored.shape}, config.json says {shape}")
+    # transformers adds or removes the prefix of names that the model does not have, so such a tensor may replace the right one.
+    for name in others:
+        meant = name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"
+        if meant in shapes or meant == HEAD:
+            raise ConfigError(
+                f"{tensors[name].file.name}: transformers reads tensor {name!r} as {meant!r}, which must be stored once; "
+                f"remove {name!r}"
+            )
 
 
 def ignored(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """List tensors that the configuration does not mention, with the numbers of their blocks drawn together.
+    """List tensors that the configuration does not mention; the numbers of their blocks become ranges.
 
     Returns:
         Patterns such as ``model.layers.0-3.self_attn.q_proj.bias``, sorted; empty if every tensor is used.
@@ -225,12 +234,12 @@ def ignored(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> list
 
 
 def auto_dtype(tensors: Mapping[str, Stored], files: list[Path]) -> str:
-    """Say the type that ``dtype="auto"`` means for a configuration without one: that of the first floating tensor by name.
+    """Find the type that ``dtype="auto"`` means where the configuration has none: that of the first floating tensor by name.
 
-    As in transformers, only the first file counts, float8 does not, and the metadata of an index come first.
+    As in transformers, the metadata of an index come first, only the first file counts, and float8 does not count.
 
     Returns:
-        Name of the type as torch has it.
+        Name of the type in torch.
     """
     first = files[0]
     if first.name != SINGLE:
@@ -242,25 +251,33 @@ def auto_dtype(tensors: Mapping[str, Stored], files: list[Path]) -> str:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a folder from which no tokenizer can be loaded.
+    """Refuse a folder from which no tokenizer can be loaded, as far as this shows without building one.
 
     Raises:
-        ConfigError: There is no tokenizer file, it is a pointer of git-lfs, or a package is missing that reads it.
+        ConfigError: There is no tokenizer file, a file is damaged or a pointer of git-lfs, or a package that reads it is missing.
     """
-    for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
-        if (folder / name).is_file():
-            break
-    else:
+    name = next((name for name in TOKENIZERS if (folder / name).is_file()), None)
+    if name is None:
         raise ConfigError(
             f"model folder {folder} has no tokenizer: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
         )
     _refuse_pointer(folder / name)
-    if name == "vocab.json" and not (folder / "merges.txt").is_file():
+    if name == "tokenizer.json":
+        # Parsing megabytes of JSON would cost every command a tenth of a second; a cut copy shows at its end.
+        content = (folder / name).read_bytes().strip()
+        if not (content.startswith(b"{") and content.endswith(b"}") and b'"model"' in content):
+            raise ConfigError(
+                f"{folder / name} is damaged: expected a JSON object with the key 'model'; copy it from the original checkpoint"
+            )
+    elif name == "tokenizer.model":
+        _check_reader(folder / name)
+    elif not (folder / "merges.txt").is_file():
         raise ConfigError(
             f"model folder {folder} has vocab.json without merges.txt: copy merges.txt or tokenizer.json there"
         )
-    if name == "tokenizer.model":
-        _check_reader(folder / name)
+    for settings in TOKENIZER_SETTINGS:
+        if (folder / settings).is_file():
+            read_json(folder / settings)
 
 
 def _check_reader(path: Path) -> None:
@@ -277,7 +294,7 @@ def _check_reader(path: Path) -> None:
 
 
 def _refuse_pointer(path: Path) -> None:
-    """Name a file that git-lfs has not replaced by its content."""
+    """Refuse a file that git-lfs has not replaced by its content."""
     with path.open("rb") as stream:
         if stream.read(24) == b"version https://git-lfs.":
             raise ConfigError(
@@ -286,7 +303,7 @@ def _refuse_pointer(path: Path) -> None:
 
 
 def _no_weights(folder: Path) -> str:
-    """Say that there are no weights, and what to do with those of another format."""
+    """The error where there are no safetensors weights, with the way to convert weights of another format."""
     expected = f"model folder {folder} has no weights: expected {SINGLE} or {INDEX}"
     for path in sorted(folder.iterdir()):
         form = OTHER_FORMATS.get(path.suffix)
@@ -301,20 +318,17 @@ def _no_weights(folder: Path) -> str:
 
 
 def _advice(missing: list[str], tensors: Mapping[str, Stored]) -> str:
-    """Guess why tensors are missing."""
+    """The likely reason why tensors are missing, and what to do about it."""
     if missing[0].removeprefix("model.") in tensors:
         return "; the names lack the prefix 'model.': save the model with its head, as a ...ForCausalLM"
-    if missing == ["lm_head.weight"]:
+    if missing == [HEAD]:
         return "; set tie_word_embeddings to true in config.json if the output projection is the embedding"
     return ""
 
 
 def _ranges(numbers: list[int]) -> str:
     """Write numbers as ranges: 0, 1, 2, 5 as ``0-2,5``."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    # Consecutive numbers have the same distance from their place in the sorted list.
+    runs = itertools.groupby(enumerate(sorted(numbers)), lambda placed: placed[1] - placed[0])
+    spans = [[number for _, number in run] for _, run in runs]
+    return ",".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)

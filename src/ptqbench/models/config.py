@@ -1,4 +1,4 @@
-"""Which configurations the block executor models exactly; everything else in a ``config.json`` is refused by name.
+"""The configurations that the block executor models exactly. Everything else in a ``config.json`` is refused by name.
 
 The rules are those of transformers 5: its defaults, its older spellings (``rope_scaling`` beside ``rope_parameters``, ``type``
 beside ``rope_type``), and the keys that make it load something else than the plain model. Imports neither torch nor transformers.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ptqbench.errors import ConfigError, UnsupportedError
@@ -22,6 +22,7 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 FOREIGN_KEYS = {
     "per_layer_config": "gives blocks different shapes",
     "transformers_weights": "names another weight file",
+    "configuration_files": "names another configuration file",
     "fusion_config": "changes the modules of the model",
 }
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
@@ -32,9 +33,39 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
-"""Type of the rotary embedding -> the parameters that it cannot do without."""
+"""Type of the rotary embedding -> its required parameters."""
 ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
                 "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # fmt: skip
+
+
+def _typed(*types: type) -> Callable[[Any], bool]:
+    """A test whether a value has one of these types exactly, so that true is no integer."""
+    return lambda value: type(value) in types
+
+
+def _is_float_name(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and re.fullmatch(r"b?float\d+\w*", value) is not None)
+
+
+FLOAT_NAME = "the name of a floating-point type such as 'bfloat16'"
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rms_norm_eps": (lambda value: isinstance(value, float) and 0 <= value < 1, "a float in [0, 1)"),
+    "max_position_embeddings": (lambda value: type(value) is int and value > 0, "a positive integer"),
+    "dtype": (_is_float_name, FLOAT_NAME),
+    "torch_dtype": (_is_float_name, FLOAT_NAME),
+    # Other values change what attention sees, or what the model returns.
+    "is_causal": (lambda value: value is True, "true"),
+    "return_dict": (lambda value: value is True, "true"),
+    "is_encoder_decoder": (lambda value: value is False, "false"),
+    "output_attentions": (lambda value: value is False, "false"),
+    # transformers builds no model with another type, although these have no effect here.
+    "bos_token_id": (_typed(int, type(None)), "an integer or null"),
+    "eos_token_id": (_typed(int, list, type(None)), "an integer, a list of integers or null"),
+    "use_cache": (_typed(bool), "true or false"),
+    "initializer_range": (_typed(float), "a float"),
+    "attention_dropout": (_typed(int, float, type(None)), "a number or null"),
+}
+"""Key -> whether transformers and the block executor take a value, and what is expected. Absent keys have a default."""
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -44,7 +75,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         config: The content of ``config.json``.
 
     Raises:
-        ConfigError: A value is missing, has the wrong type, or cannot be.
+        ConfigError: A value is missing, has the wrong type, or is impossible.
         UnsupportedError: Another architecture, a quantized checkpoint, attention within windows, an unknown activation function
             or rotary embedding.
     """
@@ -66,39 +97,30 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def _scheme(section: Any) -> str:
-    """Name the way a checkpoint was quantized, as far as its configuration says."""
+    """The name of the quantization method of a checkpoint, as far as its configuration says."""
     name = section.get("quant_method") or section.get("format") if isinstance(section, Mapping) else None
     return f": {name}" if name else ""
 
 
 def _check_values(config: Mapping[str, Any], shape: Architecture) -> None:
-    """Check the values that concern neither dimensions nor attention."""
+    """Check the values that concern neither dimensions nor the kind of attention."""
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise UnsupportedError(
             f"hidden_act {activation!r} in config.json is not supported; known: {', '.join(ACTIVATIONS)}"
         )
-    epsilon = config.get("rms_norm_eps", 1e-6)
-    if not isinstance(epsilon, float) or not 0 <= epsilon < 1:
-        raise ConfigError(f"config.json: rms_norm_eps must be a float in [0, 1), got {epsilon!r}")
-    context = config.get("max_position_embeddings", 1)
-    if type(context) is not int or context < 1:
-        raise ConfigError(f"config.json: max_position_embeddings must be a positive integer, got {context!r}")
+    for key, (fits, expected) in VALUES.items():
+        if key in config and not fits(config[key]):
+            raise ConfigError(f"config.json: {key} must be {expected}, got {config[key]!r}")
     padding = config.get("pad_token_id")
     if padding is not None and (type(padding) is not int or not -shape.vocab_size <= padding < shape.vocab_size):
         raise ConfigError(
             f"config.json: pad_token_id must be null or below vocab_size {shape.vocab_size}, got {padding!r}"
         )
-    for key in ("dtype", "torch_dtype"):
-        name = config.get(key)
-        if name is not None and not (isinstance(name, str) and re.fullmatch(r"b?float\d+\w*", name)):
-            raise ConfigError(
-                f"config.json: {key} must be the name of a floating-point type such as 'bfloat16', got {name!r}"
-            )
 
 
 def _check_attention(config: Mapping[str, Any], n_blocks: int) -> None:
-    """Refuse blocks that do not attend to every earlier token, as ``layer_types`` or the older keys of Qwen say."""
+    """Refuse blocks that do not attend to every earlier token, by ``layer_types`` or by the older keys of Qwen."""
     kinds = config.get("layer_types")
     if kinds is None:
         windowed = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
@@ -116,7 +138,7 @@ def _check_attention(config: Mapping[str, Any], n_blocks: int) -> None:
 
 
 def _check_rope(config: Mapping[str, Any], head_dim: int) -> None:
-    """Refuse rotary embeddings that transformers cannot build from these parameters, or not for whole heads."""
+    """Refuse rotary embeddings that transformers cannot build, and those that rotate a part of each head."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
     if not isinstance(rope, Mapping):
@@ -134,22 +156,23 @@ def _check_rope(config: Mapping[str, Any], head_dim: int) -> None:
     missing = next((name for name in ROPE_TYPES[kind] if name not in rope), None)
     if missing is not None:
         raise ConfigError(f"config.json: {key} of type {kind!r} has no {missing!r}")
-    _check_rope_numbers(
-        dict(config), {"rope_theta": config.get("rope_theta", 1e4)} | dict(rope), kind, f"config.json: {key}", head_dim
-    )
+    # transformers also reads these two beside the mapping: theta where the mapping has none, the other one first.
+    numbers = {"rope_theta": config.get("rope_theta", 1e4), **rope}
+    if "original_max_position_embeddings" in config:
+        numbers["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    _check_rope_numbers(numbers, kind, f"config.json: {key}", head_dim)
 
 
-def _check_rope_numbers(config: dict[str, Any], rope: dict[str, Any], kind: str, where: str, head_dim: int) -> None:
-    """Check that every number of a rotary embedding is one, and that the formulas divide by none that is zero."""
+def _check_rope_numbers(rope: Mapping[str, Any], kind: str, where: str, head_dim: int) -> None:
+    """Check that every number of a rotary embedding is one, and that no formula divides by zero."""
     if not _positive(rope["rope_theta"]):
         raise ConfigError(f"{where}: rope_theta must be a positive number, got {rope['rope_theta']!r}")
     if kind == "default":
         return
-    rope |= {k: config[k] for k in ("original_max_position_embeddings",) if k in config}
-    required = [name for name in ROPE_TYPES[kind] if name in ROPE_NUMBERS and kind != "yarn"]
+    required = ROPE_TYPES[kind] if kind != "yarn" else ()
     for name in ROPE_NUMBERS:
         value = rope.get(name)
-        if (value is not None and not _positive(value)) or (value is None and name in required):
+        if not _positive(value) and (value is not None or name in required):
             raise ConfigError(f"{where}: {name} must be a positive number, got {value!r}")
     for name in ("short_factor", "long_factor") if kind == "longrope" else ():
         values = rope[name]
@@ -164,4 +187,4 @@ def _check_rope_numbers(config: dict[str, Any], rope: dict[str, Any], kind: str,
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return type(value) in (int, float) and math.isfinite(value) and value > 0

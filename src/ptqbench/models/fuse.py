@@ -2,7 +2,7 @@
 
 Objective: the same function of the tokens, in a basis that quantizes better. With row-vector activations every rotation
 T cancels: ``W <- W T`` where a linear reads the rotated stream, ``W <- T'^T W`` and ``b <- b T'`` where it writes one.
-A unit-gain RMSNorm commutes with orthogonal maps, which is why the gains are folded first.
+The gains are folded first, because an RMSNorm commutes with orthogonal maps only if its gain is one.
 
 Shapes: d hidden size; H query and G key/value heads, e head_dim; tensors carry their checkpoint names without prefix:
 ``weight`` for the embedding, ``norm.weight`` and ``lm_head.weight`` for the head.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
+from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT, NORM_READERS
 from ptqbench.numerics.orthogonal import (
     fold_gain,
     mix_heads,
@@ -34,18 +34,17 @@ if TYPE_CHECKING:
     from ptqbench.models.quantized import BlockPlan
 
 Tensors = dict[str, Tensor]
-FOLDED = {"input_layernorm": ATTENTION_INPUT, "post_attention_layernorm": MLP_INPUT}
 
 
 class Basis(Protocol):
     """An equivalent form of a checkpoint: its changed tensors, and the transforms that run online.
 
-    The embedding and the head are given any subset of vocabulary rows; each row is treated by itself.
+    The embedding and the head receive any subset of the vocabulary rows; each row is changed by itself.
     """
 
     @property
     def unties(self) -> bool:
-        """Whether the output projection stops being the embedding."""
+        """Whether the output projection of a tied model becomes a matrix of its own."""
 
     def embedding(self, tensors: Tensors) -> Tensors:
         """Change ``weight`` (rows, d)."""
@@ -62,7 +61,7 @@ class Basis(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class BlockRotations:
-    """The orthogonal maps of one block; None leaves a place alone.
+    """The orthogonal maps of one block; None is no map.
 
     Attributes:
         attention_input: (d, d) basis of the stream that q, k, v read.
@@ -71,9 +70,9 @@ class BlockRotations:
         mlp_output: (d, d) basis that down_proj writes.
         heads: (e, e) or (G, e, e) rotation of the value heads, undone in o_proj.
         heads_per_kv: H / G.
-        mixed_heads: H where a Hadamard across heads enters o_proj's input side (an online transform cancels it).
-        down: Orthogonal transform of the last axis of down_proj's weight, applied online to its input as well.
-        output_order: (H e,) order of o_proj's columns, applied online to its input as well.
+        mixed_heads: H, if a Hadamard across heads enters the input side of o_proj (an online transform cancels it).
+        down: Orthogonal transform of the last axis of the weight of down_proj; its input gets the same transform online.
+        output_order: (H e,) order of the columns of o_proj; its input gets the same order online.
     """
 
     attention_input: Tensor | None = None
@@ -91,13 +90,13 @@ def fold_norms(tensors: Tensors) -> Tensors:
     """Multiply the two norm gains of a block into the linears behind them; the gains become 1.
 
     Args:
-        tensors: A block, not modified. Query and key norms (per head, before RoPE) are left alone.
+        tensors: A block, not modified. Query and key norms (per head, before RoPE) are not folded.
 
     Returns:
         All tensors of the block, in float64.
     """
     folded = _double(tensors)
-    for norm, linears in FOLDED.items():
+    for norm, linears in NORM_READERS.items():
         # W <- W diag(g), g <- 1.
         gain = folded[f"{norm}.weight"]
         for linear in linears:
@@ -136,7 +135,7 @@ def rotate_embedding(tensors: Tensors, rotation: Tensor | None, *, center: bool 
     Args:
         tensors: ``weight`` (rows, d), not modified.
         rotation: (d, d), or None.
-        center: Subtract each row's mean first, as the codes do. Not function-preserving for RMSNorm models.
+        center: Subtract the mean of each row first, as the codes do. This changes the function of RMSNorm models.
 
     Returns:
         ``weight`` in float64.
@@ -167,7 +166,7 @@ def rotate_head(tensors: Tensors, rotation: Tensor | None) -> Tensors:
 def part_order(n_heads: int, parts: Sequence[int]) -> Tensor:
     """List head channels part by part: [first part of head 0..H-1 | second part of head 0..H-1 | ...].
 
-    Use the same index for the weight's columns and for the activations (after their quantization in head layout):
+    Columns of the weight and activations (after their quantization in head layout) take the same index:
     ``x[..., index] @ weight[:, index].T``.
 
     Args:

@@ -1,19 +1,18 @@
 """Fake quantization of keys and values inside attention, through the attention registry of transformers.
 
-The installed attention module ends by calling a registered function with queries and keys after RoPE, so that is where
-a key rotation and the key and value quantizers belong. ``ptqbench_sdpa`` and ``ptqbench_eager`` change q, k and v as
-the ``kv_plan`` of the calling module says and hand over to the stock function; without a plan a module behaves as
-stock, bit for bit.
+The installed attention module ends with a call of a registered function with queries and keys after RoPE. A key rotation and
+the key and value quantizers belong there. ``ptqbench_sdpa`` and ``ptqbench_eager`` change q, k and v as the ``KvQuantizer`` of the
+calling module says, then call the stock function. Without a plan a module behaves as the stock one, bit for bit.
 
 Shapes: query (batch, H, tokens, e); key and value (batch, G, tokens, e), not yet repeated; H = g G query heads, of
 which heads k g .. k g + g - 1 belong to key/value head k; e head_dim.
 
 Source: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d; arXiv 2404.00456 (QuaRot), code
-spcl/QuaRot@5008669. Deviations: values are quantized here rather than at v_proj's output (the same numbers); the key
+spcl/QuaRot@5008669. Deviations: values are quantized here rather than at the output of v_proj (the same numbers); the key
 rotation runs in float32 or float64.
 
-A cache stores keys and values as they are before this function, and every use quantizes them again: since each range
-belongs to one token, cached decoding gives what one forward over all tokens gives, at the cost of the repeated work.
+A cache stores keys and values before they are quantized, and every use quantizes them again. Each grid belongs to one token, so
+cached decoding gives the same numbers as one forward over all tokens, at the cost of the repeated work.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class KvPlan:
     """How queries, keys and values of one block are rotated and quantized after RoPE.
 
     Attributes:
-        rotation: (G, e, e) orthogonal, right factor of the keys of head k and of the queries that read them; it cancels
-            in the scores as long as the keys are not quantized. None: no rotation.
+        rotation: (G, e, e) orthogonal, right factor of the keys of head k and of the queries that read them. It cancels in the
+            scores of keys that are not quantized. None: no rotation.
         key_grid: Quantizer of the (rotated) keys; None or 16 bits: none.
         value_grid: Quantizer of the values, one grid per token and head; None or 16 bits: none.
         k_group: ``head``: one key grid per token and head; ``token``: one that all heads of a token share.
@@ -69,18 +68,18 @@ class KvPlan:
 def apply_plan(
     plan: KvPlan, query: Tensor, key: Tensor, value: Tensor, *, rotation: Tensor | None = None, enabled: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Round to rope_output_bits, rotate, quantize: what attention sees in place of q, k and v.
+    """Round to rope_output_bits, rotate and quantize q, k and v.
 
     Args:
         plan: Grids and bits.
         query: (batch, H, tokens, e) after RoPE, not modified.
         key: (batch, G, tokens, e) after RoPE, not modified.
         value: (batch, G, tokens, e), not modified.
-        rotation: (G, e, e) on the device of the keys, used in place of ``plan.rotation`` (which may lie elsewhere).
-        enabled: False leaves only the unrounded rotation.
+        rotation: (G, e, e) on the device of the keys, used in place of ``plan.rotation`` (which may lie on another device).
+        enabled: False applies the rotation alone, and does not round it.
 
     Returns:
-        (query, key, value) with shapes and dtypes kept; the inputs themselves where nothing applies.
+        (query, key, value) of the same shapes and dtypes; the inputs themselves if nothing applies.
     """
     quantize_keys = enabled and _quantizes(plan.key_grid, key.shape[-1])
     rotation = plan.rotation if rotation is None else rotation
@@ -103,14 +102,14 @@ def wrapped_attention(base_name: str | None) -> str:
     """Name the registered attention function that wraps a stock one.
 
     Args:
-        base_name: ``config._attn_implementation``; None counts as eager (as it does in the attention modules), and a
-            name that is wrapped already stands for itself.
+        base_name: ``config._attn_implementation``. None is eager, as in the attention modules. A name that is wrapped already is
+            returned unchanged.
 
     Returns:
         ``ptqbench_sdpa`` or ``ptqbench_eager``.
 
     Raises:
-        UnsupportedError: Another implementation, whose function may not take un-repeated keys or whose mask differs.
+        UnsupportedError: Another implementation: its function may need repeated keys, or another mask.
     """
     base = (base_name or "eager").removeprefix(_PREFIX)
     if base not in _BASES:
@@ -122,7 +121,7 @@ def wrapped_attention(base_name: str | None) -> str:
 
 
 def check_kv(attention: nn.Module, plan: KvPlan) -> None:
-    """Raise ConfigError or UnsupportedError where a plan does not fit an attention module."""
+    """Raise ConfigError or UnsupportedError if a plan does not fit an attention module."""
     module: Any = attention
     n_heads, head_dim = int(module.config.num_key_value_heads), int(module.head_dim)
     if plan.rotation is not None and plan.rotation.shape != (n_heads, head_dim, head_dim):
@@ -135,36 +134,65 @@ def check_kv(attention: nn.Module, plan: KvPlan) -> None:
     wrapped_attention(module.config._attn_implementation)
 
 
+class KvQuantizer(nn.Module):
+    """The installed form of a `KvPlan`.
+
+    Attributes:
+        plan: The plan.
+        enabled: Whether the quantizers are on.
+        rotation: (G, e, e) on the device of the attention, float64 beside float64 weights and float32 beside others; or None.
+    """
+
+    rotation: Tensor | None
+
+    def __init__(self, plan: KvPlan, attention: nn.Module) -> None:
+        super().__init__()
+        self.plan, self.enabled = plan, True
+        rotation, weight = plan.rotation, next(attention.parameters())
+        if rotation is not None:
+            rotation = rotation.to(home(weight), torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        self.register_buffer("rotation", rotation, persistent=False)
+        self.guard = attention.register_forward_pre_hook(_require_wrapped)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply the plan; see ``apply_plan``."""
+        return apply_plan(self.plan, query, key, value, rotation=self.rotation, enabled=self.enabled)
+
+
 def install_kv(attention: nn.Module, plan: KvPlan | None) -> None:
-    """Give an attention module its plan (quantizers on) and route its model through the wrapped function.
+    """Replace the plan of an attention module, with quantizers on, and route its model through the wrapped function.
 
     The configuration object is shared by all blocks of a model, so the first call switches the whole model; modules
     without a plan are not affected.
 
     Args:
-        attention: Installed transformers attention module, modified: ``kv_plan``, ``kv_enabled`` and the non-persistent
-            buffer ``kv_rotation`` (float64 for a float64 module, otherwise float32).
-        plan: The plan; None takes an earlier one away.
+        attention: Installed transformers attention module, modified: it gets a submodule ``kv_quantizer``.
+        plan: The plan; None removes an earlier one.
     """
-    module: Any = attention
-    module.kv_plan, module.kv_enabled = plan, True
-    rotation = None if plan is None else plan.rotation
-    if rotation is not None:
-        weight = next(attention.parameters())
-        device = torch.device("cpu") if weight.is_meta else weight.device
-        rotation = rotation.to(device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    attention.register_buffer("kv_rotation", rotation, persistent=False)
+    earlier = _installed(attention)
+    if earlier is not None:
+        earlier.guard.remove()
+        del attention.kv_quantizer
     if plan is not None:
-        module.config._attn_implementation = wrapped_attention(module.config._attn_implementation)
-        if not hasattr(attention, "kv_guard"):
-            module.kv_guard = attention.register_forward_pre_hook(_require_wrapped)
+        attention.register_module("kv_quantizer", KvQuantizer(plan, attention))
+        config: Any = attention.config
+        config._attn_implementation = wrapped_attention(config._attn_implementation)
+
+
+def _installed(attention: nn.Module) -> KvQuantizer | None:
+    return next((module for module in attention.children() if isinstance(module, KvQuantizer)), None)
+
+
+def home(parameter: Tensor) -> torch.device:
+    """The device of added tensors: that of the weights, or the CPU while those are not loaded."""
+    return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
 def _require_wrapped(attention: nn.Module, _: Any) -> None:
     """Refuse to run a module whose attention implementation ignores its plan."""
     module: Any = attention
     name = module.config._attn_implementation
-    if module.kv_plan is not None and not str(name).startswith(_PREFIX):
+    if not str(name).startswith(_PREFIX):
         raise UnsupportedError(
             f"block {module.layer_idx} has a key and value plan, but its attention implementation was set back to "
             f"{name!r}, which ignores it; set wrapped_attention({name!r}) instead"
@@ -181,10 +209,9 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     """Apply the module's plan, if it has one, and call the stock attention function."""
-    plan: KvPlan | None = getattr(module, "kv_plan", None)
-    if plan is not None:
-        rotation, enabled = getattr(module, "kv_rotation", None), bool(getattr(module, "kv_enabled", True))
-        query, key, value = apply_plan(plan, query, key, value, rotation=rotation, enabled=enabled)
+    quantizer = _installed(module)
+    if quantizer is not None:
+        query, key, value = quantizer(query, key, value)
     return _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
 
 

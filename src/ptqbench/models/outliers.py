@@ -1,14 +1,12 @@
 """Function-preserving outlier channels: the variant ``tiny-outlier`` of the embedded model.
 
-Large models have a few channels whose activations dwarf the rest, and these are what makes low-bit activations hard.
-A model of a million parameters hardly has any, so they are put in by a change of scale that the function does not
-notice: with gain ``g`` of a norm and weight ``W`` of a linear behind it, ``(g * s) * x_hat`` through ``W / s``
-(columns) equals ``g * x_hat`` through ``W``. Inputs of the linears then have channels ``factor`` times as large,
-while the residual stream between the blocks stays as it was.
+Large models have a few channels with far larger activations than the rest, which makes low-bit activations hard. A model of a
+million parameters has hardly any, so they are added by a change of scale that keeps the function: with gain ``g`` of a norm and
+weight ``W`` of a linear that reads it, ``(g * s) * x_hat`` through ``W / s`` (columns) equals ``g * x_hat`` through ``W``. Inputs
+of the linears then have channels that are ``factor`` times as large; the residual stream between the blocks does not change.
 
-What it cannot show: every method that folds the gains into the weights (Hadamard, ResQ, CoQuant) cancels the change
-exactly before it does anything else, which flatters it against methods that do not. Say so wherever this variant is
-shown.
+Limit of this variant: methods that fold the gains into the weights (Hadamard, ResQ, CoQuant) cancel the change exactly before
+anything else, which favours them over methods that do not. Say so wherever results of this variant are shown.
 """
 
 from __future__ import annotations
@@ -19,11 +17,7 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import ConfigError, UnsupportedError
-
-FOLLOWERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
+from ptqbench.models.architecture import NORM_READERS
 
 
 def outlier_channels(hidden_size: int, n_channels: int = 4, seed: int = 0) -> list[int]:
@@ -32,13 +26,13 @@ def outlier_channels(hidden_size: int, n_channels: int = 4, seed: int = 0) -> li
     Args:
         hidden_size: Width of the residual stream.
         n_channels: How many different channels.
-        seed: Names the choice.
+        seed: Seed of the choice.
 
     Returns:
         Sorted channel indices.
 
     Raises:
-        ConfigError: If ``n_channels`` is not in ``[0, hidden_size]``.
+        ConfigError: ``n_channels`` is not in ``[0, hidden_size]``.
     """
     if not 0 <= n_channels <= hidden_size:
         raise ConfigError(f"expected between 0 and {hidden_size} outlier channels (the hidden size), got {n_channels}")
@@ -49,9 +43,9 @@ def outlier_channels(hidden_size: int, n_channels: int = 4, seed: int = 0) -> li
 def rescale_block(
     tensors: Mapping[str, Tensor], hidden_size: int, channels: Sequence[int], factor: float
 ) -> dict[str, Tensor]:
-    """Multiply channels of both norm gains of a block and divide the columns of the linears behind them.
+    """Multiply channels of both norm gains of a block, and divide the columns of the linears that read them.
 
-    The function of the block is unchanged up to rounding (exactly, when ``factor`` is a power of two).
+    The function of the block is unchanged up to rounding, and exactly if ``factor`` is a power of two.
 
     Args:
         tensors: A Llama-style block, named without its prefix (``input_layernorm.weight`` and so on); not modified.
@@ -63,8 +57,8 @@ def rescale_block(
         A new block; tensors that did not change are the same objects as before.
 
     Raises:
-        ConfigError: If a channel or the factor is out of range.
-        UnsupportedError: If a norm or a linear that should be rescaled is missing.
+        ConfigError: A channel or the factor is out of range.
+        UnsupportedError: A norm or a linear to rescale is missing.
     """
     wrong = [channel for channel in channels if not 0 <= channel < hidden_size]
     if wrong:
@@ -74,7 +68,7 @@ def rescale_block(
     scale = torch.ones(hidden_size, dtype=torch.float64)
     scale[list(channels)] = factor
     rescaled = dict(tensors)
-    for norm, linears in FOLLOWERS.items():
+    for norm, linears in NORM_READERS.items():
         # The gain grows, so the output of the norm does: (g s) x_hat.
         _scale_columns(rescaled, f"{norm}.weight", scale)
         for linear in linears:

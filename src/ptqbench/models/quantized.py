@@ -9,10 +9,10 @@ and, where the residual stream changes its basis between the norms,
     r = change_1(h);   h' = r + Attn(norm_1(h));   r' = change_2(h');   out = r' + MLP(norm_2(h')).
 
 Nothing of the modeling code is copied: linears are exchanged under their own names, keys and values go through the
-registered attention functions of `kv`, and basis changes need only the order of the four submodules. Every tensor added
+registered attention functions of `kv`, and basis changes need only the order of the four submodules. Every added tensor
 is a non-persistent buffer and every weight keeps its name, so the state dictionary is that of the stock block.
 
-The caller supplies the weights that cancel an online transform, a reorder, a rotation or a basis change.
+The caller supplies weights that cancel the online transforms, orders, rotations and basis changes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.models.kv import KvPlan, check_kv, install_kv, wrapped_attention
+from ptqbench.models.kv import KvPlan, KvQuantizer, check_kv, home, install_kv, wrapped_attention
 from ptqbench.numerics.activation import ActivationGrid, apply_grid
 
 __all__ = [
@@ -50,7 +50,7 @@ class InputPlan:
 
     Attributes:
         online: Transform (..., in) -> (..., in) that keeps the dtype (Hadamard of down_proj, head mixing of o_proj); it
-            is active whether or not quantizers are.
+            is active even where quantizers are off.
         grid: Quantizer; None or 16 bits: none.
         n_groups: Equal groups of the last axis with a grid each, per token (query heads for o_proj).
         order: (in,) int64 permutation of the channels, after quantization: ``x[..., order]``.
@@ -80,7 +80,7 @@ class BlockPlan:
     """All quantizers and online transforms of one decoder block.
 
     Attributes:
-        inputs: Linear name, e.g. ``mlp.down_proj`` -> plan; missing = plain.
+        inputs: Name of a linear, such as ``mlp.down_proj`` -> plan. Other linears stay as they are.
         kv: Rotation and quantizers of keys and values.
         basis_changes: Before the attention residual and before the MLP residual.
     """
@@ -91,7 +91,7 @@ class BlockPlan:
 
 
 class _Prepared:
-    """The prepared form of an input, kept while that input exists, so that q, k and v (gate and up) prepare it once."""
+    """The prepared form of an input. It is kept while the input exists, so that q, k and v (gate and up) prepare it once."""
 
     def __init__(self) -> None:
         self._of: weakref.ref[Tensor] | None = None
@@ -99,7 +99,7 @@ class _Prepared:
         self._ready: Tensor | None = None
 
     def get(self, x: Tensor, enabled: bool, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return ``make(x)``; the last result is used again for the same unchanged tensor in the same state."""
+        """Return ``make(x)``, or the last result for the same unchanged tensor in the same state."""
         state = (enabled, None if x.is_inference() else x._version, torch.is_grad_enabled())
         if self._ready is not None and self._of is not None and self._of() is x and self._state == state:
             return self._ready
@@ -118,7 +118,7 @@ class _Prepared:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear that prepares its input; holds the very ``weight`` and ``bias`` parameters of the linear it replaces.
+    """A linear that prepares its input. It shares the ``weight`` and ``bias`` parameters of the linear that it replaces.
 
     Attributes:
         plan: What `prepare` does.
@@ -143,17 +143,17 @@ class QuantizedLinear(nn.Module):
         self.plan, self.enabled = plan, True
         self.register_parameter("weight", linear.get_parameter("weight"))
         self.register_parameter("bias", linear.bias)
-        order = None if plan.order is None else plan.order.to(_home(linear.weight))
+        order = None if plan.order is None else plan.order.to(home(linear.weight))
         self.register_buffer("order", order, persistent=False)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Return exactly what the matrix product sees.
+        """Prepare the input of the matrix product.
 
         Args:
             x: (..., in), not modified.
 
         Returns:
-            (..., in) in the dtype of x; x itself where the plan is empty. Not to be modified: it may be shared.
+            (..., in) in the dtype of x; x itself if the plan is empty. Do not modify it: it may be shared.
         """
         return self._prepared.get(x, self.enabled, self._prepare)
 
@@ -193,7 +193,7 @@ class ResidualChange(nn.Module):
         """
         super().__init__()
         self.grid, self.enabled = change.grid, True
-        self.register_buffer("matrix", change.matrix.to(_home(like), like.dtype), persistent=False)
+        self.register_buffer("matrix", change.matrix.to(home(like), like.dtype), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map the residual stream (..., d) to its new basis; hidden is not modified."""
@@ -203,10 +203,10 @@ class ResidualChange(nn.Module):
 
 
 class PlannedLayer(nn.Module):
-    """A decoder layer whose residual branches change basis; the norms still take the unchanged stream.
+    """A decoder layer whose residual branches change basis. The norms still read the unchanged stream.
 
-    `install` mixes this class into that of the stock layer, in place: submodules, hooks, attributes and whatever looks
-    for the stock class (recording of hidden states, say) stay as they are; only ``forward`` is this one.
+    `install` gives the layer a class derived from this one and the stock class. Submodules, hooks and attributes stay as they
+    are, and code that looks for the stock class (to record hidden states, for example) still finds it. Only ``forward`` differs.
     """
 
     basis_change_1: nn.Module | None
@@ -227,7 +227,7 @@ class PlannedLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Run the layer; arguments, and the residual stream returned, as in the stock layer."""
+        """Run the layer, with the arguments and the result of the stock layer."""
         mixed, _ = self.get_submodule("self_attn")(
             hidden_states=self.get_submodule("input_layernorm")(hidden_states),
             attention_mask=attention_mask,
@@ -246,23 +246,22 @@ class PlannedLayer(nn.Module):
 
 
 def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
-    """Replace the plan of a block, if it has one, by this one, with quantizers on.
+    """Give a block a plan, with quantizers on. An earlier plan is removed.
 
     Args:
         block: Decoder layer of the installed Llama, Qwen2 or Qwen3 classes, modified in place; install after it has its
             final dtype and device (``block.to`` moves what was added too). With ``plan.kv`` the configuration that the
             blocks of a model share is switched to the wrapped attention function.
-        plan: What to do; an empty plan restores the stock block.
+        plan: The plan; an empty one restores the stock block.
 
     Returns:
         The block itself; a `PlannedLayer` where the plan has basis changes.
 
     Raises:
-        ConfigError: The plan names an unknown linear or holds a tensor or grid that does not fit; nothing is changed.
+        ConfigError: The plan names an unknown linear, or a tensor or grid in it does not fit. Nothing is changed then.
         UnsupportedError: Keys or values are to be quantized in an attention implementation other than sdpa and eager,
             or the basis of a block is to change whose ``forward`` was replaced (a block dispatched over devices).
     """
-    attention = block.get_submodule("self_attn")
     # Refuse before anything is changed, then go back to the stock block.
     _check(block, plan)
     _strip(block)
@@ -274,8 +273,7 @@ def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
         key = (linear.in_features, input_plan.grid, input_plan.n_groups, id(input_plan.online), id(input_plan.order))
         wrapped = QuantizedLinear(linear, input_plan, shared.setdefault(key, _Prepared()))
         block.set_submodule(name, _keep_mode(wrapped, linear))
-    if plan.kv is not None or hasattr(attention, "kv_plan"):
-        install_kv(attention, plan.kv)
+    install_kv(block.get_submodule("self_attn"), plan.kv)
     if any(change is not None for change in plan.basis_changes):
         like = next(block.parameters())
         for index, change in enumerate(plan.basis_changes, start=1):
@@ -288,20 +286,17 @@ def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
 
 
 def set_quantizers(block: nn.Module, enabled: bool) -> None:
-    """Switch every quantizer on or off. Online transforms, orders, rotations and basis changes stay.
+    """Switch every quantizer on or off. Online transforms, orders, rotations and basis changes stay on.
 
-    Without quantizers the block computes the function of its transformed weights.
+    With quantizers off, the block computes the function of its transformed weights.
 
     Args:
         block: An installed block, or a whole model of them, modified.
         enabled: The new state.
     """
     for module in block.modules():
-        if isinstance(module, QuantizedLinear | ResidualChange):
+        if isinstance(module, QuantizedLinear | ResidualChange | KvQuantizer):
             module.enabled = enabled
-        elif getattr(module, "kv_plan", None) is not None:
-            attention: Any = module
-            attention.kv_enabled = enabled
 
 
 def _check(block: nn.Module, plan: BlockPlan) -> None:
@@ -352,11 +347,6 @@ def _strip(block: nn.Module) -> None:
 @lru_cache(maxsize=16)
 def _planned_class(stock: type[Any]) -> type[nn.Module]:
     return type(f"Planned{stock.__name__}", (PlannedLayer, stock), {})
-
-
-def _home(parameter: Tensor) -> torch.device:
-    """Return the device of added tensors: that of the weights, or the CPU while those are not loaded."""
-    return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
 def _keep_mode(module: nn.Module, like: nn.Module) -> nn.Module:

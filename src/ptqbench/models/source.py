@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 
 from ptqbench.cell.folders import cache_folder
 from ptqbench.cell.spec import ModelSpec
-from ptqbench.errors import ConfigError, NotHereError, UnsupportedError, unreadable
+from ptqbench.errors import ConfigError, NotHereError, UnsupportedError, first_line, unreadable
 from ptqbench.models.architecture import Architecture, from_config
 from ptqbench.models.checkpoint import (
+    HEAD,
     INDEX,
     MERGE,
     Stored,
@@ -41,9 +42,8 @@ from ptqbench.models.config import check_config
 T = TypeVar("T")
 
 EMBEDDED = ("tiny",)
-HEAD = "lm_head.weight"
 SHOWN = 4
-"""Patterns of tensors that a remark names."""
+"""How many patterns of tensors a remark names."""
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "merges.txt", "vocab*"]
 HASHED = (
@@ -58,13 +58,14 @@ HASHED = (
     "*.model",
 )
 """Beside the weights, the files that change what the model computes or which tokens a text becomes."""
+GENERATION = "generation_config.json"
 ALWAYS_HASHED_BYTES = 1 << 26
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A checkpoint folder. What it holds is read when asked for, and only once."""
+    """A checkpoint folder. Its content is read on first use, and only once."""
 
     folder: Path
 
@@ -87,7 +88,7 @@ class ModelSource:
 
     @property
     def has_weights(self) -> bool:
-        """Whether all weight files are here; a hub repository may be known by its configuration alone."""
+        """Whether all weight files are on this machine; of a hub repository there may be the configuration alone."""
         try:
             return bool(self.weight_files)
         except ConfigError:
@@ -100,13 +101,13 @@ class ModelSource:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The dimensions; a stored output projection is used even where the configuration ties it to the embedding."""
+        """The dimensions. A stored output projection is used, even if the configuration ties it to the embedding."""
         shape = from_config(self.config)
         return dataclasses.replace(shape, tied_embeddings=shape.tied_embeddings and HEAD not in self.tensors)
 
     @cached_property
     def remarks(self) -> list[str]:
-        """What of the checkpoint or its configuration has no effect, as in transformers; for the record of a cell."""
+        """The parts of the checkpoint and its configuration that have no effect, as in transformers; for the record of a cell."""
         remarks = []
         unused = ignored(self.tensors, self.architecture.tensor_shapes())
         if unused:
@@ -120,8 +121,14 @@ class ModelSource:
 
     @property
     def dtype(self) -> str:
-        """Name of the type that ``dtype="auto"`` stands for: that of the configuration, else that of the weights."""
+        """Name of the type that ``dtype="auto"`` means: that of the configuration, else that of the weights."""
         return self.config.get("dtype") or self.config.get("torch_dtype") or auto_dtype(self.tensors, self.weight_files)
+
+    @property
+    def generation_digest(self) -> str | None:
+        """Identity of ``generation_config.json``, which counts where the model writes text; None if there is no such file."""
+        path = self.folder / GENERATION
+        return f"sha256:{self._named(lambda: file_digest(path))}" if path.is_file() else None
 
     def check_config(self) -> None:
         """Refuse what the block executor does not model exactly. Needs no weights.
@@ -132,7 +139,7 @@ class ModelSource:
         self._named(lambda: check_config(self.config))
 
     def check_files(self) -> None:
-        """Refuse weights that are not those of the configuration, and a missing tokenizer; reads headers, no tensor.
+        """Refuse weights that are not those of the configuration, and a missing or damaged tokenizer. Reads headers, no tensor.
 
         Raises:
             ConfigError, UnsupportedError: As ``models.checkpoint``, with the folder.
@@ -141,7 +148,7 @@ class ModelSource:
         self._named(lambda: check_tokenizer(self.folder))
 
     def _named(self, look: Callable[[], T]) -> T:
-        """Look at the folder, and put its name before whatever is wrong with it."""
+        """Call a function that reads the folder, and put the folder's name before the message of its errors."""
         try:
             return look()
         except (ConfigError, UnsupportedError) as error:
@@ -165,8 +172,8 @@ class ModelSource:
 def file_digest(path: Path) -> str:
     """Hash one file (SHA-256, 64 hexadecimal digits).
 
-    Digests of files over 64 MiB are remembered in the user's cache folder by path, size, modification time, inode and change
-    time. A program can set the modification time but not the change time, so an overwritten file is hashed again.
+    Digests of files over 64 MiB are kept in the user's cache folder, by path, size, modification time, inode and change time.
+    A program can set the modification time but not the change time, so an overwritten file is hashed again.
     """
     stat = path.stat()
     if stat.st_size <= ALWAYS_HASHED_BYTES:
@@ -197,11 +204,11 @@ def embedded_model_folder(name: str) -> Path:
 
 
 def locate(spec: ModelSpec, *, weights: bool = True) -> ModelSource:
-    """Find the folder of a checkpoint, downloading a hub repository when it is not in the hub cache.
+    """Find the folder of a checkpoint; download a hub repository if it is not in the hub cache.
 
     Args:
-        spec: Which checkpoint; exactly one of an embedded name, ``path`` or ``hub_id`` applies, ``path`` first.
-        weights: Whether the weights themselves are needed, or only the configuration and the tokenizer.
+        spec: The checkpoint: ``path`` if given, else ``hub_id`` if given, else the embedded model of that name.
+        weights: Whether the weights are needed beside the configuration and the tokenizer.
 
     Raises:
         ConfigError: A path that does not exist, a folder without configuration or weights, a hub repository that can
@@ -230,7 +237,7 @@ def locate(spec: ModelSpec, *, weights: bool = True) -> ModelSource:
 def digest(spec: ModelSpec) -> str:
     """Identify the content of a checkpoint: the commit of a hub repository, else the hash of the folder.
 
-    The weights of a hub repository are checked if they are on this machine; its digest needs the configuration alone.
+    The weights of a hub repository are checked only if they are on this machine; the digest does not need them.
 
     Raises:
         ConfigError, UnsupportedError: As ``locate`` and ``ModelSource.check_files``.
@@ -245,7 +252,7 @@ def digest(spec: ModelSpec) -> str:
 
 
 def _revision(spec: ModelSpec) -> str | None:
-    """The commit of the digest if there is one, so that a branch that moves leaves a composed cell alone."""
+    """The commit in the digest if there is one, so that a composed cell does not follow a moving branch."""
     pinned = f"hub:{spec.hub_id}@"
     return spec.digest.removeprefix(pinned) if spec.digest and spec.digest.startswith(pinned) else spec.revision
 
@@ -258,8 +265,7 @@ def _hub_folder(hub_id: str, revision: str | None, weights: bool) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotHereError(
-            f"hub model {hub_id} (revision {revision or 'main'}) is neither in the hub cache nor can it be downloaded: {reason}; "
-            f"download it where there is network, or give model.path=FOLDER"
+            f"hub model {hub_id} (revision {revision or 'main'}) is neither in the hub cache nor can it be downloaded: "
+            f"{first_line(error)}; download it where there is network, or give model.path=FOLDER"
         ) from None

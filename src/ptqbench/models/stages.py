@@ -1,34 +1,35 @@
-"""Run a decoder block in stages, so that every linear is executed exactly once while it is being quantized.
+"""Run a decoder block in stages, so that every linear is executed exactly once while the block is quantized.
 
 A pre-norm decoder block has four points at which the input of a group of linears is complete:
 
     norm -> [q, k, v] | attention -> [o] | norm -> [gate, up] | activation -> [down]
 
-``staged`` runs an installed transformers block as a generator that yields the input of each group. Between two yields the
-caller may replace the weights of the group just announced; the block then continues with them. Attention (RoPE, query and
-key norms, grouped queries, the attention kernel) and the gated activation are the installed modules themselves: their
-linears are swapped for modules that play back the outputs already computed, and their output projection for the identity.
+``staged`` runs an installed transformers block as a generator that yields the input of each group. The caller may then replace
+the weights of that group; the block continues with the new weights. Attention (RoPE, query and key norms, grouped queries, the
+attention kernel) and the gated activation are the installed modules themselves. Their linears are swapped for modules that play
+back outputs already computed, and their output projections for the identity.
 
-A rewritten block (``models.quantized``) may have linears with a method ``prepare`` (online transform, quantizer, order of
-channels; applied by their own forward), and ``basis_changes``, a pair of functions or None: the residual stream goes through
-the first before the output of o is added and through the second before that of down; the norms take it unchanged.
+A rewritten block (``models.quantized``) may have linears that ``prepare`` their input in their own forward (online transform,
+quantizer, order of channels). It may have a pair of ``basis_changes``: the residual stream goes through the first before the
+output of o is added, and through the second before that of down. The norms take the stream unchanged.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
+from ptqbench.models.quantized import PlannedLayer, QuantizedLinear
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A group of linears that share one input; ``adds`` where the output is added to the residual stream."""
+    """A group of linears with one input. ``adds``: whether their output is added to the residual stream."""
 
     name: str
     linears: tuple[str, ...]
@@ -45,12 +46,12 @@ STAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class StageInput:
-    """What is known when a stage is reached.
+    """The tensors at the beginning of a stage.
 
     Attributes:
         inputs: Input of its linears before ``prepare``, (batch, tokens, in_features).
-        residual: What their output will be added to, (batch, tokens, hidden_size), after a basis change; None for stages
-            that do not add.
+        residual: The stream that their output will be added to, (batch, tokens, hidden_size), after a basis change; None for
+            stages that do not add.
     """
 
     inputs: Tensor
@@ -59,7 +60,7 @@ class StageInput:
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """What every block needs to know about token positions; the same for all windows of one length.
+    """RoPE tables and mask; the same for all blocks and all windows of one length.
 
     ``rope`` holds cos and sin, each (1, tokens, head_dim); ``mask`` is what the installed mask builder returns for
     unpadded causal windows (None where the attention kernel is causal by itself).
@@ -97,7 +98,7 @@ def _outputs(block: nn.Module, linears: tuple[str, ...], inputs: Tensor) -> dict
 
 
 Run = Generator[StageInput | None, None, Tensor]
-"""A block that is being run: yields the input of each stage (then None, where it parks), returns the stream that leaves it."""
+"""A run of a block: yields the input of each stage (with parking, then None), and returns the stream that leaves the block."""
 
 
 def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.device | None = None) -> Run:
@@ -107,7 +108,7 @@ def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.d
         block: An installed transformers decoder layer (Llama, Qwen2 or Qwen3), stock or rewritten.
         hidden: Residual stream entering the block, (batch, tokens, hidden_size), not modified.
         positions: RoPE tables and mask for this window length.
-        park: Where tensors wait while the run is paused; None leaves them where they are.
+        park: Device on which tensors wait while the run is paused; None for their own.
 
     Yields:
         Input and residual of each stage in order; with ``park`` each is followed by a second pause with None, in which the run
@@ -117,7 +118,7 @@ def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.d
         The residual stream leaving the block, equal to ``block(hidden, ...)`` bit for bit.
     """
     attention, mlp = block.get_submodule("self_attn"), block.get_submodule("mlp")
-    before_o, before_down = getattr(block, "basis_changes", None) or (None, None)
+    before_o, before_down = block.basis_changes if isinstance(block, PlannedLayer) else (None, None)
     # x = norm_1(h): the input of q, k, v.
     held = [block.get_submodule("input_layernorm")(hidden), hidden]
     del hidden
@@ -176,6 +177,5 @@ def forward(block: nn.Module, hidden: Tensor, positions: Positions) -> Tensor:
 
 
 def prepared(linear: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the factor that meets the weight of a linear: ``prepare`` of the inputs, or the inputs themselves."""
-    prepare: Callable[[Tensor], Tensor] | None = getattr(linear, "prepare", None)
-    return inputs if prepare is None else prepare(inputs)
+    """Return the factor that is multiplied with the weight of a linear: ``prepare`` of the inputs, or the inputs themselves."""
+    return linear.prepare(inputs) if isinstance(linear, QuantizedLinear) else inputs

@@ -7,12 +7,12 @@ Shapes: x (..., n), one grid per row and part; scale and zero_point (..., 1). Co
 so the high-precision part is the last.
 
 Source: arXiv 2404.00456 (QuaRot), code spcl/QuaRot@5008669; arXiv 2412.14363 (ResQ), code
-utkarsh-dmx/project-resq@cb87d0d. zero_point is rounded but not clamped, codes are clamped. Deviations: a plain-range row with
-max = min is extended to contain 0 (the codes divide by zero there); half-precision input is computed in float32.
-A row with NaN or infinity becomes NaN, so that it stays visible; there is no check per call, which would make the host wait.
+utkarsh-dmx/project-resq@cb87d0d. zero_point is rounded but not clamped; codes are clamped. Deviations: a plain-range row with
+max = min is extended to contain 0 (the authors' codes divide by zero there); half-precision input is computed in float32.
+A row with NaN or infinity becomes NaN, so that it stays visible. No call checks for it, because the host would have to wait.
 
-Where a gradient is asked for, rounding is passed straight through: the gradient of the input is that of the output, with the
-range held fixed (facebookresearch/SpinQuant@8f47aa3).
+Gradients pass rounding straight through: the gradient of the input is that of the output, with the range held fixed
+(facebookresearch/SpinQuant@8f47aa3).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import ConfigError
+from ptqbench.numerics.grid_spec import code_limits
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class ActivationGrid:
         symmetric: Signed grid around 0 with ``scale = max|x| / (2^(bits-1) - 1)``; otherwise an integer zero_point.
         clip_ratio: Factor on the range, in (0, 1].
         range_contains_zero: Force ``min <= 0 <= max`` (general inputs) or take the plain range (grouped inputs).
-        zero_point: ``integer``, or ``real``: the minimum is subtracted before rounding, so that both ends are exact and zero
-            need not be (the text of arXiv 2412.14363; asymmetric grids alone).
+        zero_point: ``integer``, or ``real`` (asymmetric grids alone): the minimum is subtracted before rounding, so that both
+            ends are exact and zero need not be (the text of arXiv 2412.14363).
         high_bits: Bits of the last n_high channels; needed when n_high > 0.
         n_high: Channels of the high part.
         lowest_bits: Bits of the first n_lowest channels (``iso_bits``); needed when n_lowest > 0.
@@ -94,7 +95,7 @@ class ActivationGrid:
 
 
 def apply_grid(x: Tensor, grid: ActivationGrid, n_groups: int = 1) -> Tensor:
-    """Fake-quantize the last axis as the grid says, one range per row, group and part.
+    """Fake-quantize the last axis with one range per row, group and part.
 
     Args:
         x: (..., n) floating point, not modified.
@@ -109,10 +110,12 @@ def apply_grid(x: Tensor, grid: ActivationGrid, n_groups: int = 1) -> Tensor:
     """
     if x.shape[-1] % n_groups:
         raise ConfigError(f"expected a last axis divisible by {n_groups} groups, got {x.shape[-1]}")
+    # Every (row, group) is a row of its own: (..., n) -> (..., n_groups, n / n_groups).
     grouped = x.reshape(*x.shape[:-1], n_groups, x.shape[-1] // n_groups)
     parts = grid.parts(grouped.shape[-1])
     if all(bits == 16 for _, _, bits in parts):
         return x
+    # Every part of the split has its own range and bits.
     quantized = [
         fake_quantize(
             grouped[..., start:stop], bits, grid.symmetric, grid.clip_ratio, grid.range_contains_zero, grid.zero_point
@@ -151,15 +154,14 @@ def fake_quantize(
         raise ConfigError(f"expected a floating-point activation, got {x.dtype}")
     if bits == 16:
         return x
-    if x.requires_grad and torch.is_grad_enabled():
-        rounded = fake_quantize(x.detach(), bits, symmetric, clip_ratio, range_contains_zero, zero_point)
-        return straight_through(x, rounded)
-    work = x if x.dtype == torch.float64 else x.float()
-    # y = (clamp(round(x / scale) + z, lowest, highest) - z) scale; a real z is added before rounding
+    work = x.detach() if x.dtype == torch.float64 else x.detach().float()
     scale, zero = fit_range(work, bits, symmetric, clip_ratio, range_contains_zero, zero_point)
     lowest, highest = code_limits(bits, symmetric)
+    # codes = round(x / scale) + z; a real z is added before rounding
     codes = (work / scale).add_(zero).round_() if zero_point == "real" else (work / scale).round_().add_(zero)
-    return codes.clamp_(lowest, highest).sub_(zero).mul_(scale).to(x.dtype)
+    # y = (clamp(codes, lowest, highest) - z) scale
+    rounded = codes.clamp_(lowest, highest).sub_(zero).mul_(scale).to(x.dtype)
+    return straight_through(x, rounded) if x.requires_grad and torch.is_grad_enabled() else rounded
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -211,32 +213,35 @@ def fit_range(
     Returns:
         (scale, zero_point), each (..., 1), scale > 0.
     """
-    # scale = clip max|x| / (2^(bits-1) - 1)
     if symmetric:
+        # scale = clip max|x| / (2^(bits-1) - 1),   z = 0
         scale = x.abs().amax(-1, keepdim=True) * clip_ratio / (2 ** (bits - 1) - 1)
         return torch.where(scale == 0, 1.0, scale), torch.zeros_like(scale)
-    # scale = clip (max - min) / (2^bits - 1),   z = -clip min / scale; an empty range is replaced as the docstring says
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
     silent = (low == 0) & (high == 0)
     levels = 2**bits - 1
     with_zero_low, with_zero_high = low.clamp(max=0), high.clamp(min=0)
+    # scale = (high - low) / (2^bits - 1) with low, high = clip min, clip max
     if range_contains_zero:
+        # min <= 0 <= max; a row of zeros gets (-1, 1)
         empty = (with_zero_high - with_zero_low) * clip_ratio / levels == 0
         low = torch.where(empty, -1.0, with_zero_low * clip_ratio)
         high = torch.where(empty, 1.0, with_zero_high * clip_ratio)
         scale = (high - low) / levels
     else:
+        # the plain range; one that is empty is extended to zero, and a row of zeros gets scale 1
         empty = (high - low) * clip_ratio / levels == 0
         low = torch.where(empty, with_zero_low, low) * clip_ratio
         high = torch.where(empty, with_zero_high, high) * clip_ratio
         scale = (high - low) / levels
         scale = torch.where(scale == 0, 1.0, scale)
+    # z = -low / scale, rounded unless it is real; a row of zeros stays zero in either case
     zero = -low / scale
     return scale, torch.where(silent, zero.round(), zero) if zero_point == "real" else zero.round_()
 
 
 def fake_quantize_tensor(x: Tensor, bits: int = 8) -> Tensor:
-    """Round a whole tensor to one symmetric grid (the online key rotations of a block, as one (G, e, e) stack).
+    """Round a whole tensor to one symmetric grid (the online key rotations of a block, one stack (G, e, e)).
 
     Args:
         x: Any shape, floating point, not modified.
@@ -246,22 +251,9 @@ def fake_quantize_tensor(x: Tensor, bits: int = 8) -> Tensor:
         Same shape and dtype.
 
     Raises:
-        ConfigError: bits out of range or x is not floating point.
+        ConfigError: bits is out of range, or x is not floating point.
     """
     return x if bits == 16 else fake_quantize(x.reshape(1, -1), bits, symmetric=True).reshape(x.shape)
-
-
-def code_limits(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Return the smallest and largest integer code.
-
-    Args:
-        bits: At least 2.
-        symmetric: Signed (two's complement) or unsigned codes.
-
-    Returns:
-        (-2^(bits-1), 2^(bits-1) - 1) or (0, 2^bits - 1).
-    """
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
 def _check(bits: int, clip_ratio: float) -> None:

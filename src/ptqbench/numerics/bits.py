@@ -1,11 +1,9 @@
-"""Shares of channels and average bit widths: the arithmetic of mixed precision. Needs no tensor and imports no torch.
+"""Shares of channels and average bit widths: the arithmetic of mixed precision. It imports no torch.
 
 Objective: exact weighted means of bits over elements, and the rule by which a share of an axis becomes a channel count.
 
-Shapes: e head_dim.
-
-Source: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d, Zachary5895/CoQuant@0e2e343. Deviation: a share
-that rounds to no channel raises instead of leaving a basis without a high part.
+Source: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d; Zachary5895/CoQuant@0e2e343. Deviation: a share
+that rounds to no channel raises an error, where the codes leave a basis without a high part.
 """
 
 from __future__ import annotations
@@ -59,15 +57,15 @@ def mean_bits(parts: Iterable[tuple[float, float]]) -> float:
     return sum(size * bits for size, bits in pairs) / total
 
 
-def kv_overhead_bits(head_dim: int, n_grids: int = 2, bits_per_grid: int = 32) -> float:
-    """Return the extra bits per cached element for the grids of one token and head.
+def kv_overhead_bits(width: int, n_grids: int, bits_per_grid: int) -> float:
+    """Return the extra bits per cached element for the grids that ``width`` elements share.
 
     Args:
-        head_dim: e.
-        n_grids: Grids per token and head (2 with a split).
-        bits_per_grid: Scale and zero_point in fp16: 32.
+        width: head_dim, or all heads of a token where they share their grids.
+        n_grids: Number of those grids (2 with a split into two parts).
+        bits_per_grid: Bits of scale and zero_point together (32 for two float16 numbers).
 
     Returns:
         Bits per element.
     """
-    return n_grids * bits_per_grid / head_dim
+    return n_grids * bits_per_grid / width

@@ -11,10 +11,10 @@ Objective: min f(X) over X with X^T X = I, given gradients G of f as if X were f
 Shapes: X, V, G (n, p), p <= n, float64; W (n, n); a rotation has p = n.
 
 Source: arXiv 2405.16406 (SpinQuant), code facebookresearch/SpinQuant@8f47aa3, whose optimiser is that of arXiv 2002.01113.
-Deviations: the linear system is solved, where the code iterates Y = X + a W (X + Y) / 2 five times, renormalises rows before
-every step and replaces X by a QR factor in one step of a hundred at random to stay near the constraint. Here X stays on it up
-to rounding, and nothing is drawn. Steps are those of the code otherwise; its step of 1e8 at W = 0 is ``learning_rate`` here
-(X does not move either way).
+Deviations: the linear system is solved. The code iterates Y = X + a W (X + Y) / 2 five times; to stay near the constraint it
+renormalises rows before every step and replaces X by a QR factor at random, in one step of a hundred. Here X meets the
+constraint up to rounding, and nothing is drawn. Otherwise steps are those of the code, except that its step of 1e8 at W = 0 is
+``learning_rate`` here (X does not move either way).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def skew_direction(point: Tensor, velocity: Tensor) -> Tensor:
         velocity: (n, p) float64 V, not modified.
 
     Returns:
-        (n, n), exactly skew. Zero for a velocity X S with symmetric S, which no orthonormal motion can follow.
+        (n, n), exactly skew. It is zero for a velocity X S with symmetric S, which no motion on the constraint can follow.
     """
     # M = V X^T - X (X^T V X^T) / 2,   W = M - M^T
     moved = velocity @ point.mT

@@ -1,6 +1,6 @@
 """Argument checks shared by the numerics: finite values, matching shapes, known options.
 
-Messages name the tensor and the first bad index; the caller knows which linear it was working on and adds that name.
+Messages name the tensor and the first bad index. The caller knows which linear it was working on and adds that name.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ from torch import Tensor
 from ptqbench.errors import ConfigError, NumericalError
 
 
-def require_finite(name: str, values: Tensor) -> None:
+def require_finite(name: str, values: Tensor, shape: Sequence[int] | None = None) -> None:
     """Raise ``NumericalError`` with the first bad index unless every entry of ``values`` is finite.
 
     Args:
         name: How the message calls the tensor, for example ``"weight"``.
-        values: Any shape, any floating dtype; not modified.
+        values: Any floating dtype; not modified.
+        shape: Required shape, checked first; ``None`` for any.
 
     Raises:
+        ConfigError: The shape differs.
         NumericalError: An entry is NaN or infinite.
     """
+    if shape is not None:
+        require_shape(name, values, shape)
     finite = torch.isfinite(values)
     if bool(finite.all()):
         return

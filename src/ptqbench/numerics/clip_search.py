@@ -45,15 +45,16 @@ def best_shrink(values: Tensor, xmin: Tensor, xmax: Tensor, spec: GridSpec) -> T
 
 
 def _search_rows(values: Tensor, xmin: Tensor, xmax: Tensor, spec: GridSpec, factors_at_once: int) -> Tensor:
-    # Division in float64 first, so that every factor is the nearest number to (100 - i) / 100 in the dtype used.
+    # p_i = (100 - i) / 100, divided in float64, so that every p is the nearest number to it in the dtype used.
     steps = STEP_DENOMINATOR - torch.arange(STEPS, dtype=torch.float64, device=values.device)
     factors = (steps / STEP_DENOMINATOR).to(values.dtype)
     best_loss = torch.full_like(xmin, torch.inf)
     best = torch.ones_like(xmin)
     for piece in torch.split(factors, factors_at_once):
-        # loss(p) of every factor and row; the first least one, over pieces in falling order of p
+        # The least loss of this piece, the first one where several are equal.
         loss = _losses(values, xmin, xmax, piece, spec)
-        smallest, index = loss.min(dim=0)  # the first one where several are equal
+        smallest, index = loss.min(dim=0)
+        # Pieces come in falling order of p: only a smaller loss replaces what was found before.
         better = smallest < best_loss
         best = torch.where(better, piece[index], best)
         best_loss = torch.where(better, smallest, best_loss)
@@ -62,9 +63,10 @@ def _search_rows(values: Tensor, xmin: Tensor, xmax: Tensor, spec: GridSpec, fac
 
 def _losses(values: Tensor, xmin: Tensor, xmax: Tensor, factors: Tensor, spec: GridSpec) -> Tensor:
     """Return the loss of every factor and row, (f, r)."""
-    # Both ends times p -> scale and zero point, (f, r)
+    # scale and zero point (f, r) of the range (p xmin, p xmax)
     scale, zero_point = scale_from_range(factors[:, None] * xmin, factors[:, None] * xmax, spec)
     scale, zero_point = scale.unsqueeze(2), zero_point.unsqueeze(2)
+    # q_j(p), (f, r, c)
     trial = to_values(to_codes(values, scale, zero_point, spec), scale, zero_point)
     # sum_j |q_j(p) - x_j|^2.4
     return trial.sub_(values).abs_().pow_(EXPONENT).sum(dim=2)

@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``numerics/fused_columns.py``. The only module that needs triton, and imported there alone.
+"""The Triton kernel behind ``numerics/fused_columns.py``: the only module that needs triton, imported only there.
 
 One launch rounds the channels of one panel for all rows. A program owns ``ROWS`` rows and takes the channels in order:
 
@@ -6,7 +6,7 @@ One launch rounds the channels of one panel for all rows. A program owns ``ROWS`
 
 Legend: as in ``numerics/column_loop.py``; everything is (channels, rows), a channel contiguous. A group's ``low`` and
 ``high`` are limits of c, the code minus its zero point.
-Source: the loop of ``numerics/column_loop.py``, which stays the reference. Deviations: the sums run over the whole panel
+Source: the loop of ``numerics/column_loop.py``, which stays the reference. Deviation: the sums run over the whole panel
 at once and in another order, so the last bits differ.
 """
 
@@ -37,13 +37,16 @@ def _read(
     length: tl.tensor, row: tl.tensor, past: tl.tensor, DRIFT: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
     """Load what channel ``i`` of the panel needs: w before the panel, its coefficients, its grid."""
+    # Where the grids of this channel lie. Rows beyond the last one are masked and get harmless numbers.
     inside = row < rows
     grid = tl.load(group + i).to(tl.int64) * rows + row
+    # w_i, and the coefficients U_ji / U_jj and P_ji of the channels j < i
     w = tl.load(weights + i * rows + row, mask=inside, other=0.0)
     u = tl.load(upper + i * length + past, mask=past < i, other=0.0)
     p = u
     if DRIFT:
         p = tl.load(drift + i * length + past, mask=past < i, other=0.0)
+    # scale, z, and the limits of c
     s = tl.load(scale + grid, mask=inside, other=1.0)
     z = tl.load(zero_point + grid, mask=inside, other=0.0)
     lowest = tl.load(low + grid, mask=inside, other=0.0)
@@ -80,6 +83,7 @@ def round_panel(
         ROWS: Rows per program, a power of two.
         DRIFT: Whether there is a P.
     """
+    # The rows of this program, and the tiles of past e and w, empty at first.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     past = tl.arange(0, CHANNELS)
@@ -95,7 +99,7 @@ def round_panel(
             following, weights, upper, drift, scale, zero_point, low, high, group, kind, tie_shift, rows, length, row,
             past, DRIFT,
         )  # fmt: skip
-        # w_i <- w_i - sum_{j<i} e_j U_ji / U_jj; rows of the tile that are not yet filled hold zeros
+        # w_i <- w_i - sum_{j<i} e_j U_ji / U_jj; rows of the tile that are not filled yet hold zeros
         w -= tl.sum(past_e * u[:, None], axis=0)
         # GPTAQ: w_i <- w_i + sum_{j<i} w_j P_ji
         if DRIFT:
@@ -122,4 +126,4 @@ def round_panel(
 
 
 INTERPRETED = not isinstance(round_panel, triton.JITFunction)
-"""Whether triton runs its kernels in Python (``TRITON_INTERPRET``), where CPU tensors will do."""
+"""Whether triton runs its kernels in Python (``TRITON_INTERPRET``), which accepts CPU tensors."""

@@ -6,16 +6,16 @@ Objective: min over Q on the grid of trace((W - Q) H (W - Q)^T), greedily, chann
     e_j = w_j - q_j,     w_l <- w_l - e_j U_jl / U_jj + w_j P_jl   for all l > j        (P = 0 except in GPTAQ)
 
 Legend: n input channels, m rows worked on at once, G groups, k channels of a block. Everything is held transposed,
-(n, m), so that a channel is contiguous. Inside the loop the letters are those of the references: w, q, e, U, P; c is a
-code minus its zero point.
+(n, m), so that a channel is contiguous. Inside the loop the letters are those of the papers: w, q, e, U, P; c is a code minus
+its zero point.
 
-Updates of a channel may be applied in any order before it is rounded. Inside a panel of ``PANEL`` channels they are
-gathered when a channel is reached (one matrix-vector product). Across panels and blocks they are spread by matrix products.
-On a GPU the kernel of ``numerics/fused_columns.py`` rounds panels where it can serve; the loop here is its reference.
-The same in plain lines: ``numerics/reference.py``.
+A channel needs all its updates before it is rounded, in any order. Inside a panel of ``PANEL`` channels a channel gathers them
+when it is reached, by one matrix-vector product. Across panels and blocks matrix products spread them. On a GPU the kernel of
+``numerics/fused_columns.py`` rounds panels where it can serve; the loop here is its reference. ``numerics/reference.py`` has
+the same algorithm in plain lines.
 
-Source: IST-DASLab/gptq@2d65066; arXiv 2210.17323 section 3. Deviation: with ``group_refit`` "fresh" a group is fitted
-on fully up-to-date weights even where it reaches beyond the column block, so ``column_block`` never changes a result;
+Source: IST-DASLab/gptq@2d65066; arXiv 2210.17323 section 3 and algorithm 1. Deviation: with ``group_refit`` "fresh" a group is
+fitted on fully up-to-date weights even where it reaches beyond the column block, so ``column_block`` never changes a result.
 "stale" reads what the original reads.
 """
 
@@ -88,8 +88,10 @@ class _Block:
     drift_source: Tensor  # w, or q with ``as_code``: what P multiplies beyond the block
 
     def push(self, done: slice, columns: slice | Tensor, target: Tensor, source: Tensor) -> Tensor:
-        """Return ``target`` after adding, in place, the updates that the channels ``done`` cause at ``columns``."""
+        """Add to ``target``, in place, the updates that the channels ``done`` cause at ``columns``, and return it."""
+        # w_l <- w_l - sum_j e_j U_jl / U_jj
         target.addmm_(self.upper[done, columns].T, self.errors[done], alpha=-1)
+        # GPTAQ: w_l <- w_l + sum_j w_j P_jl
         return target if self.drift is None else target.addmm_(self.drift[done, columns].T, source[done])
 
 
@@ -100,22 +102,23 @@ def run_columns(
     """Round all channels.
 
     Args:
-        work: (n, m) weights in processing order; used up.
+        work: (n, m) weights in processing order; overwritten.
         upper: U (n, n), not modified.
-        grids: Grids of the groups; those not yet fitted are fitted here.
+        grids: Grids of the groups; those that are not fitted yet are fitted here.
         options: Blocking and group options.
-        drift: P, not modified.
+        drift: P of GPTAQ, not modified.
         codes_dtype: Integer dtype that holds every code.
         engine: ``plain``, ``fused``, or ``auto`` (``fused_columns.use_fused``).
 
     Returns:
-        Codes, values and, if ``options`` ask for it, the working copy, each (n, m) in processing order.
+        Codes, values and, if ``options`` ask for it, the working copy (else ``None``), each (n, m) in processing order.
 
     Raises:
-        UnsupportedError: ``fused`` was asked for and cannot serve, or its kernel does not compile here.
+        UnsupportedError: The engine ``fused`` was asked for and cannot serve, or its kernel does not compile here.
     """
     fused = FusedPanels(grids) if use_fused(engine, work) else None
     size = min(options.column_block, len(work))
+    # Stale groups are fitted on the weights as they were when the block began, so that those are kept.
     stale = options.group_refit == "stale" and not all(grids.fitted)
     codes, values = torch.empty_like(work, dtype=codes_dtype), torch.empty_like(work)
     working = torch.empty_like(work) if options.keep_working else None
@@ -137,19 +140,20 @@ def run_columns(
             None if drift is None else drift.matrix[here, start:],
             values[here] if drift is not None and drift.as_code else weights,
         )
-        # Panels: fit the group that begins here, round its channels, then
-        # w_l <- w_l - sum_j e_j U_jl / U_jj + sum_j w_j P_jl for the rest l of the block, j over the panel.
         for first, last in _panels(block, grids, PANEL if fused is None else FUSED_PANEL):
+            # Fit the group that begins here.
             g = grids.of_position[start + first]
             if not grids.fitted[g]:
                 positions = grids.positions[g]
                 grids.fit(g, (work[positions] if stale else _current(work, block, first, positions)).T)
+            # Round the channels of the panel: q, e and c.
             if fused is None:
                 _round_panel(block, first, last, grids)
             else:
                 _round_fused(block, first, last, fused, codes[here])
+            # w_l <- w_l - sum_j e_j U_jl / U_jj + sum_j w_j P_jl for the rest l of the block, j over the panel.
             block.push(slice(first, last), slice(last, k), weights[last:], weights)
-        # The same update by the whole block for all channels l beyond it.
+        # The same for all channels l beyond the block, j over the block (the lazy batch update of arXiv 2210.17323).
         block.push(slice(0, k), slice(k, None), work[stop:], block.drift_source)
         if fused is None:
             grids.write_codes(start, block.centred, codes[here])
@@ -158,7 +162,10 @@ def run_columns(
 
 
 def _panels(block: _Block, grids: GroupGrids, longest: int) -> list[tuple[int, int]]:
-    """Cut a block into panels, also where an unfitted group begins: its fit needs the updates of all channels before it."""
+    """Cut a block into panels of at most ``longest`` channels, and wherever an unfitted group begins.
+
+    The fit of a group needs the updates by all channels before it.
+    """
     size = block.stop - block.start
     seen = {g for g, fitted in enumerate(grids.fitted) if fitted}
     cuts = set(range(0, size, longest)) | {size}
@@ -170,7 +177,8 @@ def _panels(block: _Block, grids: GroupGrids, longest: int) -> list[tuple[int, i
 
 
 def _round_panel(block: _Block, first: int, last: int, grids: GroupGrids) -> None:
-    """Round channels [first, last) of a block, gathering for each the updates of the earlier ones of the panel."""
+    """Round channels [first, last) of a block, each after the updates by the earlier channels of the panel."""
+    # Row i of U^T and P^T: the coefficients of all earlier channels for channel i.
     here = slice(first, last)
     upper = block.upper[here, here].T.contiguous().unbind(0)
     drift = None if block.drift is None else block.drift[here, here].T.contiguous().unbind(0)
@@ -185,12 +193,12 @@ def _round_panel(block: _Block, first: int, last: int, grids: GroupGrids) -> Non
                 w.addmv_(past_w[:, :i], drift[i][:i])
         # q_i = round(w_i), c_i its code minus the zero point
         grids.round(block.start + first + i, w, c, q)
-        # e_i = w_i - q_i; the division by U_ii is in ``upper``
+        # e_i = w_i - q_i; ``upper`` holds U_ij / U_ii
         torch.sub(w, q, out=e)
 
 
 def _round_fused(block: _Block, first: int, last: int, fused: FusedPanels, codes: Tensor) -> None:
-    """Do what ``_round_panel`` does with the kernel, and write ``codes`` (k, m) of the block as well."""
+    """Do with the kernel what ``_round_panel`` does, and write ``codes`` (k, m) of the block as well."""
     here = slice(first, last)
     weights, errors, values = block.weights[here], block.errors[here], block.values[here]
     drift = None if block.drift is None else block.drift[here, here]
@@ -200,7 +208,7 @@ def _round_fused(block: _Block, first: int, last: int, fused: FusedPanels, codes
 def _current(work: Tensor, block: _Block, done: int, positions: Tensor) -> Tensor:
     """Return the weights at ``positions`` after the updates by the first ``done`` channels of the block.
 
-    Weights inside the block have them already. Weights beyond it get them here, on a copy.
+    Weights inside the block have these updates already. Weights beyond it get them here, on a copy.
     """
     current = work[positions]
     beyond = positions >= block.stop

@@ -1,7 +1,10 @@
-"""What GPTQ, GPTAQ and Qronos share around the column loop: checks, order of the steps, chunks of rows.
+"""What GPTQ, GPTAQ and Qronos share around the column loop: options, checks, order of the steps, chunks of rows.
 
-The order of the steps follows the original code: grids of whole ranges are fitted on the untouched weight; dead
-channels are zeroed; static groups are fitted; channels are permuted; the loop runs; the permutation is undone.
+The order of the steps is that of the original code:
+
+    1. fit the grids of whole ranges on the weight as it is     4. put the channels in processing order
+    2. set dead channels to zero                                5. run the loop
+    3. fit static groups                                        6. put the channels back in the order of the model
 
 Legend: weight (out, in); n input channels; m rows worked on at once, held transposed (n, m).
 Source: IST-DASLab/gptq@2d65066. Rows never interact, so they are solved in chunks that stay in cache.
@@ -12,56 +15,97 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from ptqbench.numerics.checks import compute_dtype, require_finite, require_matrix, require_shape
+from ptqbench.numerics.checks import compute_dtype, require_finite, require_shape
 from ptqbench.numerics.column_loop import Drift, LoopOptions, run_columns
 from ptqbench.numerics.factorisation import Factor, factorise
-from ptqbench.numerics.grid import Grid, LinearResult, code_dtype, validate_grid
+from ptqbench.numerics.grid import Grid, LinearResult, check_weight, code_dtype
 from ptqbench.numerics.group_grids import GroupGrids
-from ptqbench.numerics.groups import assemble, columns_of, plan_groups
+from ptqbench.numerics.groups import assemble, columns_of, plan_groups, untouched_result
 
 ROW_CHUNK = {"cpu": 4096}
 """Most rows solved together; device types that are not listed take all rows at once."""
 
+Prepare = Callable[[Tensor, GroupGrids], None]
+"""What is done to a chunk of rows before the loop. It gets the weights (n, m) in processing order with dead channels at zero,
+which it may change in place, and the grids, which it may fit."""
 
-def check_problem(weight: Tensor, second_moment: Tensor, grid: Grid, grid_weight: Tensor | None) -> None:
-    """Check the arguments that every solver takes.
 
-    Args:
-        weight: (out, in), not modified.
-        second_moment: (in, in), not modified; its values are checked by ``factorise``.
-        grid: The grid.
-        grid_weight: (out, in) or ``None``, not modified.
+class SolverOptions(TypedDict, total=False):
+    """Options that GPTQ, GPTAQ and Qronos share; ``solve_by_columns`` has the defaults.
 
-    Raises:
-        ConfigError: A shape is wrong or the grid does not cover the weight.
-        NumericalError: A weight holds NaN or infinity.
+    Attributes:
+        damping: Fraction of the mean diagonal added to the diagonal of the second moment.
+        act_order: Process channels by descending diagonal. Dynamic groups then follow the processing order.
+        on_cholesky_failure: ``raise``, or ``retry`` with ten times the damping.
+        column_block: Channels per block. It has no influence on the result where ``group_refit`` is "fresh".
+        static_groups: Fit all groups on the weight before rounding, over consecutive original channels.
+        group_refit: ``fresh`` fits a dynamic group on up-to-date weights, ``stale`` on those of the last block's end,
+            as the original code does.
+        keep_working: Return the working copy as well (``LinearResult.working``), which the authors' code of Q2N reads. Its
+            content depends on ``column_block``.
+        grid_weight: (out, in), the weight that all grids are fitted on instead; not modified.
+        engine: How the column loop runs: ``plain``, ``fused`` (one kernel launch per panel, see ``numerics/fused_columns.py``),
+            or ``auto``: fused on a GPU where it can serve, plain elsewhere. Results are the same up to rounding errors.
     """
-    require_matrix("weight", weight)
-    columns = weight.shape[1]
-    validate_grid(grid, columns)
-    require_shape("second_moment", second_moment, (columns, columns))
-    require_finite("weight", weight)
-    if grid_weight is not None:
-        require_shape("grid_weight", grid_weight, weight.shape)
-        require_finite("grid_weight", grid_weight)
+
+    damping: float
+    act_order: bool
+    on_cholesky_failure: str
+    column_block: int
+    static_groups: bool
+    group_refit: str
+    keep_working: bool
+    grid_weight: Tensor | None
+    engine: str
 
 
-def checked_factor(
-    second_moment: Tensor, factor: Factor | None, damping: float, act_order: bool, on_cholesky_failure: str
-) -> Factor:
-    """Return the given factor after checking that it fits the options, or compute one."""
-    if factor is None:
-        return factorise(second_moment, damping=damping, act_order=act_order, on_cholesky_failure=on_cholesky_failure)
-    factor.require_options(len(second_moment), damping, act_order)
-    return factor
+def solve_by_columns(
+    weight: Tensor,
+    second_moment: Tensor,
+    grid: Grid,
+    *,
+    drift: Callable[[Factor], Drift] | None = None,
+    prepare: Callable[[Factor], Prepare] | None = None,
+    damping: float = 0.01,
+    act_order: bool = False,
+    on_cholesky_failure: str = "raise",
+    column_block: int = 128,
+    static_groups: bool = False,
+    group_refit: str = "fresh",
+    keep_working: bool = False,
+    grid_weight: Tensor | None = None,
+    engine: str = "auto",
+) -> LinearResult:
+    """Check the arguments, factor the second moment and round all channels of a weight with error compensation.
+
+    This is GPTQ. ``drift`` makes GPTAQ's additional update from the factor, ``prepare`` Qronos' correction. The other options
+    are those of ``SolverOptions``; shapes and errors are those of ``gptq``.
+    """
+    options = LoopOptions(column_block, static_groups, group_refit, keep_working)
+    check_weight(weight, grid, grid_weight)
+    require_shape("second_moment", second_moment, (weight.shape[1], weight.shape[1]))
+    if all(part.spec.untouched for part in grid):
+        return untouched_result(weight, grid, compute_dtype(weight))
+    factor = factorise(second_moment, damping=damping, act_order=act_order, on_cholesky_failure=on_cholesky_failure)
+    return compensated_rounding(
+        weight,
+        grid,
+        factor,
+        options,
+        grid_weight=grid_weight,
+        drift=None if drift is None else drift(factor),
+        prepare=None if prepare is None else prepare(factor),
+        engine=engine,
+    )
 
 
 def in_processing_order(matrix: Tensor, factor: Factor) -> Tensor:
-    """Return a copy of an (in, in) matrix in processing order, rows and columns of dead channels zeroed."""
+    """Return a copy of an (in, in) matrix in processing order, with rows and columns of dead channels at zero."""
     kept = torch.where(factor.dead[:, None] | factor.dead, 0, matrix)
     return kept if factor.order is None else kept[factor.order[:, None], factor.order]
 
@@ -74,7 +118,7 @@ def compensated_rounding(
     *,
     grid_weight: Tensor | None = None,
     drift: Drift | None = None,
-    prepare: Callable[[Tensor, GroupGrids], None] | None = None,
+    prepare: Prepare | None = None,
     engine: str = "auto",
 ) -> LinearResult:
     """Round all channels of a weight with error compensation.
@@ -87,9 +131,8 @@ def compensated_rounding(
         grid_weight: (out, in), fit all grids on this weight; dynamic groups are then fitted before the loop. Not
             modified.
         drift: GPTAQ's additional update.
-        prepare: Called per chunk of rows before the loop with the weights (n, m) in processing order, dead channels
-            zeroed, which it may change in place, and the grids, which it may fit.
-        engine: How the loop runs, ``auto``, ``plain`` or ``fused``: see ``numerics/fused_columns.py``.
+        prepare: What is done to every chunk of rows before the loop.
+        engine: See ``SolverOptions``.
 
     Returns:
         The rounded weight, damping entries included.
@@ -108,15 +151,15 @@ def compensated_rounding(
     working = torch.empty_like(values, dtype=dtype) if options.keep_working else None
     scales, zeros = [], []
     for here in _row_chunks(weight):
-        # Transposed copy in processing order, dead channels at zero (steps 2 and 4 of the original code).
+        # Steps 2 and 4.
         work = _transposed(weight[here], factor, dtype)
         grids = GroupGrids(groups, positions, work)
-        # Grids of whole ranges and static groups (steps 1 and 3).
+        # Steps 1 and 3.
         _fit_before_loop(grids, weight[here], None if grid_weight is None else grid_weight[here], work, factor, options)
-        # Qronos: its correction by the first channel.
+        # Qronos corrects the drift with the first channel here.
         if prepare is not None:
             prepare(work, grids)
-        # The loop (step 7); then back to the order of the model (step 8).
+        # Steps 5 and 6.
         found = run_columns(work, upper, grids, options, drift, codes.dtype, engine)
         for whole, part in zip((codes, values, working), found, strict=True):
             if whole is not None and part is not None:
@@ -131,7 +174,7 @@ def compensated_rounding(
 
 
 def _row_chunks(weight: Tensor) -> list[slice]:
-    """Cut the rows into the fewest chunks allowed, of nearly equal size."""
+    """Cut the rows into as few chunks of nearly equal size as ``ROW_CHUNK`` allows."""
     rows = len(weight)
     count = -(-rows // ROW_CHUNK.get(weight.device.type, rows))
     bounds = [rows * i // count for i in range(count + 1)]
@@ -139,7 +182,7 @@ def _row_chunks(weight: Tensor) -> list[slice]:
 
 
 def _transposed(weight: Tensor, factor: Factor, dtype: torch.dtype) -> Tensor:
-    """Return a contiguous copy (n, m) in processing order with dead channels zeroed."""
+    """Return a contiguous copy (n, m) in processing order with dead channels at zero."""
     columns = weight.T if factor.order is None else weight.T[factor.order]
     work = columns.to(dtype, copy=True, memory_format=torch.contiguous_format)
     work[factor.dead if factor.order is None else factor.dead[factor.order]] = 0
@@ -154,9 +197,9 @@ def _fit_before_loop(
     factor: Factor,
     options: LoopOptions,
 ) -> None:
-    """Fit the grids that do not depend on the rounding.
+    """Fit the grids that do not depend on the rounding: whole ranges, static groups, and all groups under ``grid_weight``.
 
-    Whole ranges are fitted on the weight as it is; static groups, and all groups under ``grid_weight``, with dead channels at 0.
+    Whole ranges are fitted on the weight as it is, groups with dead channels at zero.
     """
     source = weight if grid_weight is None else grid_weight
     zeroed = work if grid_weight is None else _transposed(grid_weight, factor, work.dtype)

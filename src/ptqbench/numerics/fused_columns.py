@@ -5,12 +5,12 @@ beyond the panel are updated by matrix products in both.
 
 A program of the kernel (``numerics/column_kernel.py``) owns ``ROWS`` rows and keeps the errors e of the whole panel in
 registers, as a tile (``PANEL``, ``ROWS``). Channel i gathers sum_j e_j U_ji / U_jj by one reduction over that tile, where the
-plain loop takes a product, and then writes its own error into the tile by a mask. The kernel writes every number once and
-reads back none of them. Therefore no program waits for another, and the next channel is loaded while this one is rounded.
+plain loop takes a product. It then writes its own error into the tile by a mask. The kernel writes every number once and
+reads none of them back. So no program waits for another, and the next channel is loaded while this one is rounded.
 Products and sums are not fused, so that e is the error of exactly the q that is stored.
 
-Source: none but the plain loop. Deviation: sums in another order, so a weight within rounding error of the border
-between two codes may get the other one; later channels absorb the difference.
+Source: the plain loop. Deviation: sums run in another order, so a weight within rounding error of the border between two codes
+may get the other code; later channels absorb the difference.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _forbidden = False
 
 
 def forbid_fused(forbidden: bool = True) -> None:
-    """Let ``auto`` mean ``plain`` in this process, for nodes on which triton cannot compile; or allow the kernel again."""
+    """Make ``auto`` mean ``plain`` in this process, for nodes on which triton cannot compile; False allows the kernel again."""
     global _forbidden
     _forbidden = forbidden
 
 
 def engine_on(device: torch.device) -> str:
-    """Say which column loop ``auto`` takes for float32 work, to be recorded with a result.
+    """Return which column loop ``auto`` takes for float32 work, to be recorded with a result.
 
     Args:
         device: Where the weights are rounded.
@@ -83,11 +83,12 @@ class FusedPanels:
     """Rounds panels of one weight with the kernel."""
 
     def __init__(self, grids: GroupGrids) -> None:
-        """Put the group and the kind of grid of every channel where the kernel reads them.
+        """Store the group and the kind of grid of every channel where the kernel reads them.
 
         Args:
             grids: Grids of the rows at hand; they may be fitted later, panel by panel.
         """
+        # Per channel: its group, its kind of grid, its shift for ties.
         self._grids = grids
         kinds = [kind(group.spec) for group in grids.groups]
         rows = [grids.of_position, [kinds[g] for g in grids.of_position]]
@@ -105,7 +106,7 @@ class FusedPanels:
         upper: Tensor,
         drift: Tensor | None,
     ) -> None:
-        """Round the k channels from a position on; their groups must be fitted.
+        """Round the k channels that start at a position; their groups must be fitted.
 
         Args:
             position: Processing position of the first channel.
@@ -113,8 +114,8 @@ class FusedPanels:
             errors: (k, m) contiguous float32, receives e.
             values: (k, m) contiguous float32, receives q.
             codes: (k, m) contiguous integers, receives the codes.
-            upper: U_jl / U_jj, (k, k), not modified; its strictly upper part counts.
-            drift: P, (k, k) likewise.
+            upper: U_jl / U_jj, (k, k), not modified; only its strictly upper part is read.
+            drift: P, (k, k), likewise.
 
         Raises:
             UnsupportedError: Triton cannot compile or start the kernel here.
@@ -138,7 +139,7 @@ class FusedPanels:
             found = next(iter(str(error).splitlines()), "")
             raise UnsupportedError(
                 f"engine fused: expected triton to compile the column loop for {weights.device}, got "
-                f"{type(error).__name__}: {found}; say execution.column_loop=plain (engine='plain' of a solver)"
+                f"{type(error).__name__}: {found}; use execution.column_loop=plain (engine='plain' of a solver)"
             ) from error
 
 
@@ -156,7 +157,7 @@ def _has_triton() -> bool:
 
 
 def _obstacle(work: Tensor) -> str:
-    """Say why the kernel cannot serve, in words; empty if it can."""
+    """Return why the kernel cannot serve, in words; empty if it can."""
     if not _has_triton():
         return "triton is not installed"
     if work.dtype != torch.float32 or not work.is_contiguous():

@@ -1,6 +1,6 @@
 """GPTAQ: GPTQ that also lets each channel's input drift be absorbed by later channels.
 
-Objective: min over Q of ||Xq Q^T - X W^T||_F^2 with X the inputs of the full-precision stream and Xq those of the
+Objective: min over Q of ||Xq Q^T - X W^T||_F^2, X being the inputs of the full-precision stream and Xq those of the
 quantized one. Row j of P is the least-squares image of channel j's drift on the later channels:
 
     D = (X - Xq)^T Xq = C^T,   P = strength * strictly_upper(D U^T) U,   w_l <- w_l - e_j U_jl + w_j P_jl  (l > j)
@@ -8,22 +8,23 @@ quantized one. Row j of P is the least-squares image of channel j's drift on the
 with the current w_j before rounding.
 
 Legend: weight W (out, in); second_moment H = Xq^T Xq; cross_moment C = Xq^T (X - Xq); both at the same scale, (in, in).
-Source: arXiv 2504.02692; Intelligent-Computing-Lab-Yale/GPTAQ@883afc6. ``strength`` is hard-wired to 0.25 there and
-absent from the paper. Deviations: pre-rounding values are used throughout (``as_code`` for the original mixture); each
-linear is damped once (``repeated_damping`` for the original, which damps a shared moment again for every linear).
+Source: arXiv 2504.02692; Intelligent-Computing-Lab-Yale/GPTAQ@883afc6. The code fixes ``strength`` at 0.25; the paper does not
+have it. Deviations: P always multiplies values before rounding (``as_code`` for the mixture of the original); each linear is
+damped once (``repeated_damping`` for the original, which damps a shared moment again for every linear).
 """
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor
 
 from ptqbench.errors import ConfigError
-from ptqbench.numerics.checks import compute_dtype, require_finite, require_shape
-from ptqbench.numerics.column_loop import Drift, LoopOptions
-from ptqbench.numerics.compensated import check_problem, checked_factor, compensated_rounding, in_processing_order
+from ptqbench.numerics.checks import compute_dtype, require_finite
+from ptqbench.numerics.column_loop import Drift
+from ptqbench.numerics.compensated import SolverOptions, in_processing_order, solve_by_columns
 from ptqbench.numerics.factorisation import Factor
 from ptqbench.numerics.grid import Grid, LinearResult
-from ptqbench.numerics.groups import untouched_result
 
 
 def gptaq(
@@ -33,17 +34,8 @@ def gptaq(
     grid: Grid,
     *,
     strength: float = 0.25,
-    damping: float = 0.01,
-    column_block: int = 128,
-    act_order: bool = False,
-    static_groups: bool = False,
-    group_refit: str = "fresh",
-    on_cholesky_failure: str = "raise",
-    grid_weight: Tensor | None = None,
     as_code: bool = False,
-    factor: Factor | None = None,
-    engine: str = "auto",
-    keep_working: bool = False,
+    **options: Unpack[SolverOptions],
 ) -> LinearResult:
     """Quantize one weight, or the stacked weights of linears that share their input.
 
@@ -53,17 +45,9 @@ def gptaq(
         cross_moment: (in, in) C = Xq^T (X - Xq) at the scale of ``second_moment``, not modified.
         grid: Column ranges covering all input channels.
         strength: Factor of P; 0 is GPTQ.
-        damping: See ``gptq``.
-        column_block: See ``gptq``; with ``as_code`` it does influence the result.
-        act_order: See ``gptq``.
-        static_groups: See ``gptq``.
-        group_refit: See ``gptq``.
-        on_cholesky_failure: See ``gptq``.
-        grid_weight: See ``gptq``.
-        as_code: In updates beyond the block multiply P by the rounded weights, as the original code does.
-        factor: See ``gptq``.
-        engine: See ``gptq``.
-        keep_working: See ``gptq``.
+        as_code: In updates beyond the block multiply P by the rounded weights, as the original code does. Then
+            ``column_block`` influences the result.
+        options: See ``SolverOptions``.
 
     Returns:
         The rounded weight.
@@ -73,25 +57,20 @@ def gptaq(
         NumericalError: NaN or infinity in an input, or a moment that is singular after damping.
         UnsupportedError: The engine cannot serve.
     """
-    options = LoopOptions(column_block, static_groups, group_refit, keep_working)
-    check_problem(weight, second_moment, grid, grid_weight)
-    require_shape("cross_moment", cross_moment, second_moment.shape)
-    require_finite("cross_moment", cross_moment)
-    if all(part.spec.untouched for part in grid):
-        return untouched_result(weight, grid, compute_dtype(weight))
-    factor = checked_factor(second_moment, factor, damping, act_order, on_cholesky_failure)
-    if strength == 0:
-        return compensated_rounding(weight, grid, factor, options, grid_weight=grid_weight, engine=engine)
-    matrix = drift_matrix(factor, cross_moment, strength).to(compute_dtype(weight))
-    drift = Drift(matrix, as_code)
-    return compensated_rounding(weight, grid, factor, options, grid_weight=grid_weight, drift=drift, engine=engine)
+    require_finite("cross_moment", cross_moment, second_moment.shape)
+
+    def drift(factor: Factor) -> Drift:
+        return Drift(drift_matrix(factor, cross_moment, strength).to(compute_dtype(weight)), as_code)
+
+    # P = 0 leaves the update of GPTQ.
+    return solve_by_columns(weight, second_moment, grid, drift=None if strength == 0 else drift, **options)
 
 
 def drift_matrix(factor: Factor, cross_moment: Tensor, strength: float) -> Tensor:
     """Return P, the strictly upper triangular image of every channel's drift on later channels.
 
     Args:
-        factor: Factor of the second moment, at the scale of ``cross_moment``; not modified.
+        factor: Factor of a second moment at the scale of ``cross_moment``, not modified.
         cross_moment: (in, in) C = Xq^T (X - Xq) in original order, not modified. Dead channels are dropped.
         strength: Factor of the result.
 
@@ -99,8 +78,9 @@ def drift_matrix(factor: Factor, cross_moment: Tensor, strength: float) -> Tenso
         P (in, in) in processing order, in the dtype of the factor.
     """
     upper = factor.upper
-    # D = C^T;   P = strength * strictly_upper(D U^T) U
+    # D = (X - Xq)^T Xq = C^T
     drift = in_processing_order(cross_moment.to(upper.dtype), factor).T
+    # P = strength * strictly_upper(D U^T) U
     return (drift @ upper.T).triu_(1).mul_(strength) @ upper
 
 
@@ -108,7 +88,7 @@ def repeated_damping(damping: float, times: int) -> float:
     """Return the damping after adding ``damping`` times the current mean diagonal ``times`` times.
 
     The original code damps the moment shared by k, v, q (and up, gate) in place, once per linear and in that order:
-    the second linear sees (1 + damping)^2 - 1, the third (1 + damping)^3 - 1. Without ``act_order`` only.
+    the second linear sees (1 + damping)^2 - 1, the third (1 + damping)^3 - 1. Under ``act_order`` it copies the moment first.
 
     Args:
         damping: Fraction of the mean diagonal.

@@ -2,16 +2,16 @@
 
     value = scale * (codes - zero_point)
 
-A linear's grid is a sequence of column ranges, each with its own ``GridSpec`` (mixed precision); a range is cut into
-groups of ``group_size`` consecutive input channels, or is one group. Every (row, group) has its own scale and zero
-point. Rounding is half-to-even. The range contains zero and the zero point is an integer, unless an asymmetric grid says
-otherwise: with ``range_contains_zero`` off it is the plain minimum and maximum (efsotr/NeUQI@2331daf), so that zero may be
-off the grid; a real ``zero_point`` puts both ends of the range exactly on the grid instead of zero.
+A linear's grid is a sequence of column ranges, each with its own ``GridSpec`` (mixed precision). A range is one group, or is cut
+into groups of ``group_size`` consecutive input channels. Every (row, group) has its own scale and zero point. Rounding is
+half-to-even. The range of the values contains zero and the zero point is an integer, unless an asymmetric grid says otherwise.
+Without ``range_contains_zero`` it is the plain minimum and maximum (efsotr/NeUQI@2331daf), so that zero may be off the grid. A
+real ``zero_point`` puts both ends of the range exactly on the grid instead of zero.
 
 Legend: weight (out_features, in_features); values (r, c) = rows x columns of one group; scale, zero_point (r,).
 Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``), spcl/QuaRot@5008669 (``sym_signed``).
-Deviation: ``sym_gptq`` rows without a negative entry get a symmetric range unless ``sym_nonnegative_row`` is
-``as_code``; the original halves their scale but keeps the zero point, so that they saturate.
+Deviation: ``sym_gptq`` rows without a negative entry get a symmetric range unless ``sym_nonnegative_row`` is ``as_code``. The
+original halves their scale but keeps the zero point, so that they saturate.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import ConfigError
-from ptqbench.numerics.affine import code_limits, scale_from_range, value_range
-from ptqbench.numerics.checks import compute_dtype, require_matrix
+from ptqbench.numerics.affine import scale_from_range, value_range
+from ptqbench.numerics.checks import compute_dtype, require_finite, require_matrix
 from ptqbench.numerics.clip_search import best_shrink
 from ptqbench.numerics.grid_spec import GridSpec
 
 SCALE_BITS = 16
-"""Bits that one stored scale costs in ``effective_bits``."""
+"""Bits of one stored scale in ``effective_bits``."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class LinearResult:
         codes: (out, in) in the smallest of uint8, int8 and int16 that holds every code of the grid; ``None`` when the
             whole grid is untouched. Columns of an untouched range inside a mixed grid hold 0 and mean nothing.
         scale: (out, n_groups), groups of all column ranges in column order; float32, or float64 when the weight is.
-        zero_point: (out, n_groups), dtype of ``scale``; integers within the codes, outside them where the range need not
-            contain zero, any number where it is ``real``.
-        group_index: (in,) int32, the group of each input channel. Non-monotone when ``act_order`` forms its groups in
+        zero_point: (out, n_groups), dtype of ``scale``; integers within the codes. They may lie outside the codes where the
+            range need not contain zero, and between them where the zero point is ``real``.
+        group_index: (in,) int32, the group of each input channel. It is not monotone when ``act_order`` forms its groups in
             processing order (``static_groups`` off).
         dequantized: (out, in) in the dtype of the weight.
         damping_used: Fraction of the mean diagonal that was added; 0.0 where no factorisation took place.
         damping_retries: How often the damping was raised before the factorisation succeeded.
         order: (in,) int64, ``order[p]`` is the channel that was rounded as number p; ``None`` for the order of the weight.
-        working: (out, in) float32 or float64 in the column order of the weight, ``None`` unless the solver was asked for it
-            (``keep_working``): what the solver's copy of the weight held when the column block of a channel began, that is,
-            with the updates by all earlier blocks and without those inside its own. Dead channels hold 0.
+        working: (out, in) float32 or float64 in the column order of the weight; ``None`` unless the solver was asked for it
+            (``keep_working``). Every column is that of the solver's copy of the weight when the channel's block began: it has
+            the updates by all earlier blocks and none by its own. Dead channels hold 0.
     """
 
     codes: Tensor | None
@@ -102,6 +102,25 @@ def validate_grid(grid: Grid, in_features: int) -> None:
         raise ConfigError(f"grid: expected ranges covering {in_features} columns, got {position}")
 
 
+def check_weight(weight: Tensor, grid: Grid, grid_weight: Tensor | None) -> None:
+    """Check the arguments that every solver takes.
+
+    Args:
+        weight: (out, in), not modified.
+        grid: Its grid.
+        grid_weight: (out, in), the weight that the grid is fitted on instead, or ``None``; not modified.
+
+    Raises:
+        ConfigError: A shape is wrong or the grid does not cover the weight.
+        NumericalError: A weight holds NaN or infinity.
+    """
+    require_matrix("weight", weight)
+    validate_grid(grid, weight.shape[1])
+    require_finite("weight", weight)
+    if grid_weight is not None:
+        require_finite("grid_weight", grid_weight, weight.shape)
+
+
 def fit(values: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     """Fit one grid per row to the values of one group.
 
@@ -110,9 +129,9 @@ def fit(values: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
         spec: The grid. An untouched one yields scale 1 and zero point 0.
 
     Returns:
-        ``scale`` (r,) > 0 and ``zero_point`` (r,). A row of zeros gets the range (-1, 1) (``sym_signed``: the floor
-        1e-5; a grid that is not ``plain``: (0, 1)), hence a finite scale, and rounds to exact zeros. A constant row
-        whose range need not contain zero gets the range from zero to the constant, which is then exact.
+        ``scale`` (r,) > 0 and ``zero_point`` (r,). A row of zeros gets the range (-1, 1) (``sym_signed``: the floor 1e-5; a
+        grid that is not ``plain``: (0, 1)), so that its scale is finite and it rounds to exact zeros. Where the range need
+        not contain zero, a constant row gets the range from zero to the constant, which is then exact.
 
     Raises:
         ConfigError: ``values`` is not a non-empty floating-point matrix.
@@ -122,6 +141,7 @@ def fit(values: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     if spec.untouched:
         one = values.new_ones(values.shape[0])
         return one, torch.zeros_like(one)
+    # The range of every row, shrunk to the best share of it if asked for, gives scale and zero point.
     xmin, xmax = value_range(values, spec)
     if spec.clip_search:
         shrink = best_shrink(values, xmin, xmax, spec)
@@ -131,7 +151,7 @@ def fit(values: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
 
 def code_dtype(grid: Grid) -> torch.dtype:
     """Return the smallest of uint8, int8 and int16 that holds every code of the grid (0 for untouched ranges)."""
-    limits = [code_limits(part.spec) for part in grid if not part.spec.untouched]
+    limits = [part.spec.code_limits for part in grid if not part.spec.untouched]
     low, high = min((low for low, _ in limits), default=0), max((high for _, high in limits), default=0)
     if low >= 0 and high <= 255:
         return torch.uint8
@@ -139,17 +159,17 @@ def code_dtype(grid: Grid) -> torch.dtype:
 
 
 def nominal_bits(grid: Grid) -> float:
-    """Return the average bits per weight of the codes alone (untouched columns count 16)."""
+    """Return the average bits per weight of the codes alone; untouched columns count 16."""
     return sum((part.stop - part.start) * part.spec.bits for part in grid) / grid[-1].stop
 
 
 def effective_bits(grid: Grid) -> float:
     """Return the true average bits per weight: codes plus what is stored per row and group.
 
-    Each (row, group) stores a 16-bit scale and, for ``asym``, a zero point of ``bits`` bits, or of 16 where it may lie
-    outside the codes or between them; ``sym_gptq`` and ``sym_signed`` have a constant zero point; untouched columns cost 16
-    bits and nothing else. Rows cancel. Not counted: the channel-to-group map of ``act_order`` with dynamic groups (one integer
-    per input channel, shared by all rows).
+    Each (row, group) stores a 16-bit scale and, for ``asym``, a zero point of ``bits`` bits, or of 16 where it may lie outside
+    the codes or between them. The zero point of ``sym_gptq`` and ``sym_signed`` is a constant. Untouched columns cost 16 bits
+    and nothing else. The number of rows cancels. The channel-to-group map of ``act_order`` with dynamic groups is not counted
+    (one integer per input channel, shared by all rows).
 
     Args:
         grid: A valid grid.
@@ -157,6 +177,7 @@ def effective_bits(grid: Grid) -> float:
     Returns:
         Bits per weight.
     """
+    # Bits of one row: codes, then a scale and perhaps a zero point per group.
     total = 0
     for part in grid:
         columns, spec = part.stop - part.start, part.spec

@@ -1,4 +1,4 @@
-"""How one range of columns is quantized: bits, scheme, groups and the rule of the range. Values only, no tensor.
+"""How one range of columns is quantized: bits, scheme, groups and the rule of the range. It imports no torch.
 
 Source: IST-DASLab/gptq@2d65066 (``asym``, ``sym_gptq``), spcl/QuaRot@5008669 (``sym_signed``).
 """
@@ -66,3 +66,13 @@ class GridSpec:
     def plain(self) -> bool:
         """Whether zero is a code, so that the zero point is an integer within the codes."""
         return self.range_contains_zero and self.zero_point == "integer"
+
+    @property
+    def code_limits(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        return code_limits(self.bits, signed=self.scheme == "sym_signed")
+
+
+def code_limits(bits: int, signed: bool) -> tuple[int, int]:
+    """Return the smallest and the largest integer of ``bits`` bits, signed (two's complement) or unsigned."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

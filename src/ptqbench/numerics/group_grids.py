@@ -1,8 +1,8 @@
-"""The grids of all groups while the column loop runs: fitted as it reaches them, then used to round channel by channel.
+"""The grids of all groups while the column loop runs: fitted when it reaches them, then used to round channel by channel.
 
     c = clamp(round_half_even(w / scale), low - z, high - z),     q = scale * c
 
-Legend: n input channels, m rows worked on at once, G groups; c is a code minus its zero point z, so that q needs no shift.
+Legend: n input channels, m rows worked on at once, G groups; c is a code minus its zero point z.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ptqbench.numerics.affine import code_limits, tie_shift
+from ptqbench.numerics.affine import tie_shift
 from ptqbench.numerics.grid import fit
 from ptqbench.numerics.grid_spec import GridSpec
 from ptqbench.numerics.groups import Group
@@ -29,20 +29,22 @@ def kind(spec: GridSpec) -> int:
 
 
 class GroupGrids:
-    """The grids of all groups for the rows at hand; filled group by group as the loop reaches them."""
+    """The grids of all groups for the rows at hand; the loop fits a group when it reaches it."""
 
     def __init__(self, groups: list[Group], positions: list[Tensor], like: Tensor) -> None:
         """Reserve an unfitted grid for every group.
 
         Args:
             groups: The plan.
-            positions: Per group the ascending or static processing positions of its channels.
-            like: (n, m), gives rows, dtype and device.
+            positions: Per group, the processing positions of its channels.
+            like: (n, m), for the number of rows, dtype and device.
         """
+        # (G, m) each, and per group its views of them, so that rounding a channel indexes nothing.
         self.groups, self.positions = groups, positions
         self.scale, self.zero_point, self.low, self.high = like.new_zeros(4, len(groups), like.shape[1]).unbind(0)
         self._of_group = list(zip(*(t.unbind(0) for t in (self.scale, self.low, self.high)), strict=True))
         self.fitted = [False] * len(groups)
+        # The group of every processing position.
         self.of_position = [0] * len(like)
         owners = [g for g, members in enumerate(positions) for _ in range(len(members))]
         for p, g in zip(torch.cat(positions).tolist(), owners, strict=True):
@@ -52,9 +54,9 @@ class GroupGrids:
         """Fit group ``g`` on ``values`` (m, size)."""
         spec = self.groups[g].spec
         scale, zero_point = fit(values.contiguous(), spec)
-        low, high = code_limits(spec)
+        low, high = spec.code_limits
         self.scale[g], self.zero_point[g] = scale, zero_point
-        # Limits of c, so that value = scale * clamp(round(w / scale), low - z, high - z) needs no shift by z.
+        # Limits of c: q = scale * clamp(round(w / scale), low - z, high - z) needs no shift by z.
         self.low[g], self.high[g] = low - zero_point, high - zero_point
         self.fitted[g] = True
 
@@ -71,7 +73,7 @@ class GroupGrids:
         torch.div(w, scale, out=c)
         if shift := tie_shift(spec):
             c.add_(shift).sub_(shift)
-        # c = round_half_even(steps), or, codes being integers and c not, round_half_even(steps + z) - z
+        # c = round_half_even(steps); for a real z the code is the integer: c = round_half_even(steps + z) - z
         if spec.zero_point == "real":
             c.add_(self.zero_point[g]).round_().sub_(self.zero_point[g])
         else:
@@ -84,7 +86,7 @@ class GroupGrids:
         first = 0
         for g, run in groupby(self.of_position[start : start + len(centred)]):
             here = slice(first, first + len(list(run)))
-            # The sum is an integer, but for rounding errors where the zero point is none.
+            # code = c + z, rounded because a real z leaves rounding errors
             untouched = self.groups[g].spec.untouched
             codes[here] = centred[here] if untouched else (centred[here] + self.zero_point[g]).round_()
             first = here.stop

@@ -1,8 +1,8 @@
 """Which group every input channel belongs to, and the fitted grids of those groups.
 
-Three kinds of group exist: a whole column range (``group_size`` None), consecutive original channels, and, for dynamic
-groups under ``act_order``, consecutive channels *of one range* in processing order. With a single range the last kind
-is the original algorithm's; with several it keeps a group from mixing precisions.
+There are three kinds of group: a whole column range (``group_size`` None), consecutive original channels, and, for dynamic
+groups under ``act_order``, consecutive channels *of one range* in processing order. With a single range the last kind is that of
+the original algorithm. With several ranges it keeps a group from mixing precisions.
 
 Legend: out = rows of the weight, in = input channels, G = number of groups in column order of their ranges.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ptqbench.numerics.grid import Grid, LinearResult, code_dtype, fit
+from ptqbench.numerics.grid import Grid, LinearResult, code_dtype
 from ptqbench.numerics.grid_spec import GridSpec
 
 
@@ -26,8 +26,8 @@ class Group:
     Attributes:
         spec: Their grid.
         channels: (size,) int64 original channels, in processing order.
-        whole_range: Whether the group is a complete column range by request (``group_size`` None); such a grid is
-            always fitted before any rounding, on the original weight.
+        whole_range: Whether the group is a complete column range (``group_size`` None). Its grid is always fitted before any
+            rounding, on the original weight.
     """
 
     spec: GridSpec
@@ -47,6 +47,7 @@ def plan_groups(grid: Grid, order: Tensor | None = None) -> list[Group]:
     """
     groups = []
     for part in grid:
+        # The channels of the range, in the order of the model or in processing order, cut at every group_size.
         if order is None:
             channels = torch.arange(part.start, part.stop)
         else:
@@ -71,21 +72,6 @@ def columns_of(weight: Tensor, group: Group) -> Tensor:
     if int(group.channels[-1]) == first + size - 1 and bool((group.channels.diff() == 1).all()):
         return weight[:, first : first + size]
     return weight[:, group.channels.to(weight.device)]
-
-
-def fit_groups(weight: Tensor, groups: list[Group], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Fit every group on the given weight.
-
-    Args:
-        weight: (out, in), not modified.
-        groups: The plan.
-        dtype: float32 or float64, the dtype of the computation and of the result.
-
-    Returns:
-        ``scale`` and ``zero_point``, each (G, out): one contiguous row per group.
-    """
-    fitted = [fit(columns_of(weight, group).to(dtype), group.spec) for group in groups]
-    return torch.stack([scale for scale, _ in fitted]), torch.stack([zero for _, zero in fitted])
 
 
 def untouched_result(weight: Tensor, grid: Grid, dtype: torch.dtype) -> LinearResult:

@@ -3,15 +3,14 @@
 Objective: an exact +-1 matrix with ``H_n H_n^T = n I`` for every supported width, and ``bar H_n = H_n / sqrt(n)``
 applied in O(n (K + log n)) for n = K 2^m: ``H_n = H_K kron H_2^m``.
 
-Shapes: n width; K odd-part order (1, 12, 20, 28, ...); x (..., n); H_K (K, K) int64.
+Shapes: n width; K order of the odd part (1, 12, 20, 28, ...); x (..., n); H_K (K, K) int64.
 
-Source: arXiv 2404.00456 (QuaRot), code spcl/QuaRot@5008669; Paley I and II, Williamson and Kronecker are general
-knowledge. Weights and activations must both use this function: H_K from Paley I is not symmetric.
+Source: arXiv 2404.00456 (QuaRot), code spcl/QuaRot@5008669; the constructions of Paley, Williamson, Sylvester and Kronecker.
+Weights and activations must both use this function: H_K from Paley I is not symmetric.
 
-Deviations: matrices are constructed, not tabulated, so H_K may differ from the codes' table of the same order (equal
-quality, different quantized model). Widths without a known construction raise; they are never zero-padded, because
-padding and cutting is not orthogonal. The transform runs in float32 or float64; the QuaRot code rounds to half precision
-after every factor.
+Deviations: matrices are constructed, so H_K may differ from the codes' table of the same order (equal quality, different
+quantized model). A width without a known construction is an error. It is never zero-padded, because padding and cutting is not
+orthogonal. The transform runs in float32 or float64; the QuaRot code rounds to half precision after every factor.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ WILLIAMSON_ROWS: dict[int, tuple[str, str, str, str]] = {
     ),
 }
 
-#: With fewer columns a batched product on the left is slower than a transposed one: 50 times for a single column.
+#: With fewer columns a batched product on the left is slower than a transposed one, for a single column by a factor of 50.
 NARROW = 16
 _MAX_RADIX = 7  # dense Sylvester factors up to 128: one matrix product instead of seven passes over memory
 
@@ -59,24 +58,26 @@ _MAX_RADIX = 7  # dense Sylvester factors up to 128: one matrix product instead 
 def factorise_order(n: int, odd_hadamard: OddHadamard = "paley") -> tuple[int, int]:
     """Choose K and m with n = K 2^m.
 
-    ``paley`` takes the smallest K that can be built, or 2 K when only that one needs no prime-power field (25600 is
-    200 x 128, not 100 x 256). ``table`` and ``as_code`` follow the published codes' divisor lists.
+    ``paley`` takes the smallest K that can be built. It takes 2 K where K needs the field of a prime power and 2 K does not
+    (25600 is 200 x 128, not 100 x 256). ``table`` and ``as_code`` follow the divisor lists of the published codes.
 
     Args:
         n: Width, at least 1.
         odd_hadamard: Rule that picks K.
 
     Returns:
-        (K, m). K = 1 for powers of two; with ``as_code`` K may be 37, 38 or 231 (see `ORTHOGONAL_ORDERS`).
+        (K, m). K is 1 for powers of two. With ``as_code`` it may be 37, 38 or 231 (see `ORTHOGONAL_ORDERS`).
 
     Raises:
         ConfigError: Unknown rule or n < 1.
-        UnsupportedError: No K works; the message names n.
+        UnsupportedError: No K serves; the message names n.
     """
     if n < 1:
         raise ConfigError(f"expected a Hadamard order of at least 1, got {n}")
+    # n = odd * 2^j with the largest j
     odd = n // (n & -n)
     if odd_hadamard in CODE_ORDERS:
+        # The first divisor of the list, if it leaves a power of two.
         base = next((k for k in CODE_ORDERS[odd_hadamard] if n % k == 0), 1)
         if (n // base).bit_count() == 1:
             return base, (n // base).bit_length() - 1
@@ -85,6 +86,7 @@ def factorise_order(n: int, odd_hadamard: OddHadamard = "paley") -> tuple[int, i
     elif odd == 1:
         return 1, n.bit_length() - 1
     else:
+        # K = odd * 4, odd * 8, ... as far as they can be built.
         candidates = [odd << j for j in range(2, (n & -n).bit_length()) if _construction(odd << j)]
         if candidates:
             base = candidates[0]
@@ -118,7 +120,7 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
 def hadamard_transform(x: Tensor, *, dtype: torch.dtype | None = None, odd_factor: Tensor | None = None) -> Tensor:
     """Multiply the last axis by the orthogonal ``bar H_n^T``.
 
-    A weight's input side and the activations entering it use the same call: ``(x H^T)(W H^T)^T = x W^T``.
+    The input side of a weight and the activations that enter it use the same call: ``(x H^T)(W H^T)^T = x W^T``.
 
     Args:
         x: (..., n) floating point, not modified. NaN spreads over its row.
@@ -144,16 +146,17 @@ def hadamard_transform(x: Tensor, *, dtype: torch.dtype | None = None, odd_facto
     else:
         base, power = _split_by_factor(n, odd_factor)
         factor, scale = odd_factor.to(dtype=dtype, device=x.device), math.sqrt(0.5**power)
-    # x bar H_n^T with H_n = H_K kron H_2^m: the last axis as (K, 2^m), H_2^m on the right, H_K on the left, then the scale
+    # H_n = H_K kron H_2^m: with the last axis as (K, 2^m), x H_n^T = H_K x H_2^m, H_2^m being symmetric.
     work = x.to(dtype).reshape(math.prod(x.shape[:-1]), base, 2**power)
     work = _sylvester_transform(work, power)
     if base > 1:
         work = _first_axis(factor, work)
+    # bar H_n = H_n / sqrt(n)
     return (work * scale).reshape(x.shape).to(x.dtype)
 
 
 def _first_axis(factor: Tensor, x: Tensor) -> Tensor:
-    """Multiply the middle axis of (N, K, p) by a (K, K) matrix; narrow ones as one product instead of N tiny ones."""
+    """Multiply the middle axis of (N, K, p) by a (K, K) matrix; for small p by one product instead of N tiny ones."""
     if x.shape[2] >= NARROW:
         return torch.matmul(factor, x)
     return (x.transpose(1, 2) @ factor.T).transpose(1, 2)
@@ -170,12 +173,13 @@ def _split_by_factor(n: int, odd_factor: Tensor) -> tuple[int, int]:
 
 
 def _sylvester_transform(x: Tensor, power: int) -> Tensor:
-    """Multiply the last axis (2^power) by the unscaled H_2^power: H_2^(a+b) = H_2^a kron H_2^b, a few dense factors."""
+    """Multiply the last axis (2^power) by the unscaled H_2^power in a few dense factors: H_2^(a+b) = H_2^a kron H_2^b."""
     rows, base, width = x.shape
     stages = -(-power // _MAX_RADIX)
     done = 1
     for stage in range(stages):
-        # One dense factor H_2^bits on the next bits of the index, from the fastest on; ``done`` positions lie inside them.
+        # One dense factor H_2^bits acts on the next ``bits`` bits of the index, from the fastest on; the bits before them count
+        # ``done`` positions.
         bits = power // stages + (stage < power % stages)
         factor = _sylvester_as(bits, x.dtype, x.device)
         lines = rows * base * width // (done * 2**bits)
@@ -195,47 +199,34 @@ def _sylvester(power: int) -> Tensor:
     return matrix
 
 
-def paley_one(q: int) -> Tensor:
-    """Build the order q + 1 matrix ``I + S``, ``S = [[0, 1^T], [-1, J]]``, for a prime power q = 3 mod 4.
+def paley(q: int) -> Tensor:
+    """Build the matrix of Paley I (q = 3 mod 4) or of Paley II (q = 1 mod 4).
+
+    With J the Jacobsthal matrix: Paley I is ``I + [[0, 1^T], [-1, J]]``, of order q + 1. Paley II is
+    ``C kron [[1, 1], [1, -1]] + I kron [[1, -1], [-1, -1]]`` with ``C = [[0, 1^T], [1, J]]``, of order 2 (q + 1).
 
     Args:
-        q: Prime power with q mod 4 = 3.
+        q: Odd prime power.
 
     Returns:
-        (q + 1, q + 1) int64, not symmetric (its off-diagonal part is antisymmetric).
+        int64. Paley I is not symmetric (its off-diagonal part is antisymmetric), Paley II is.
 
     Raises:
-        UnsupportedError: q is no such prime power.
+        UnsupportedError: q is no odd prime power.
     """
-    if q % 4 != 3:
-        raise UnsupportedError(f"expected q = 3 mod 4 for Paley I, got q = {q}")
-    skew = torch.zeros(q + 1, q + 1, dtype=torch.int64)
-    skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, jacobsthal(q)
-    return skew + torch.eye(q + 1, dtype=torch.int64)
-
-
-def paley_two(q: int) -> Tensor:
-    """Build the order 2 (q + 1) matrix ``C kron [[1,1],[1,-1]] + I kron [[1,-1],[-1,-1]]``, ``C = [[0,1^T],[1,J]]``.
-
-    Args:
-        q: Prime power with q mod 4 = 1.
-
-    Returns:
-        (2 q + 2, 2 q + 2) int64, symmetric.
-
-    Raises:
-        UnsupportedError: q is no such prime power.
-    """
-    if q % 4 != 1:
-        raise UnsupportedError(f"expected q = 1 mod 4 for Paley II, got q = {q}")
-    conference = torch.zeros(q + 1, q + 1, dtype=torch.int64)
-    conference[0, 1:], conference[1:, 0], conference[1:, 1:] = 1, 1, jacobsthal(q)
+    # S or C: a border of ones around J, antisymmetric for Paley I
+    skew = q % 4 == 3
+    bordered = torch.zeros(q + 1, q + 1, dtype=torch.int64)
+    bordered[0, 1:], bordered[1:, 0], bordered[1:, 1:] = 1, -1 if skew else 1, jacobsthal(q)
+    identity = torch.eye(q + 1, dtype=torch.int64)
+    if skew:
+        return identity + bordered
     plus, minus = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, -1], [-1, -1]])
-    return torch.kron(conference, plus) + torch.kron(torch.eye(q + 1, dtype=torch.int64), minus)
+    return torch.kron(bordered, plus) + torch.kron(identity, minus)
 
 
 def williamson(order: int) -> Tensor:
-    """Build a Williamson matrix from four symmetric circulants with A A + B B + C C + D D = order I.
+    """Build the Williamson matrix of four symmetric circulants with A A + B B + C C + D D = order I.
 
     Args:
         order: One of `WILLIAMSON_ROWS`.
@@ -249,6 +240,7 @@ def williamson(order: int) -> Tensor:
     if order not in WILLIAMSON_ROWS:
         raise UnsupportedError(f"expected a Williamson order in {sorted(WILLIAMSON_ROWS)}, got order {order}")
     a, b, c, d = (_symmetric_circulant(signs) for signs in WILLIAMSON_ROWS[order])
+    # [[A, B, C, D], [-B, A, -D, C], [-C, D, A, -B], [-D, -C, B, A]]
     rows = ((a, b, c, d), (-b, a, -d, c), (-c, d, a, -b), (-d, -c, b, a))
     return torch.cat([torch.cat(row, dim=1) for row in rows])
 
@@ -260,14 +252,18 @@ def _symmetric_circulant(signs: str) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _construction(order: int) -> tuple[str, int] | None:
-    """Name how H_order is built: prime fields first (Paley I, then II), Williamson, prime powers, Kronecker last."""
+    """Return how H_order is built, as (name, argument); None where no construction is known.
+
+    Paley I and II over prime fields come first, then Williamson, then Paley over prime powers, then Kronecker products.
+    """
     for prime_only in (True, False):
-        for name, q, residue in (("paley_one", order - 1, 3), ("paley_two", order // 2 - 1, 1)):
+        for q, residue in ((order - 1, 3), (order // 2 - 1, 1)):
             split = prime_power(q) if order % 4 == 0 and q % 4 == residue else None
             if split and (split[1] == 1 or not prime_only):
-                return name, q
+                return "paley", q
         if order in WILLIAMSON_ROWS:
             return "williamson", order
+    # H_left kron H_right
     for left in range(12, math.isqrt(order) + 1, 4):
         if order % left == 0 and _construction(left) and _construction(order // left):
             return "kronecker", left
@@ -275,23 +271,22 @@ def _construction(order: int) -> tuple[str, int] | None:
 
 
 def _field_degree(order: int) -> int:
-    """Return the exponent of the prime power behind a Paley order (1 for every other construction)."""
+    """Return the exponent k of the field GF(p^k) behind a Paley order; 1 for every other construction."""
     name, argument = _construction(order) or ("", 0)
-    split = prime_power(argument) if name.startswith("paley") else None
+    split = prime_power(argument) if name == "paley" else None
     return split[1] if split else 1
 
 
 @lru_cache(maxsize=32)
 def _base(order: int) -> Tensor:
-    """Build H_K on the CPU; shared, so it never leaves this module unconverted."""
+    """Build H_K on the CPU. The cached tensor is shared, so it never leaves this module unconverted."""
     if order == 1:
         return torch.ones(1, 1, dtype=torch.int64)
     name, argument = _construction(order) or ("", 0)
     with torch.inference_mode(False), torch.device("cpu"):
         if name == "kronecker":
             return torch.kron(_base(argument), _base(order // argument))
-        builders = {"paley_one": paley_one, "paley_two": paley_two, "williamson": williamson}
-        return builders[name](argument)
+        return paley(argument) if name == "paley" else williamson(argument)
 
 
 @lru_cache(maxsize=32)

@@ -1,7 +1,7 @@
 """Random orthogonal matrices and the algebra that moves them through linear layers.
 
 Objective: for row-vector activations ``y = x W^T + b``, replace x by ``x T`` and y by ``y T'`` so that every T cancels
-in exact arithmetic. The rules are ``W <- W T`` on the input side, ``W <- T'^T W`` and ``b <- b T'`` on the output side.
+in exact arithmetic. The input side of a weight becomes ``W T``, its output side ``T'^T W``, its bias ``b T'``.
 
 Shapes: weight (out_features, in_features); d hidden size; H query heads, G key/value heads, g = H / G; e head_dim;
 channel h e + j is channel j of head h; H e may differ from d. A head rotation is (e, e), or (G, e, e) with one matrix
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,12 +40,13 @@ def generator(seed: int, name: str) -> torch.Generator:
     Returns:
         A fresh generator: equal arguments, equal draws, on every platform.
     """
+    # The Mersenne twister takes 32 bits.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # the Mersenne twister takes 32 bits
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def haar(n: int, generator: torch.Generator) -> Tensor:
-    """Draw a Haar-distributed orthogonal matrix: Q of a Gaussian's QR, columns times sign(diag R).
+    """Draw a Haar-distributed orthogonal matrix: the Q of a Gaussian's QR, with columns times sign(diag R).
 
     Without the signs the distribution would depend on the QR routine's convention.
 
@@ -77,13 +77,13 @@ def positive_qr(matrix: Tensor) -> Tensor:
 
 
 def nearest_orthogonal(matrix: Tensor) -> tuple[Tensor, float]:
-    """Return the orthogonal matrix closest to a square one (the polar factor), and how far off the latter was.
+    """Return the orthogonal matrix closest to a square one (its polar factor), and how far from orthogonal that one is.
 
     Args:
         matrix: (n, n) finite, any float dtype, not modified.
 
     Returns:
-        (n, n) float64, and the largest entry of ``|M^T M - I|``: 0 for an orthogonal matrix, 1 for a singular one.
+        (n, n) float64, and the largest entry of ``|M^T M - I|``: 0 for an orthogonal matrix, 1 or more for a singular one.
     """
     wide = matrix.double()
     identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
@@ -106,6 +106,7 @@ def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
     Raises:
         UnsupportedError: The order cannot be built.
     """
+    # diag(s) bar H_n^T,   bar H_n = H_n / sqrt(n)
     signs = 2 * torch.randint(0, 2, (n,), generator=generator, device=generator.device).cpu() - 1
     return signs[:, None] * hadamard_matrix(n, torch.float64).T / math.sqrt(n)
 
@@ -116,7 +117,7 @@ def odd_factor(n: int, odd_hadamard: OddHadamard, generator: torch.Generator) ->
     Args:
         n: Width.
         odd_hadamard: ``paley`` or ``table`` (always H_K / sqrt(K)) or ``as_code``.
-        generator: Used only by ``as_code`` where K is 37, 38 or 231, for a Haar matrix in place of the codes' tables.
+        generator: Source of the Haar matrix that stands for the codes' tables at K = 37, 38 or 231 (``as_code`` alone).
 
     Returns:
         (K, K) float64 orthogonal on the CPU.
@@ -124,35 +125,18 @@ def odd_factor(n: int, odd_hadamard: OddHadamard, generator: torch.Generator) ->
     Raises:
         UnsupportedError: The rule has no K for this n.
     """
+    # H_K / sqrt(K), or a random orthogonal matrix where K is no Hadamard order
     base, _ = factorise_order(n, odd_hadamard)
     if base in ORTHOGONAL_ORDERS:
         return haar(base, generator).cpu()
     return hadamard_matrix(base, torch.float64) / math.sqrt(base)
 
 
-def block_diag(blocks: Sequence[Tensor]) -> Tensor:
-    """Place square matrices along a diagonal.
-
-    Args:
-        blocks: One or more matrices of any order, zero included; not modified.
-
-    Returns:
-        Matrix whose order is the sum of theirs.
-    """
-    total = sum(len(block) for block in blocks)
-    result = blocks[0].new_zeros(total, total)
-    start = 0
-    for block in blocks:
-        result[start : start + len(block), start : start + len(block)] = block
-        start += len(block)
-    return result
-
-
 def fix_signs(vectors: Tensor) -> Tensor:
     """Flip columns so that the largest-magnitude entry of each is positive.
 
-    Eigenvector signs differ between LAPACK builds and would change every rotation built on them. Entries within 1e-6
-    of the largest magnitude count as tied and the first of them decides, so rounding cannot flip a column.
+    The signs of eigenvectors differ between LAPACK builds and would change every rotation built on them. Entries within a
+    share of 1e-6 of the largest magnitude count as tied, and the first of them decides, so that rounding cannot flip a column.
 
     Args:
         vectors: (..., n, k), one vector per column, not modified.
@@ -160,13 +144,14 @@ def fix_signs(vectors: Tensor) -> Tensor:
     Returns:
         Same shape; columns times +-1.
     """
+    # The first entry of (nearly) largest magnitude of every column decides.
     magnitude = vectors.abs()
     leading = (magnitude >= (1 - 1e-6) * magnitude.amax(dim=-2, keepdim=True)).to(torch.uint8).argmax(-2, keepdim=True)
     return vectors * torch.where(vectors.gather(-2, leading) < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 def fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
-    """Absorb a norm's gain into the linear it feeds: ``W diag(gain)``; the norm's gain then becomes 1.
+    """Absorb the gain of a norm into the linear behind it, ``W diag(gain)``; the norm's gain then becomes 1.
 
     Args:
         weight: (out, in), not modified.
@@ -179,7 +164,7 @@ def fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
 
 
 def rotate_input(weight: Tensor, rotation: Tensor) -> Tensor:
-    """Return ``W T``: the weight for inputs ``x T``. Embedding rows rotate the same way.
+    """Return ``W T``, the weight for inputs ``x T``. The rows of an embedding rotate in the same way.
 
     Args:
         weight: (out, in), not modified.
@@ -192,7 +177,7 @@ def rotate_input(weight: Tensor, rotation: Tensor) -> Tensor:
 
 
 def rotate_output(weight: Tensor, rotation: Tensor) -> Tensor:
-    """Return ``T^T W``: the weight whose output is ``y T``. A bias (out,) becomes ``b T``.
+    """Return ``T^T W``, the weight whose output is ``y T``. A bias (out,) becomes ``b T``.
 
     Args:
         weight: (out, in) weight or (out,) bias, not modified.
@@ -217,6 +202,7 @@ def rotate_head_outputs(weight: Tensor, rotations: Tensor) -> Tensor:
     Raises:
         ConfigError: The rows are not G heads of e.
     """
+    # W_k <- T_k^T W_k for all key/value heads k
     per_head = _per_head(rotations, weight.shape[0], 1)
     heads = weight.double().reshape(per_head.shape[0], per_head.shape[-1], -1)
     return (per_head.mT @ heads).reshape(weight.shape).to(weight.dtype)
@@ -225,7 +211,7 @@ def rotate_head_outputs(weight: Tensor, rotations: Tensor) -> Tensor:
 def rotate_head_inputs(weight: Tensor, rotations: Tensor, heads_per_kv: int) -> Tensor:
     """Rotate an output projection per query head: the columns of head h become ``W_h T_(h // g)``.
 
-    Cancels `rotate_head_outputs`, because attention mixes tokens and never the channels of a head.
+    This cancels `rotate_head_outputs`, because attention mixes tokens and never the channels of a head.
 
     Args:
         weight: (out, H e), not modified.
@@ -238,6 +224,7 @@ def rotate_head_inputs(weight: Tensor, rotations: Tensor, heads_per_kv: int) -> 
     Raises:
         ConfigError: The columns are not G g heads of e.
     """
+    # W_h <- W_h T_(h // g) for all query heads h
     per_head = _per_head(rotations, weight.shape[1], heads_per_kv)
     heads = weight.double().reshape(weight.shape[0], per_head.shape[0], -1)
     return torch.einsum("ohi,hij->ohj", heads, per_head).reshape(weight.shape).to(weight.dtype)
@@ -246,8 +233,8 @@ def rotate_head_inputs(weight: Tensor, rotations: Tensor, heads_per_kv: int) -> 
 def mix_heads(x: Tensor, n_heads: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """Apply ``bar H_H`` across heads: ``x (bar H_H kron I_e)^T``.
 
-    The same call serves o_proj's weight (offline) and the attention output entering it (online), where it cancels.
-    With ``bar H_e`` fused into o_proj's columns the weight carries the full ``bar H_H kron bar H_e``.
+    The same call serves the weight of o_proj (offline) and the attention output that enters it (online), so that it cancels.
+    With ``bar H_e`` fused into its columns, o_proj carries the full ``bar H_H kron bar H_e``.
 
     Args:
         x: (..., H e), not modified.
@@ -263,12 +250,14 @@ def mix_heads(x: Tensor, n_heads: int, *, dtype: torch.dtype | None = None) -> T
     """
     if x.shape[-1] % n_heads:
         raise ConfigError(f"expected a last axis divisible by {n_heads} heads, got {x.shape[-1]}")
+    # (..., H, e): the transform acts on the axis of the heads, channel by channel of a head
     heads = x.reshape(*x.shape[:-1], n_heads, x.shape[-1] // n_heads)
     return hadamard_transform(heads.mT, dtype=dtype).mT.reshape(x.shape)
 
 
 def _per_head(rotations: Tensor, width: int, repeats: int) -> Tensor:
     """Expand head rotations to one float64 matrix per head of an axis of this width."""
+    # One matrix for all heads, or one per key/value head for each of its ``repeats`` query heads.
     head_dim = rotations.shape[-1]
     if rotations.ndim == 2:
         per_head = rotations.double().expand(width // head_dim, head_dim, head_dim)

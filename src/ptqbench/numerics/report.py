@@ -26,7 +26,7 @@ def relative_weight_error(weight: Tensor, dequantized: Tensor) -> float:
     dtype = compute_dtype(weight, dequantized)
     reference = weight.to(dtype)
     sums = ((t.square().sum(dtype=torch.float64)) for t in (reference - dequantized.to(dtype), reference))
-    return _quotient(*sums)
+    return quotient(*sums)
 
 
 def relative_output_error(weight: Tensor, dequantized: Tensor, second_moment: Tensor) -> float:
@@ -46,11 +46,11 @@ def relative_output_error(weight: Tensor, dequantized: Tensor, second_moment: Te
     dtype = compute_dtype(weight, dequantized, second_moment)
     reference, moment = weight.to(dtype), second_moment.to(dtype)
     error = reference - dequantized.to(dtype)
-    return _quotient(energy(error, moment), energy(reference, moment))
+    return quotient(energy(error, moment), energy(reference, moment))
 
 
 def energy(rows: Tensor, second_moment: Tensor) -> Tensor:
-    """Return trace(X S X^T), forming the block lower triangle of the symmetric S alone and counting what is off it twice.
+    """Return trace(X S X^T) from one triangle of the symmetric S: blocks off the diagonal count twice.
 
     Args:
         rows: X (rows, in) in the dtype of ``second_moment``, not modified.
@@ -61,17 +61,18 @@ def energy(rows: Tensor, second_moment: Tensor) -> Tensor:
     """
     total = rows.new_zeros((), dtype=torch.float64)
     for start, stop in panels(len(second_moment)):
-        # sum over the panel of X_p . (X_p S_pp + 2 X_before S_before,p)
+        # X_p S_pp + 2 X_before S_before,p for the channels p of the panel
         here = rows[:, start:stop]
         product = here @ second_moment[start:stop, start:stop]
         if start:
             product.addmm_(rows[:, :start], second_moment[:start, start:stop], alpha=2)
+        # sum over rows and panel of X_p times that
         total += product.mul_(here).sum(dtype=torch.float64)
     return total
 
 
-def _quotient(numerator: Tensor, denominator: Tensor) -> float:
-    """Return the quotient of two scalars; rounding below zero counts as zero."""
+def quotient(numerator: Tensor, denominator: Tensor) -> float:
+    """Return the quotient of two scalars; rounding below zero counts as zero, 0 / 0 is 0 and x / 0 infinity."""
     above, below = max(float(numerator), 0.0), max(float(denominator), 0.0)
     if below == 0.0:
         return 0.0 if above == 0.0 else float("inf")

@@ -1,9 +1,9 @@
 """Round every weight to the nearest value of its grid.
 
-Objective: min over Q on the grid of ``|w - q|`` entry by entry, the grid being fitted per row and group to the weight.
+Objective: min over Q on the grid of ``|w - q|`` entry by entry. The grid is fitted to the weight, per row and group.
 
-Legend: weight (out, in). Source: the baseline of IST-DASLab/gptq@2d65066. Deviation: groups, symmetric schemes and
-mixed precision are honoured (that baseline knows asymmetric rows only).
+Legend: weight (out, in). Source: the baseline of IST-DASLab/gptq@2d65066. Deviation: there are groups, symmetric schemes and
+mixed precision; that baseline has one asymmetric grid per row.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ptqbench.numerics.affine import to_codes, to_values
-from ptqbench.numerics.checks import compute_dtype, require_finite, require_matrix, require_shape
-from ptqbench.numerics.grid import Grid, LinearResult, validate_grid
-from ptqbench.numerics.groups import assemble, columns_of, fit_groups, plan_groups, untouched_result
+from ptqbench.numerics.checks import compute_dtype, require_finite
+from ptqbench.numerics.grid import Grid, LinearResult, check_weight, fit
+from ptqbench.numerics.groups import assemble, columns_of, plan_groups, untouched_result
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, grid_weight: Tensor | None = None) -> LinearResult:
@@ -32,26 +32,27 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, grid_weight: Tensor | None =
         ConfigError: The grid does not cover the weight, or a shape is wrong.
         NumericalError: The weight holds NaN or infinity.
     """
-    require_matrix("weight", weight)
-    validate_grid(grid, weight.shape[1])
-    require_finite("weight", weight)
-    if grid_weight is not None:
-        require_shape("grid_weight", grid_weight, weight.shape)
-        require_finite("grid_weight", grid_weight)
+    check_weight(weight, grid, grid_weight)
     dtype = compute_dtype(weight)
     if all(part.spec.untouched for part in grid):
         return untouched_result(weight, grid, dtype)
     groups = plan_groups(grid)
-    scale, zero_point = fit_groups(weight if grid_weight is None else grid_weight, groups, dtype)
+    source = weight if grid_weight is None else grid_weight
+    scales, zeros = [], []
     codes = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device)
     values = weight.clone()
-    for g, group in enumerate(groups):
+    for group in groups:
+        # scale and zero_point of every row, fitted on the weight or on ``grid_weight``
+        scale, zero_point = fit(columns_of(source, group).to(dtype), group.spec)
+        scales.append(scale)
+        zeros.append(zero_point)
         if group.spec.untouched:
             continue
         # codes = clamp(round(w / scale) + zero_point),   q = scale * (codes - zero_point)
-        rounded = to_codes(columns_of(weight, group).to(dtype), scale[g, :, None], zero_point[g, :, None], group.spec)
+        scale, zero_point = scale[:, None], zero_point[:, None]
+        rounded = to_codes(columns_of(weight, group).to(dtype), scale, zero_point, group.spec)
         columns_of(codes, group).copy_(rounded)
-        columns_of(values, group).copy_(to_values(rounded, scale[g, :, None], zero_point[g, :, None]))
-    result = assemble(weight, grid, groups, scale, zero_point, codes, values)
+        columns_of(values, group).copy_(to_values(rounded, scale, zero_point))
+    result = assemble(weight, grid, groups, torch.stack(scales), torch.stack(zeros), codes, values)
     require_finite("dequantized", result.dequantized)
     return result

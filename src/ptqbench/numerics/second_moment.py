@@ -7,8 +7,8 @@ Source: IST-DASLab/gptq@2d65066 (which scales by 2/N with N sequences; every sol
 arXiv 2504.02692 for the cross moment.
 
 Precision: sums run in float32, or in float64 on request. Inputs are never scaled before the product, so 16-bit inputs
-on a GPU go through its 16-bit matrix units with exact products and float32 sums. A second moment is symmetric: only
-the block lower triangle is formed (nine sixteenths of the work at eight panels) and mirrored at the end.
+on a GPU go through its 16-bit matrix units with exact products and float32 sums. A second moment is symmetric: only the blocks
+on and below the diagonal are formed (nine sixteenths of the work at eight panels) and mirrored at the end.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ptqbench.numerics.checks import require_finite, require_shape
 
 PANELS = 8
 MIN_PANEL = 256
-"""A symmetric product is cut into panels no narrower than this; below, one product is faster."""
+"""Least width of the panels of a symmetric product; below it one product is faster."""
 
 
 @dataclass
 class MomentSum:
-    """Running sum of a second moment or of a cross moment; one or the other, not both.
+    """Running sum of either a second moment or a cross moment.
 
     Attributes:
         in_features: Input channels.
         dtype: dtype of the sum, float32 or float64.
-        total: (in, in) sum so far, ``None`` before the first batch. For a second moment only the block lower triangle
-            is meaningful: read it through ``mean``.
+        total: (in, in) sum so far, ``None`` before the first batch. Of a second moment only the blocks on and below the
+            diagonal are meaningful: read it through ``mean``.
         n_tokens: Tokens summed so far.
         symmetric: Whether ``total`` is a second moment; ``None`` before the first batch.
     """
@@ -58,7 +58,7 @@ class MomentSum:
         total = self._total(x)
         x = x if _exact_in_half(x, total) else x.to(self.dtype)
         for start, stop in panels(self.in_features):
-            # S[start:stop, :stop] += X[:, start:stop]^T X[:, :stop]: the block lower triangle
+            # S[start:stop, :stop] += X[:, start:stop]^T X[:, :stop]
             _add_product(total[start:stop, :stop], x[:, start:stop], x[:, :stop])
         self.n_tokens += len(x)
 
@@ -75,7 +75,7 @@ class MomentSum:
         require_shape("full", full, quantized.shape)
         xq = self._flat("quantized", quantized, symmetric=False)
         total = self._total(xq)
-        # The difference of 16-bit numbers needs more bits than they have: subtract in the dtype of the sum.
+        # C += Xq^T (X - Xq). A difference of 16-bit numbers needs more bits than they have: subtract in the dtype of the sum.
         difference = full.reshape(xq.shape).to(self.dtype) - xq.to(self.dtype)
         _add_product(total, xq.to(self.dtype), difference)
         self.n_tokens += len(xq)
@@ -90,7 +90,7 @@ class MomentSum:
         if self.total is None or self.n_tokens == 0:
             raise CalibrationError("moment: expected at least one calibration token, got none")
         mean = self.total / self.n_tokens
-        # Mirror the lower triangle.
+        # The upper triangle of S is the mirror image of the lower one.
         if self.symmetric:
             mean = mean.tril_() + mean.tril(-1).T
         require_finite("second_moment" if self.symmetric else "cross_moment", mean)
@@ -115,7 +115,7 @@ class MomentSum:
 
 
 def panels(size: int) -> list[tuple[int, int]]:
-    """Cut the channels of a symmetric product into panels (start, stop), so that half of it can be left out."""
+    """Cut the channels of a symmetric product into panels (start, stop), so that its upper blocks can be left out."""
     width = max(MIN_PANEL, -(-size // PANELS))
     return [(start, min(start + width, size)) for start in range(0, size, width)]
 

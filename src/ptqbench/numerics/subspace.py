@@ -1,18 +1,18 @@
 """Eigenbases that gather the important directions into a small high-precision part (ResQ, CoQuant).
 
-Objective: choose an orthogonal U whose last r columns are kept at high precision. For noises on x and W of power
-``a(b) * signal / dim`` inside each part, the expected output error is ``sum_s gamma_s ||X U_s||^2 ||W U_s||^2``. ResQ
-minimises ``tr(U_low^T S_x U_low)``; CoQuant drops the high part and linearises around the unsplit energies, which
-leaves ``gamma_low tr(U_low^T (tr(S_w) S_x + tr(S_x) S_w) U_low)``. Both are solved by the smallest eigenvectors.
+Objective: choose an orthogonal U whose last r columns are kept at high precision. Let x and W have noise of power
+``a(b) * signal / dim`` inside each part s. The expected output error is then ``sum_s gamma_s ||X U_s||^2 ||W U_s||^2``. ResQ
+minimises ``tr(U_low^T S_x U_low)``. CoQuant drops the high part and linearises around the unsplit energies, which
+leaves ``gamma_low tr(U_low^T (tr(S_w) S_x + tr(S_x) S_w) U_low)``. The eigenvectors of the smallest eigenvalues solve both.
 
 Shapes: S_x second_moment of the input (d, d); S_w weight moment ``sum W^T W`` (d, d); r = n_high; e head_dim; r_e =
 int(high_fraction e). In every basis columns run from low to high importance. Leading batch axes (key/value heads) are
 allowed everywhere. Everything is computed and returned in float64.
 
 Source: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d; arXiv 2604.26378 (CoQuant), code
-Zachary5895/CoQuant@0e2e343. Deviations: eigenvector signs are fixed; 16-bit bulk precision (where CoQuant's matrix is
-zero) and a high part that rounds to no channel raise instead of returning an arbitrary basis; the random rotations
-come from an explicit generator.
+Zachary5895/CoQuant@0e2e343. Deviations: the signs of eigenvectors are fixed; a bulk precision of 16 bits (where CoQuant's
+matrix is zero) and a high part that rounds to no channel are errors, where the codes return an arbitrary basis; the random
+rotations come from an explicit generator.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
-from ptqbench.numerics.orthogonal import block_diag, fix_signs, haar, positive_qr
+from ptqbench.numerics.orthogonal import fix_signs, haar, positive_qr
 
 
 def eigenbasis(matrix: Tensor, damping: float = 0.01) -> Tensor:
     """Diagonalise ``C + damping mean(diag C) I`` in float64, least important direction first, signs fixed.
 
-    The damping leaves eigenvectors as they are; it only keeps the routine away from a numerically indefinite matrix.
+    The damping does not change the eigenvectors. It keeps the routine away from a numerically indefinite matrix.
 
     Args:
-        matrix: (..., n, n) symmetric positive semi-definite, not modified; a rounding asymmetry is averaged out.
+        matrix: (..., n, n) symmetric positive semidefinite, not modified; asymmetric rounding errors are averaged out.
         damping: Fraction of the mean diagonal.
 
     Returns:
@@ -41,7 +41,6 @@ def eigenbasis(matrix: Tensor, damping: float = 0.01) -> Tensor:
     Raises:
         NumericalError: The matrix holds NaN or infinity, or is zero, so that no basis is preferred.
     """
-    # C + damping mean(diag C) I = V diag(s) V^T, s ascending
     symmetric = (matrix.double() + matrix.double().mT) / 2
     mean_diagonal = symmetric.diagonal(dim1=-2, dim2=-1).mean(-1)
     if not torch.isfinite(symmetric).all():
@@ -55,6 +54,7 @@ def eigenbasis(matrix: Tensor, damping: float = 0.01) -> Tensor:
             f"{mean_diagonal.min().item():.3g} "
             f"in shape {tuple(matrix.shape)}; an input or head that is always zero has no preferred basis"
         )
+    # C + damping mean(diag C) I = V diag(s) V^T, s ascending
     identity = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
     _, vectors = torch.linalg.eigh(symmetric + damping * mean_diagonal[..., None, None] * identity)
     return fix_signs(vectors)
@@ -74,6 +74,7 @@ def selection_basis(importance: Tensor) -> Tensor:
     """
     if not torch.isfinite(importance).all():
         raise NumericalError("expected finite channel magnitudes to select by; check the calibration forward")
+    # Column j of the permutation is the unit vector of the j-th channel from low to high importance.
     order = torch.argsort(importance, dim=-1, stable=True)
     identity = torch.eye(importance.shape[-1], dtype=torch.float64, device=importance.device)
     return identity[order].mT
@@ -82,8 +83,8 @@ def selection_basis(importance: Tensor) -> Tensor:
 def activation_objective(moments: Iterable[Tensor]) -> Tensor:
     """Average second moments: the matrix that ResQ diagonalises.
 
-    The granularities differ only in what is averaged: all A_l and M_l of all blocks (``full_shared``), a single A_l or
-    M_l (``per_layer``), A_l and M_l of one block (``one_per_decoder``), K_l,k over the heads of a block (keys).
+    The granularities differ only in what is averaged, with A_l and M_l the moments of the attention and MLP inputs of block l:
+    those of all blocks (``full_shared``), a single one (``per_layer``), or the two of one block (``one_per_decoder``).
 
     Args:
         moments: Non-empty iterable (a generator may load block by block) of (d, d) tensors, not modified.
@@ -104,13 +105,13 @@ def activation_objective(moments: Iterable[Tensor]) -> Tensor:
 
 
 def weight_moment(weights: Iterable[Tensor]) -> Tensor:
-    """Sum ``W^T W`` over the linears that share an input (q, k, v or gate, up), after norm folding.
+    """Sum ``W^T W`` over the linears that share an input (q, k, v or gate, up), norm gains folded in.
 
     Args:
-        weights: Non-empty iterable of (out_i, d) weights, not modified. Not divided by the number of rows.
+        weights: Non-empty iterable of (out_i, d) weights, not modified.
 
     Returns:
-        (d, d) float64.
+        (d, d) float64, not divided by the number of rows.
 
     Raises:
         ConfigError: There is nothing to sum.
@@ -145,7 +146,7 @@ def output_head_moments(weight: Tensor, n_kv_heads: int, head_dim: int) -> Tenso
 
 
 def noise_power(bits: int) -> float:
-    """Return the relative noise power a(b) = 1 / (2^(b-1) - 1)^2, and 0 from 16 bits on.
+    """Return the relative noise power a(b) = 1 / (2^(b-1) - 1)^2; 0 from 16 bits on.
 
     Args:
         bits: At least 2.
@@ -185,6 +186,7 @@ def joint_coefficients(
             f"expected fewer than 16 bulk bits for the joint objective, got {low_bits}: its matrix is zero there; "
             "use the activation objective"
         )
+    # gamma_low = 2 a(b) / max(d - r, 1),   lambda_x = gamma_low tr(S_w),   lambda_w = gamma_low tr(S_x)
     gamma_low = 2 * noise_power(low_bits) / max(second_moment.shape[-1] - n_high, 1)
     return gamma_low * _trace(weight_moment), gamma_low * _trace(second_moment), gamma_low
 
@@ -192,21 +194,10 @@ def joint_coefficients(
 def joint_objective(second_moment: Tensor, weight_moment: Tensor, low_bits: int, n_high: int) -> Tensor:
     """Combine both moments into the matrix that CoQuant diagonalises: ``lambda_x S_x + lambda_w S_w``.
 
-    It is proportional to ``S_x / tr(S_x) + S_w / tr(S_w)``: the eigenvectors depend neither on low_bits nor on n_high
-    nor on the scales of the two moments. For ``kv_joint`` pass (G, e, e) stacks and r_e: values take V_l,k with
-    `output_head_moments`, keys K_l,k with the summed query moments.
-
-    Args:
-        second_moment: S_x (..., d, d), not modified.
-        weight_moment: S_w (..., d, d), not modified.
-        low_bits: Bulk precision, below 16.
-        n_high: r.
-
-    Returns:
-        (..., d, d) float64.
-
-    Raises:
-        UnsupportedError: low_bits >= 16.
+    It is proportional to ``S_x / tr(S_x) + S_w / tr(S_w)``, so its eigenvectors depend neither on low_bits nor on n_high
+    nor on the scales of the two moments. For ``kv_joint`` pass stacks (G, e, e) and r_e: for values their moments and
+    `output_head_moments`, for keys their moments and the summed moments of their queries. Arguments and errors are those of
+    `joint_coefficients`. The result is (..., d, d) float64.
     """
     # lambda_x S_x + lambda_w S_w
     lambda_x, lambda_w, _ = joint_coefficients(second_moment, weight_moment, low_bits, n_high)
@@ -214,15 +205,15 @@ def joint_objective(second_moment: Tensor, weight_moment: Tensor, low_bits: int,
 
 
 def pre_fuse_basis(second_moment: Tensor, weight_moment: Tensor, gain: Tensor, low_bits: int, n_high: int) -> Tensor:
-    """Build CoQuant's basis with ``pre_fuse_compensation``: solve before the norm gain, then return behind it.
+    """Build CoQuant's basis with ``pre_fuse_compensation``: solve before the norm gain, then go back behind it.
 
-    With D = diag(gain), V diagonalises the joint objective of ``D S_x D`` and ``D^-1 S_w D^-1``; the basis is Q of
+    With D = diag(gain), V diagonalises the joint objective of ``D S_x D`` and ``D^-1 S_w D^-1``. The basis is the Q of
     ``QR(D V)`` with a positive diagonal of R. Its low columns span ``D V_low`` exactly, the high ones the complement.
 
     Args:
         second_moment: S_x (d, d) of the unit-gain input, not modified.
         weight_moment: S_w (d, d) of the norm-folded weights, not modified.
-        gain: (d,) norm gain; magnitudes below 1e-6 are raised to it, keeping the sign (zero counts as positive).
+        gain: (d,) norm gain, not modified; magnitudes below 1e-6 count as 1e-6 with the same sign (zero as positive).
         low_bits: Bulk precision, below 16.
         n_high: r.
 
@@ -233,10 +224,12 @@ def pre_fuse_basis(second_moment: Tensor, weight_moment: Tensor, gain: Tensor, l
         UnsupportedError: low_bits >= 16.
         NumericalError: A moment is zero or not finite.
     """
-    # D = diag(gain); V diagonalises the joint objective of D S_x D and D^-1 S_w D^-1; the basis is Q of QR(D V)
+    # D = diag(gain)
     floored = gain.double().abs().clamp(min=1e-6) * torch.where(gain < 0, -1.0, 1.0)
     outer = floored[:, None] * floored[None, :]
+    # V diagonalises the joint objective of D S_x D and D^-1 S_w D^-1
     vectors = eigenbasis(joint_objective(second_moment * outer, weight_moment / outer, low_bits, n_high))
+    # Q of QR(D V)
     return positive_qr(floored[:, None] * vectors)
 
 
@@ -245,8 +238,8 @@ def random_rotations(
 ) -> tuple[Tensor, Tensor]:
     """Draw the rotations R1 (residual stream) and R2 (heads), Haar inside each precision part.
 
-    They randomise within the parts only: the span of a part of ``T = U R`` equals that of U. Drawn once per model in
-    the order R1 parts (low first), then R2 parts; use equal seeds to compare objectives.
+    They randomise within the parts only: the span of a part of ``T = U R`` equals that of U. The parts of R1 are drawn first,
+    low before high, then those of R2. Use equal seeds to compare objectives.
 
     Args:
         hidden_parts: Part widths of the hidden size, low to high, e.g. (d - r, r); zeros allowed.
@@ -256,9 +249,8 @@ def random_rotations(
     Returns:
         (R1 (d, d), R2 (e, e)), block diagonal, float64.
     """
-    hidden = block_diag([haar(size, generator) for size in hidden_parts])
-    head = block_diag([haar(size, generator) for size in head_parts])
-    return hidden, head
+    hidden = torch.block_diag(*(haar(size, generator) for size in hidden_parts))
+    return hidden, torch.block_diag(*(haar(size, generator) for size in head_parts))
 
 
 def _trace(matrix: Tensor) -> Tensor:

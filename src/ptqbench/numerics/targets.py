@@ -1,11 +1,11 @@
 """Output-aware targets (LoaQ, QEP): the weight that rounding should aim at instead of the original one.
 
-Objective, for one linear with the quantized-stream inputs X_q, solved for V in closed form:
+Objective, for one linear with the inputs X_q of the quantized stream, solved for V in closed form:
 
     min over V  || D_q (R_q + X_q V^T) - D (R + X weight^T) ||^2,    then rounding minimises || D_q X_q (V - Q)^T ||^2.
 
-R is the residual tensor added to the output (R = R_q = 0: match the linear's own output). D and D_q are diagonal and
-hold one weight per token: the frozen scale of the RMSNorm after the addition. The damped minimiser, library layout, is
+R is the residual tensor that the output is added to (R = R_q = 0: match the linear's own output). D and D_q are diagonal and
+hold one weight per token, the frozen scale of the RMSNorm behind the addition. The damped minimiser, in the layout of torch, is
 
     target = weight + (alpha weight C^T + beta G^T) (H + lambda I)^-1,      lambda = damping * mean diag H
     H = (D_q X_q)^T (D_q X_q)    C = (D_q X_q)^T (D X - D_q X_q)    G = (D_q X_q)^T (D R - D_q R_q)
@@ -14,16 +14,16 @@ hold one weight per token: the frozen scale of the RMSNorm after the addition. T
 
     d = 1/rms(R + X weight^T)         d_q = 1/rms(R_q + X_q weight^T)
 
-``none`` at alpha = beta = 1 is the sublayer target and, without a residual, the linear target. QEP is the latter with alpha .5
-and damping 1.0 on every linear but down_proj.
+``none`` at alpha = beta = 1 is the sublayer target and, without a residual, the linear target. QEP is the linear target with
+alpha .5 and damping 1.0 on every linear but down_proj.
 
 Shapes (T tokens, n inputs, m outputs): X, X_q (T, n); R, R_q (T, m); weight, target (m, n); H = ``second_moment`` and
-C = ``cross_moment`` (n, n), the transpose of C is the drift moment of GPTAQ; G = ``residual_moment`` (n, m).
+C = ``cross_moment`` (n, n), whose transpose is the drift moment of GPTAQ; G = ``residual_moment`` (n, m).
 
 Sources: LoaQ arXiv 2509.06297 (no public code) as restated in LPCD arXiv 2512.01546; strength and damping of QEP from
 arXiv 2504.09629 and FujitsuResearch/qep@344329a. The formulas of ``common`` and ``split`` are derived. Deviations:
 damping pulls towards the weight, not towards zero, so equal streams give exactly the weight; alpha and beta scale the
-two parts of the *weighted* right-hand side (alpha the X part with its change of token scale, beta the R part), so that
+two parts of the *weighted* right-hand side. alpha scales the X part with its change of token scale, beta the R part, so that
 (1, 1) is the minimiser and (0, 0) the weight itself.
 """
 
@@ -35,12 +35,12 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import CalibrationError, NumericalError
-from ptqbench.numerics.checks import compute_dtype, require_choice, require_finite, require_shape
+from ptqbench.numerics.checks import compute_dtype, require_choice, require_finite
+from ptqbench.numerics.factorisation import cholesky
+from ptqbench.numerics.report import quotient
 
 RmsScale = Literal["none", "common", "split"]
 DeadChannels = Literal["zero", "keep_column"]
-
-_PIVOT_TOLERANCE = 8.0  # a squared pivot below this many epsilons of its diagonal entry is rounding noise
 
 
 class TokenWeights(NamedTuple):
@@ -55,10 +55,10 @@ def inverse_rms(hidden: Tensor, eps: float) -> Tensor:
 
     Args:
         hidden: (..., m) input of the norm, any float dtype, not modified.
-        eps: the norm's own epsilon, in squared units of hidden.
+        eps: The norm's own epsilon, in squared units of hidden.
 
     Returns:
-        (T,) weights in float32 or float64, T the product of the leading dimensions. A zero token gets 1 / sqrt(eps).
+        (T,) weights in float32 or float64. T is the product of the leading dimensions. A zero token gets 1 / sqrt(eps).
     """
     flat = hidden.flatten(0, -2).to(compute_dtype(hidden))
     return torch.rsqrt(flat.square().mean(dim=-1) + eps)
@@ -70,23 +70,22 @@ def token_weights(rms_scale: RmsScale, hidden: Tensor, hidden_q: Tensor, *, eps:
     Args:
         rms_scale: ``none`` (unweighted), ``common`` (both streams weighted by the full-precision scale) or ``split``
             (each stream by its own scale).
-        hidden: (..., m) full-precision norm input: residual + linear output, bias included; not modified.
-        hidden_q: (..., m) the same in the quantized stream, the linear itself still unrounded; not modified.
-        eps: epsilon of the norm that follows the addition.
+        hidden: (..., m) full-precision input of the norm: residual + output of the linear, bias included; not modified.
+        hidden_q: (..., m) the same in the quantized stream, where the linear itself is still unrounded; not modified.
+        eps: Epsilon of the norm that follows the addition.
 
     Returns:
         None for ``none``, else one weight per token and stream.
 
     Raises:
-        ConfigError: unknown rms_scale.
+        ConfigError: rms_scale is unknown.
     """
     require_choice("rms_scale", rms_scale, ("none", "common", "split"))
     if rms_scale == "none":
         return None
-    if rms_scale == "common":
-        common = inverse_rms(hidden, eps)
-        return TokenWeights(common, common)
-    return TokenWeights(inverse_rms(hidden, eps), inverse_rms(hidden_q, eps))
+    # d = 1/rms(R + X weight^T),   d_q = d (common) or 1/rms(R_q + X_q weight^T) (split)
+    reference = inverse_rms(hidden, eps)
+    return TokenWeights(reference, reference if rms_scale == "common" else inverse_rms(hidden_q, eps))
 
 
 class Moments(NamedTuple):
@@ -98,11 +97,11 @@ class Moments(NamedTuple):
 
 
 class TargetMoments:
-    """Accumulate H, C and G over batches; the only state is the three sums and the token count.
+    """Accumulate H, C and G over batches. The only state is the three sums and the token count.
 
-    One object serves every linear that reads the same input (q, k, v). For a linear that is added to a residual, give
-    ``out_features`` and pass both residual tensors to ``add``. **A bias belongs to the residual**: it cancels for
-    ``none`` and ``common`` but not for ``split``, where both residuals must contain it.
+    One object serves every linear that reads the same input (q, k, v). For a linear whose output is added to a residual, give
+    ``out_features`` and pass both residual tensors to ``add``. **A bias belongs to the residual.** It cancels for ``none`` and
+    ``common`` but not for ``split``, where both residuals must contain it.
     """
 
     def __init__(
@@ -119,9 +118,9 @@ class TargetMoments:
         Args:
             in_features: n, the width of the linear's input.
             out_features: m, the width of the residual; None if there is no residual term.
-            cross: accumulate C; False where only the residual drift is corrected.
-            dtype: accumulation dtype, float32 or float64; half precision overflows on sink tokens.
-            device: where the sums live.
+            cross: Accumulate C; False where only the residual drift is corrected.
+            dtype: dtype of the sums, float32 or float64; half precision overflows on sink tokens.
+            device: Where the sums live.
         """
         self.n_tokens = 0
         self.second_sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
@@ -145,26 +144,24 @@ class TargetMoments:
             inputs_q: (..., n) quantized-stream inputs X_q of the same shape, not modified.
             residual: (..., m) R, required when ``out_features`` was given; not modified.
             residual_q: (..., m) R_q, likewise.
-            weights: token weights of this batch; None weighs every token by 1. A constant common to both streams has
-                no effect on the target, one per stream does: never normalise the two separately.
+            weights: Token weights of this batch; None weighs every token by 1. A constant factor common to both streams has
+                no effect on the target. A factor per stream does: never normalise the two separately.
 
         Raises:
-            CalibrationError: the streams are not token-aligned, or a residual is missing or unexpected.
+            CalibrationError: The streams are not token-aligned, or a residual is missing or unexpected.
         """
         self._require_aligned(inputs, inputs_q, residual, residual_q, weights)
-        # H += (D_q X_q)^T (D_q X_q)
         dtype = self.second_sum.dtype
-        left = _scaled(inputs_q, None if weights is None else weights.quantized, dtype)
+        d, d_q = (None, None) if weights is None else weights
+        # H += (D_q X_q)^T (D_q X_q)
+        left = _scaled(inputs_q, d_q, dtype)
         self.second_sum.addmm_(left.T, left)
         if self.cross_sum is not None:
-            # C += (D_q X_q)^T (D X - D_q X_q); the drift is formed first: the difference of two second moments would cancel
-            drift = _scaled(inputs, None if weights is None else weights.reference, dtype) - left
-            self.cross_sum.addmm_(left.T, drift)
+            # C += (D_q X_q)^T (D X - D_q X_q). The drift is formed first: the difference of two moments would lose its digits.
+            self.cross_sum.addmm_(left.T, _scaled(inputs, d, dtype) - left)
         if self.residual_sum is not None and residual is not None and residual_q is not None:
             # G += (D_q X_q)^T (D R - D_q R_q)
-            gap = _scaled(residual, None if weights is None else weights.reference, dtype)
-            gap = gap - _scaled(residual_q, None if weights is None else weights.quantized, dtype)
-            self.residual_sum.addmm_(left.T, gap)
+            self.residual_sum.addmm_(left.T, _scaled(residual, d, dtype) - _scaled(residual_q, d_q, dtype))
         self.n_tokens += left.shape[0]
 
     def means(self) -> Moments:
@@ -173,8 +170,8 @@ class TargetMoments:
         The second moment is the one that rounding must use. It is *not* divided by the mean token weight.
 
         Raises:
-            CalibrationError: nothing was added.
-            NumericalError: a sum holds NaN or infinity.
+            CalibrationError: Nothing was added.
+            NumericalError: A sum holds NaN or infinity.
         """
         if self.n_tokens == 0:
             raise CalibrationError("expected at least one calibration token, got none; call add before means")
@@ -194,22 +191,21 @@ class TargetMoments:
         residual_q: Tensor | None,
         weights: TokenWeights | None,
     ) -> None:
-        expected = (*inputs_q.shape[:-1], self.second_sum.shape[0])
-        given: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-            ("inputs", inputs, expected),
-            ("inputs_q", inputs_q, expected),
-        ]
+        tokens, width = inputs_q.shape[:-1], self.second_sum.shape[0]
+        expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "inputs": (inputs, (*tokens, width)),
+            "inputs_q": (inputs_q, (*tokens, width)),
+        }
         if self.residual_sum is not None:
-            wide = (*inputs_q.shape[:-1], self.residual_sum.shape[1])
-            given += [("residual", residual, wide), ("residual_q", residual_q, wide)]
+            wide = (*tokens, self.residual_sum.shape[1])
+            expected |= {"residual": (residual, wide), "residual_q": (residual_q, wide)}
         elif residual is not None or residual_q is not None:
             raise CalibrationError("expected no residual, got one; construct TargetMoments with out_features")
         if weights is not None:
-            tokens = (inputs_q.shape[:-1].numel(),)
-            given += [(f"weights.{name}", value, tokens) for name, value in weights._asdict().items()]
-        for name, tensor, shape in given:
-            if tensor is None or tuple(tensor.shape) != shape:
-                got = None if tensor is None else tuple(tensor.shape)
+            expected |= {f"weights.{name}": (value, (tokens.numel(),)) for name, value in weights._asdict().items()}
+        for name, (tensor, shape) in expected.items():
+            got = None if tensor is None else tuple(tensor.shape)
+            if got != shape:
                 raise CalibrationError(
                     f"expected {name} of shape {shape}, got {got}; run both streams on the same batches in lock step"
                 )
@@ -229,27 +225,27 @@ def corrected_target(
     """Return weight + (alpha weight C^T + beta G^T) (H + lambda I)^-1, lambda = damping * mean diag H.
 
     At alpha = beta = 1 it minimises || D_q (R_q + X_q V^T) - D (R + X weight^T) ||^2 + lambda || V - weight ||^2. Rows
-    are independent: linears that share their input may be stacked along the output dimension and solved at once.
+    are independent, so linears that share their input may be stacked along the output dimension and solved at once.
 
     Args:
         weight: (m, n) weight, any float dtype, not modified.
         second_moment: (n, n) H of the quantized stream, any common positive scaling with C and G; not modified.
         cross_moment: (n, n) C, or None for none; not modified.
         residual_moment: (n, m) G, or None for a linear without residual (beta is then without effect); not modified.
-        alpha: strength of the input-drift correction, 0 to 1.
-        beta: strength of the residual correction, 0 to 1.
-        damping: correction damping as a fraction of mean diag H; distinct from the damping of the rounding step.
-        dead_channels: what the drift of channels without input in the quantized stream (H_ii = 0) counts for: ``zero``
-            ignores row and column of C, ``keep_column`` keeps the column, so that live channels make up for what a dead
-            one contributed in full precision.
+        alpha: Strength of the input-drift correction, 0 to 1.
+        beta: Strength of the residual correction, 0 to 1.
+        damping: Damping of the correction as a fraction of mean diag H; the rounding step has its own.
+        dead_channels: How the drift of channels without input in the quantized stream (H_ii = 0) counts: ``zero`` ignores
+            their row and column of C; ``keep_column`` keeps the column, so that live channels make up for what a dead one
+            contributed in full precision.
 
     Returns:
-        (m, n) target in float64 if an argument is float64, else float32. A correction whose right-hand side is exactly
-        zero (both strengths 0, or equal streams) returns the weight's values bit for bit, without a factorisation.
-        Dead channels keep the weight's column; their row of C and of G is ignored.
+        (m, n) target in float64 if an argument is float64, else float32. Where the right-hand side is exactly zero (both
+        strengths 0, or equal streams) it has the weight's values bit for bit, and nothing is factorised. Dead channels keep
+        the weight's column; their row of C and of G is ignored.
 
     Raises:
-        ConfigError: a moment of the wrong shape, or an unknown choice.
+        ConfigError: A moment has the wrong shape, or a choice is unknown.
         NumericalError: NaN or infinity in an argument or the result, or H + lambda I singular to working precision.
     """
     require_choice("dead_channels", dead_channels, ("zero", "keep_column"))
@@ -262,18 +258,18 @@ def corrected_target(
     ]
     present = [(name, tensor, shape) for name, tensor, shape in given if tensor is not None]
     for name, tensor, shape in present:
-        require_shape(name, tensor, shape)
-        require_finite(name, tensor)
+        require_finite(name, tensor, shape)
     dtype = compute_dtype(*(tensor for _, tensor, _ in present))
     base, hessian = weight.to(dtype, copy=True), second_moment.to(dtype)
     alive = hessian.diagonal() != 0
-    # right = alpha weight C^T + beta G^T, in library layout
+    # right = alpha weight C^T + beta G^T
     right = torch.zeros_like(base)
     if cross_moment is not None and alpha != 0:
         moved = base * alive if dead_channels == "zero" else base
         right += alpha * moved @ cross_moment.to(dtype).T
     if residual_moment is not None and beta != 0:
         right += beta * residual_moment.to(dtype).T
+    # Nothing is corrected at dead channels.
     right *= alive
     if not bool(right.any()):
         return base
@@ -287,11 +283,8 @@ def corrected_target(
 
 def relative_correction(target: Tensor, weight: Tensor) -> float:
     """Return ||target - weight|| / ||weight|| (Frobenius); 0 for two zero matrices, infinity if only weight is zero."""
-    change = float(torch.linalg.vector_norm(target.double() - weight.double()))
-    size = float(torch.linalg.vector_norm(weight.double()))
-    if size == 0:
-        return 0.0 if change == 0 else float("inf")
-    return change / size
+    wanted, given = target.double(), weight.double()
+    return quotient(torch.linalg.vector_norm(wanted - given), torch.linalg.vector_norm(given))
 
 
 def _scaled(tensor: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -306,10 +299,8 @@ def _damped_factor(hessian: Tensor, alive: Tensor, damping: float) -> Tensor:
     damped.diagonal().add_(ridge)
     # A dead channel is decoupled and its right-hand side is zero, so any positive entry gives the same target.
     damped.diagonal()[~alive] = 1.0
-    factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(damped)
-    noise = _PIVOT_TOLERANCE * torch.finfo(damped.dtype).eps * damped.diagonal()
-    if int(info) != 0 or not bool((factor.diagonal().square() > noise).all()):
+    factor = cholesky(damped)
+    if factor is None:
         raise NumericalError(
             f"second_moment: expected a positive definite matrix after damping, got a singular one of shape "
             f"{list(hessian.shape)} with correction damping {damping:g} (lambda {ridge:.3g}); raise the correction "

@@ -1,6 +1,6 @@
 """Functions for the notebooks in ``analysis/``: layer records, Pareto fronts, paired comparisons, effects of a role, plots.
 
-Frames in, frames out; a plot takes a frame and returns a figure that can be read in black and white. Imports no torch.
+They take frames and return frames. A plot takes a frame and returns a figure that can be read in black and white. No torch.
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
-from ptqbench.results.tables import KEYS, higher_is_better, pivot, tidy
+from ptqbench.results.tables import KEYS, higher_is_better, pivot, records, tidy
 from ptqbench.runs.folder import RunFolder, all_runs
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vP*X<>hp"
@@ -30,7 +31,7 @@ SHADES = tuple(grey for grey in ("0.0", "0.35", "0.55", "0.7") for _ in LINES)
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How something is drawn wherever it is drawn; marker and line tell it apart in black and white too."""
+    """How a method or bitwidth is drawn in every plot; marker and line tell it apart in black and white too."""
 
     marker: str
     line: str
@@ -38,14 +39,14 @@ class Look:
 
 
 def deal_looks(names: Iterable[str], colours: Sequence[str] = SHADES) -> dict[str, Look]:
-    """Give every name a look of its own; deal once for all plots that are looked at together.
+    """Give every name a look of its own. Deal once for all plots that are compared.
 
     Args:
-        names: Names, perhaps repeated; the first to come gets the first look.
-        colours: Dealt one after another, again and again.
+        names: Names, perhaps repeated; looks are dealt in the order in which names first appear.
+        colours: Dealt in turn, from the beginning again after the last.
 
     Returns:
-        Looks by name. No two of 48 are equal even where colours cannot be seen.
+        Looks by name. 48 names differ in marker or line, so that they can be told apart without colours.
     """
     return {
         name: Look(MARKERS[i % len(MARKERS)], LINES[(i + i // len(MARKERS)) % len(LINES)], colours[i % len(colours)])
@@ -71,28 +72,27 @@ def layers(frame: pd.DataFrame) -> pd.DataFrame:
         One row per (cell, linear): model, method, bitwidth, seed, run_id, then the columns of ``layers.parquet``. Cells without
         a readable report are left out.
     """
-    parts = []
-    for cell in frame.drop_duplicates("run_id").dropna(subset=["model"]).to_dict("records"):
+    parts, first = [], [*KEYS, "seed", "run_id"]
+    for cell in records(frame.drop_duplicates("run_id").dropna(subset=["model"])):
         try:
-            report = pd.read_parquet(RunFolder(Path(str(cell["folder"]))).layers_path)
+            report = pd.read_parquet(RunFolder(Path(cell["folder"])).layers_path)
         except (OSError, ValueError):
             continue
-        parts.append(report.assign(**{str(key): cell[key] for key in (*KEYS, "seed", "run_id")}))
+        parts.append(report.assign(**{key: cell[key] for key in first}))
+    # The columns that name a cell come first.
     if not parts:
-        return pd.DataFrame(columns=[*KEYS, "seed", "run_id", "block", "linear"])
+        return pd.DataFrame(columns=[*first, "block", "linear"])
     whole = pd.concat(parts, ignore_index=True)
-    first = [*KEYS, "seed", "run_id"]
     return whole[[*first, *(name for name in whole.columns if name not in first)]]
 
 
 def by_linear(report: pd.DataFrame, value: str) -> pd.DataFrame:
     """Mean of a layer figure over blocks and seeds: one row per (model, method, bitwidth), one column per kind of linear."""
-    grouped = report.groupby([*KEYS, "linear"], sort=False)[value].mean()
-    return grouped.unstack("linear")
+    return report.groupby([*KEYS, "linear"], sort=False)[value].mean().unstack("linear")
 
 
 def wins(report: pd.DataFrame, first: str, second: str, value: str = "relative_output_error") -> pd.DataFrame:
-    """Where is one method's figure lower than another's? One row per (model, bitwidth, linear).
+    """Where one method's figure is lower than another's: one row per (model, bitwidth, linear).
 
     Args:
         report: As ``layers`` returns it, not modified.
@@ -110,18 +110,19 @@ def wins(report: pd.DataFrame, first: str, second: str, value: str = "relative_o
     sides = [report[report["method"] == name].set_index(key)[value] for name in (first, second)]
     for name, side in zip((first, second), sides, strict=True):
         if side.empty:
-            raise ConfigError(
-                f"no layer report of method {name!r}; there are {', '.join(sorted(set(report['method'])))}"
-            )
+            known = ", ".join(sorted(set(report["method"])))
+            raise ConfigError(f"no layer report of method {name!r}; there are {known}")
+    # The same linear of the same block and seed in both.
     ratio = (sides[1] / sides[0]).dropna().rename("ratio").reset_index()
     grouped = ratio.groupby(["model", "bitwidth", "linear"], sort=False)["ratio"]
-    return pd.DataFrame(
-        {"median_ratio": grouped.median(), "share_lower": grouped.agg(lambda found: float((found < 1).mean()))}
-    )
+    share = grouped.agg(lambda found: float((found < 1).mean()))
+    return pd.DataFrame({"median_ratio": grouped.median(), "share_lower": share})
 
 
 def pareto(frame: pd.DataFrame, metric: str, cost: str = "effective_w_bits") -> pd.DataFrame:
-    """Quality against cost, and which rows no other beats in both.
+    """Quality against cost, and the rows that no other row of the model beats.
+
+    A row is beaten by one that is at least as good in both, and better in one.
 
     Args:
         frame: A tidy frame, not modified.
@@ -134,20 +135,17 @@ def pareto(frame: pd.DataFrame, metric: str, cost: str = "effective_w_bits") -> 
     found = pivot(frame)
     if metric not in found.mean:
         raise ConfigError(f"no metric {metric!r}; there are {', '.join(found.mean.columns)}")
+    # A row costs the mean over its cells; a row without a finite quality is left out.
     costs = frame.dropna(subset=["metric"]).drop_duplicates("run_id").groupby(KEYS, sort=False)[cost].mean()
     rows = pd.DataFrame({"cost": costs, "quality": found.mean[metric], "spread": found.spread[metric]})
-    rows = (
-        rows.replace(np.inf, np.nan).dropna(subset=["cost", "quality"]).reset_index().sort_values("cost", kind="stable")
-    )
-    sign = -1.0 if higher_is_better(metric) else 1.0
-    front = []
-    for row in rows.itertuples():
-        rivals = rows[rows["model"] == row.model]
-        loss = sign * rivals["quality"]
-        own = sign * cast("float", row.quality)
-        as_good = (rivals["cost"] <= row.cost) & (loss <= own)
-        front.append(not bool((as_good & ((rivals["cost"] < row.cost) | (loss < own))).any()))
-    return rows.assign(front=front)
+    rows = rows.replace(np.inf, np.nan).dropna(subset=["cost", "quality"]).reset_index()
+    rows = rows.sort_values("cost", kind="stable")
+    # Every row (across) against every other of its model (down): as good in both, and better in one.
+    price, loss = rows["cost"].to_numpy(), (-1.0 if higher_is_better(metric) else 1.0) * rows["quality"].to_numpy()
+    model = rows["model"].to_numpy()
+    as_good = (price[:, None] <= price) & (loss[:, None] <= loss) & (model[:, None] == model)
+    better = (price[:, None] < price) | (loss[:, None] < loss)
+    return rows.assign(front=~(as_good & better).any(axis=0))
 
 
 def paired_tests(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -163,11 +161,12 @@ def paired_tests(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
     """
     from ptqbench.results.compare import compare_cells
 
-    done = frame.dropna(subset=["metric"]).drop_duplicates("run_id")
+    # Every finished cell against the reference of its model, bitwidth and seed.
+    done = records(frame.dropna(subset=["metric"]).drop_duplicates("run_id"))
     group = ["model", "bitwidth", "seed"]
-    references = {tuple(row[key] for key in group): row for row in _records(done) if row["method"] == reference}
+    references = {tuple(row[key] for key in group): row for row in done if row["method"] == reference}
     rows: list[dict[str, Any]] = []
-    for cell in _records(done):
+    for cell in done:
         base = references.get(tuple(cell[key] for key in group))
         if base is None or cell["method"] == reference:
             continue
@@ -178,11 +177,9 @@ def paired_tests(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
         except ConfigError as error:
             rows.append({**named, "verdict": str(error)})
             continue
-        rows += [
-            {**named, "metric": one.metric, "difference": one.found.difference, "low": one.found.low, "high": one.found.high,
-             "p_value": one.adjusted, "verdict": one.verdict}
-            for one in judged
-        ]  # fmt: skip
+        for one in judged:
+            said = {"metric": one.metric, "p_value": one.adjusted, "verdict": one.verdict}
+            rows.append(named | dataclasses.asdict(one.found) | said)
     return pd.DataFrame(rows, columns=[*KEYS, "seed", "metric", "difference", "low", "high", "p_value", "verdict"])
 
 
@@ -191,17 +188,15 @@ def seeds(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     from ptqbench.results.stats import over_seeds
 
     values = frame[frame["metric"] == metric].groupby(KEYS, sort=False)["value"]
-    found = {key: over_seeds([float(v) for v in group]) for key, group in values}
-    columns = ["n", "mean", "std", "low", "high"]
+    found = {key: dataclasses.astuple(over_seeds(group.tolist())) for key, group in values}
     index = pd.MultiIndex.from_tuples(list(found), names=KEYS) if found else None
-    return pd.DataFrame([[getattr(one, name) for name in columns] for one in found.values()], index, columns)
+    return pd.DataFrame(list(found.values()), index, ["n", "mean", "std", "low", "high"])
 
 
 def member_name(cell: dict[str, Any], role: str) -> str:
-    """A role's member, with the objective of a subspace: activation and joint are two transforms."""
+    """Name the member of a role; a subspace with its objective, because activation and joint are two transforms."""
     objective = cell.get("objective")
-    named = f"{cell[role]} ({objective})" if role == "transform" and isinstance(objective, str) else cell[role]
-    return str(named)
+    return f"{cell[role]} ({objective})" if role == "transform" and isinstance(objective, str) else str(cell[role])
 
 
 def role_table(frame: pd.DataFrame, metric: str, bitwidth: str) -> pd.DataFrame:
@@ -211,58 +206,59 @@ def role_table(frame: pd.DataFrame, metric: str, bitwidth: str) -> pd.DataFrame:
         ConfigError: A combination was measured with other settings too, so that the mean would mix them.
     """
     rows = _combinations(frame, metric, bitwidth)
-    mixed = rows.groupby([*ROLES, "seed"])["variant"].nunique()
-    if (mixed > 1).any():
-        raise ConfigError(
-            f"{mixed.idxmax()} was measured with several settings; select one before making a table of roles"
-        )
     means = rows.groupby(["transform", "target", "refine"], sort=False)["value"].mean()
-    return means.unstack("refine", sort=False)[sorted(set(rows["refine"]), key=_plain_first)]
+    return means.unstack("refine", sort=False)[list(rows["refine"].sort_values(key=_plain_first).unique())]
 
 
 def role_effects(frame: pd.DataFrame, metric: str, bitwidth: str, role: str, baseline: str) -> pd.DataFrame:
-    """What does exchanging one member change, everything else equal? Differences are taken within a seed.
+    """What exchanging one member of a role changes, with everything else equal. Differences are taken within a seed.
 
     Args:
         frame: A tidy frame, not modified.
         metric: The quality.
-        bitwidth: The bitwidth that is looked at.
+        bitwidth: The bitwidth of the cells that are compared.
         role: The role whose members are exchanged.
         baseline: The member that the others are compared with, as ``member_name`` calls it.
 
     Returns:
         One row per member and combination of the other roles: mean difference to the baseline, its standard error over seeds
         (NaN for one), and the number of seeds.
+
+    Raises:
+        ConfigError: As ``role_table``.
     """
     rows = _combinations(frame, metric, bitwidth)
+    # One value per combination and seed: rotation seeds are averaged first, so that n counts what is independent.
+    rows = rows.groupby([*ROLES, "seed"], sort=False)["value"].mean().reset_index()
     others = [name for name in ROLES if name != role]
-    key = [*others, "seed"]
-    base = rows.loc[rows[role] == baseline, [*key, "value"]].rename(columns={"value": "base"})
-    joined = rows[rows[role] != baseline].merge(base, on=key)
-    grouped = joined.assign(difference=joined["value"] - joined["base"]).groupby([role, *others], sort=False)[
-        "difference"
-    ]
+    base = rows[rows[role] == baseline].drop(columns=role).rename(columns={"value": "base"})
+    pairs = rows[rows[role] != baseline].merge(base, on=[*others, "seed"])
+    pairs["difference"] = pairs["value"] - pairs["base"]
+    grouped = pairs.groupby([role, *others], sort=False)["difference"]
     n = grouped.count()
     return pd.DataFrame({"difference": grouped.mean(), "error": grouped.std() / np.sqrt(n), "n": n})
 
 
 def _combinations(frame: pd.DataFrame, metric: str, bitwidth: str) -> pd.DataFrame:
+    """Rows of one metric and bitwidth with the names of their members, ordered by members, then by seed."""
     rows = frame[(frame["metric"] == metric) & (frame["bitwidth"] == bitwidth) & (frame["w_bits"] < UNTOUCHED_BITS)]
     if rows["model"].nunique() > 1:
         raise ConfigError(f"expected cells of one model, got {', '.join(sorted(set(rows['model'])))}")
-    named = rows.assign(**{role: [member_name(cell, role) for cell in _records(rows)] for role in ROLES})
-    members = list(zip(*(named[role] for role in ROLES), strict=True))
-    keys = [(*map(_plain_first, of_row), seed) for of_row, seed in zip(members, named["seed"], strict=True)]
-    return named.iloc[sorted(range(len(keys)), key=keys.__getitem__)]
+    named = rows.assign(**{role: [member_name(cell, role) for cell in records(rows)] for role in ROLES})
+    mixed = named.groupby([*ROLES, "seed"])["variant"].nunique()
+    if (mixed > 1).any():
+        members = mixed.idxmax()
+        raise ConfigError(f"{members} was measured with several settings; select one before comparing roles")
+    return named.sort_values([*ROLES, "seed"], kind="stable", key=_plain_first)
 
 
-def _plain_first(member: Any) -> tuple[bool, str]:
-    """Order members by name, behind the one that does nothing."""
-    return member not in ("none", "weight"), str(member)
+def _plain_first(members: pd.Series[str]) -> pd.Series[str]:
+    """Sort key of members: the one that does nothing, then the others by name."""
+    return members.where(~members.isin(["none", "weight"]), "")
 
 
 def _by_look(rows: pd.DataFrame, looks: Mapping[str, Look] | None) -> Iterator[tuple[str, Look, pd.DataFrame]]:
-    """Split rows by method, in the order in which looks are dealt."""
+    """Rows of one method after another with its look, in the order in which looks were dealt."""
     for method, look in (looks or deal_looks(sorted(rows["method"]))).items():
         group = rows[rows["method"] == method]
         if len(group):
@@ -270,7 +266,7 @@ def _by_look(rows: pd.DataFrame, looks: Mapping[str, Look] | None) -> Iterator[t
 
 
 def plot_pareto(rows: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look] | None = None) -> Figure:
-    """Draw quality against cost: one marker per method, filled where nothing beats the row in both.
+    """Draw quality against cost: one marker per method, filled where no other row beats it.
 
     Args:
         rows: As ``pareto`` returns it, not modified.
@@ -278,15 +274,14 @@ def plot_pareto(rows: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, 
         cost: Name of the cost.
         looks: Looks by method, dealt once for all plots that are compared; None deals them by name.
     """
-    figure, axis = _axes()
+    figure, (axis,) = new_figure(6.0, 3.6)
     for method, look, group in _by_look(rows, looks):
         for on_front, part in group.groupby("front"):
             label = method if on_front or not group["front"].any() else None
             face = look.colour if on_front else "white"
             style: dict[str, Any] = {"fmt": look.marker, "color": look.colour, "mfc": face, "label": label}
             axis.errorbar(part["cost"], part["quality"], part["spread"].fillna(0.0), **style, capsize=2)
-    wide = len(rows) > 1 and rows["quality"].min() > 0 and rows["quality"].max() > WIDE * rows["quality"].min()
-    axis.set_yscale("log" if wide else "linear")
+    set_scale(axis, "y", rows["quality"], WIDE)
     axis.set_xlabel(f"{cost} (lower is better)")
     axis.set_ylabel(f"{metric} ({'higher' if higher_is_better(metric) else 'lower'} is better)")
     axis.legend(fontsize=7, title="filled: not beaten in both", title_fontsize=7)
@@ -303,7 +298,7 @@ def plot_layers(report: pd.DataFrame, value: str, linear: str, looks: Mapping[st
         looks: Looks by method, dealt once for all plots that are compared; None deals them by name.
     """
     rows = report[report["linear"] == linear]
-    figure, axis = _axes()
+    figure, (axis,) = new_figure(6.0, 3.6)
     for method, look, group in _by_look(rows, looks):
         curve = group.groupby("block")[value].mean()
         style: dict[str, Any] = {"color": look.colour, "linestyle": look.line, "marker": look.marker, "label": method}
@@ -318,17 +313,10 @@ def plot_layers(report: pd.DataFrame, value: str, linear: str, looks: Mapping[st
 def plot_effects(effects: pd.DataFrame, metric: str) -> Figure:
     """Draw finite differences to a baseline with one standard error, one row per combination."""
     effects = effects[np.isfinite(effects["difference"])]
-    figure, axis = _axes(height=1.0 + 0.22 * max(len(effects), 4))
+    figure, (axis,) = new_figure(6.0, 1.0 + 0.22 * max(len(effects), 4))
     places = list(range(len(effects)))
-    axis.errorbar(
-        effects["difference"],
-        places,
-        xerr=effects["error"].fillna(0.0),
-        fmt="ko",
-        markersize=4,
-        capsize=2,
-        elinewidth=1,
-    )
+    style: dict[str, Any] = {"fmt": "ko", "markersize": 4, "capsize": 2, "elinewidth": 1}
+    axis.errorbar(effects["difference"], places, xerr=effects["error"].fillna(0.0), **style)
     axis.axvline(0.0, color="0.4", linewidth=1, linestyle=":")
     axis.set_yticks(places, [f"{key[0]}  ({' + '.join(map(str, key[1:]))})" for key in effects.index], fontsize=6)
     axis.invert_yaxis()
@@ -347,17 +335,31 @@ def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     return paths
 
 
-def _axes(width: float = 6.0, height: float = 3.6) -> tuple[Figure, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def new_figure(width: float, height: float, panels: int = 1, across: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure of this size in inches, its panels on common axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
-    axis.grid(True, linewidth=0.3, color="0.85")
-    axis.tick_params(labelsize=7)
-    return figure, axis
+    axes = figure.subplots(panels // across, across, sharex=True, sharey=True, squeeze=False).ravel().tolist()
+    for axis in axes:
+        axis.grid(True, linewidth=0.3, color="0.85")
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=7.5, labelbottom=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return cast("list[dict[str, Any]]", frame.to_dict("records"))
+def set_scale(axis: Axes, which: str, values: pd.Series[float], wide: float) -> None:
+    """Make an axis logarithmic if the largest value is more than ``wide`` times the smallest; its ticks are plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if values.empty or values.min() <= 0 or values.max() <= wide * values.min():
+        return
+    decades = np.log10(values.max() / values.min())  # the fewer, the more ticks within each
+    axis.set(**{f"{which}scale": "log"})
+    line = axis.xaxis if which == "x" else axis.yaxis
+    line.set_major_locator(
+        LogLocator(subs=(1, 2, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2 else (1,))
+    )
+    line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    line.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""Two finished cells side by side on the same examples: which differences are real? Imports neither torch nor lm_eval."""
+"""Compare two finished cells on the same examples, and say which differences are significant. Imports neither torch nor lm_eval."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Judged:
 
     Attributes:
         metric: Name of the column.
-        found: The paired comparison, second against first.
+        found: The paired comparison of the second cell with the first.
         adjusted: Its p-value after Holm's correction over all metrics that were compared.
         verdict: One sentence.
     """
@@ -33,7 +33,7 @@ def compare_cells(first: RunFolder, second: RunFolder, names: tuple[str, str] = 
     Args:
         first: A finished cell.
         second: Another, evaluated on the same data.
-        names: What the sentences call them.
+        names: What the verdicts call them.
 
     Returns:
         One judgement per metric, in the order of the first cell's result; p-values corrected for their number (Holm).
@@ -48,10 +48,12 @@ def compare_cells(first: RunFolder, second: RunFolder, names: tuple[str, str] = 
     if not shared:
         raise ConfigError(f"{first.path.name} and {second.path.name} share no metric: evaluate both alike")
     found = {name: _compare(first, second, name) for name in shared}
+    # The average over tasks, if both cells have the same one.
     for name, average in results[0].get("averages", {}).items():
         if name in results[1].get("averages", {}):
             pairs = [(example_scores(first, task), example_scores(second, task)) for task in average["tasks"]]
             found[name] = stats.compare_average(pairs)
+    # The more metrics, the more of them differ by chance: p-values are corrected for their number.
     adjusted = stats.holm({name: comparison.p_value for name, comparison in found.items()})
     return [
         Judged(name, comparison, adjusted[name], stats.verdict(comparison, *names, adjusted[name]))

@@ -1,7 +1,7 @@
-"""Fit a sheet to the width of a terminal. A number is never broken: labels are folded, then columns go to a further part.
+"""Fit a sheet to the width of a terminal without breaking a number or leaving anything out.
 
-Parts stand one below the other, each with the labels of the rows; where not even one column has room beside them, every row
-becomes a list. Nothing is left out.
+Where a sheet is too wide, its labels are folded first. Where that is not enough, it is printed in several parts, one below the
+other, each with the labels of the rows. Where not even one column of numbers has room beside the labels, every row becomes a list.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.cells import cell_len, chop_cells
@@ -21,11 +21,12 @@ from ptqbench.results.tables import Column, Entry, Sheet
 
 NARROW = 12
 """Width to which a label or a heading may be folded."""
-BREAKS = re.compile(r"[^ _/=,]*[ _/=,]?")
+WORDS, NAMES = re.compile(r"[^ /=,]*[ /=,]?"), re.compile(r"[^_]*_?")
+"""Pieces of a label: behind a space, ``/``, ``=`` or comma; and of a word that is too long, behind an underscore."""
 GAP, DENSE_GAP = 3, 2
 """Room between two columns: with a line between them, and without."""
 PLAIN = str.maketrans({"±": "~", "↑": "^", "↓": "v", "Δ": "d", "–": "-", "×": "x", "≤": "<", "…": "."})
-"""Letters of one column each for terminals that know nothing but ASCII."""
+"""Replacements, each as wide as the original, for terminals that can show ASCII alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,35 +39,39 @@ class _Part:
 
 
 def fitted(sheet: Sheet, width: int, ascii_only: bool = False) -> RenderableType:
-    """Lay out a sheet so that no line is longer than ``width``, unless a number is.
+    """Lay out a sheet so that no line is longer than ``width``, unless a single number is.
 
     Args:
-        sheet: Not modified. A model that is the same in every row moves into the title, and other labels where room is short.
+        sheet: Not modified. A model that all rows share moves into the title; where room is short, other labels do too.
         width: Columns of the terminal.
         ascii_only: Whether the terminal can show nothing but ASCII.
     """
     sheet = _with_ascii(sheet) if ascii_only else sheet
     sheet, common = without_common(sheet, ("model",))
     parts = _parts(sheet, width)
-    if len(parts) != 1:
+    if len(parts) != 1:  # too wide: take out every label that all rows share, and try again
         sheet, more = without_common(sheet, ("method", "bitwidth", "nominal", "true", "seeds"))
         common, parts = common + more, _parts(sheet, width)
     title = Text("\n".join([*([sheet.title] if sheet.title else []), *common]))
-    tables: list[Table | Text] = [*([_table(sheet, part) for part in parts] or _as_lists(sheet, width))]
-    if len(parts) > 1:
+    tables: list[RenderableType] = [*([_table(sheet, part) for part in parts] or _as_lists(sheet, width))]
+    if len(parts) > 1:  # an empty line between parts
         tables = [item for table in tables for item in (table, Text(""))][:-1]
     return Group(*([title] if title.plain else []), *tables)
 
 
 def without_common(sheet: Sheet, names: Sequence[str]) -> tuple[Sheet, list[str]]:
-    """Take out columns of one value without a footnote, as words for the title; one column of labels stays."""
+    """Take out the named columns that hold one value and no footnote; at least one column of labels stays.
+
+    Returns:
+        The sheet without them, and what they said: ``model: tiny``.
+    """
     common, kept = [], list(range(len(sheet.columns)))
     for place, column in enumerate(sheet.columns):
         entries = {row[place] for row in sheet.rows}
         labels = [other for other in kept if not sheet.columns[other].numeric]
         last = labels == [place]
         if column.name in names and len(entries) == 1 and not last and (only := entries.pop()).note is None:
-            common.append(f"{_heading(column, ' ')}: {only.text}")
+            common.append(f"{_heading(column)}: {only.text}")
             kept.remove(place)
     rows = [[row[place] for place in kept] for row in sheet.rows]
     return dataclasses.replace(sheet, columns=[sheet.columns[place] for place in kept], rows=rows), common
@@ -74,68 +79,67 @@ def without_common(sheet: Sheet, names: Sequence[str]) -> tuple[Sheet, list[str]
 
 def _parts(sheet: Sheet, width: int) -> list[_Part]:
     """Columns side by side, in one part where they fit; no part where they never do."""
-    everything = tuple(range(len(sheet.columns)))
-    least = [_least(sheet, place) for place in everything]
-    natural = [max(one, _natural(sheet, place)) for place, one in zip(everything, least, strict=True)]
+    places = tuple(range(len(sheet.columns)))
+    widths = [_widths(sheet, place) for place in places]
+    least, natural = [one for one, _ in widths], tuple(one for _, one in widths)
+    # Everything at its natural width, with lines between the columns or without.
     for dense, gap in ((False, GAP), (True, DENSE_GAP)):
-        if sum(natural) + gap * (len(everything) - 1) <= width:
-            return [_Part(everything, tuple(natural), dense)]
-    numeric = [column.numeric for column in sheet.columns]
-    lead = everything[: numeric.index(True)] if True in numeric else everything
-    found: list[_Part] = []
-    start = len(lead)
-    while start < len(everything) or not found:
-        for end in range(len(everything), min(start, len(everything) - 1), -1):
-            places = (*lead, *everything[start:end])
-            room = width - DENSE_GAP * (len(places) - 1)
-            if sum(least[place] for place in places) <= room:
-                found.append(
-                    _Part(places, _shared_out([natural[p] for p in places], [least[p] for p in places], room), True)
-                )
-                start = end
-                break
-        else:
-            return []
-    return found
+        if sum(natural) + gap * (len(places) - 1) <= width:
+            return [_Part(places, natural, dense)]
+    # As many columns at their least width as fit beside the labels; the others go to further parts.
+    lead = tuple(takewhile(lambda place: not sheet.columns[place].numeric, places))
+    room = width + DENSE_GAP - sum(least[place] + DENSE_GAP for place in lead)
+    needed = {place: least[place] + DENSE_GAP for place in places[len(lead) :]}
+    if max(needed.values(), default=0) > room:
+        return []
+    groups, left = [lead], room
+    for place, more in needed.items():
+        if more > left:
+            groups.append(lead)
+            left = room
+        groups[-1] += (place,)
+        left -= more
+    # What room is left over is given back to the columns of a part.
+    return [_Part(group, _shared_out(group, natural, least, width), True) for group in groups]
 
 
-def _shared_out(natural: Sequence[int], least: Sequence[int], room: int) -> tuple[int, ...]:
+def _shared_out(group: Sequence[int], natural: Sequence[int], least: Sequence[int], width: int) -> tuple[int, ...]:
     """Widths between the least and the natural ones that fill the room: the widest column gives way first."""
-    widths = list(natural)
-    while sum(widths) > room:
-        widest = max((place for place, one in enumerate(widths) if one > least[place]), key=widths.__getitem__)
+    widths = {place: natural[place] for place in group}
+    room = width - DENSE_GAP * (len(group) - 1)
+    while sum(widths.values()) > room:
+        widest = max((place for place in group if widths[place] > least[place]), key=widths.__getitem__)
         widths[widest] -= 1
-    return tuple(widths)
+    return tuple(widths.values())
 
 
-def _natural(sheet: Sheet, place: int) -> int:
-    """Widest entry; a heading of moderate length stays on one line where there is room."""
-    entries = max((cell_len(_text(row[place])) for row in sheet.rows), default=1)
-    return max(entries, min(cell_len(sheet.columns[place].name), NARROW))
+def _widths(sheet: Sheet, place: int) -> tuple[int, int]:
+    """The least and the natural width of a column.
 
-
-def _least(sheet: Sheet, place: int) -> int:
-    """A number needs its whole width; labels and headings are folded down to ``NARROW``."""
+    A number needs its whole width, and a label or heading at most ``NARROW``. The natural width is that of the widest entry; a
+    heading of moderate length stays on one line.
+    """
     column = sheet.columns[place]
-    natural = max((cell_len(_text(row[place])) for row in sheet.rows), default=1)
-    heads = max(map(cell_len, BREAKS.findall(_heading(column, " "))), default=1)
-    return max(1, natural if column.numeric else min(natural, NARROW), min(heads, NARROW))
+    widest = max((cell_len(_text(row[place])) for row in sheet.rows), default=1)
+    pieces = [piece for word in WORDS.findall(_heading(column)) for piece in NAMES.findall(word)]
+    heads = max(map(cell_len, pieces), default=1)
+    least = max(1, widest if column.numeric else min(widest, NARROW), min(heads, NARROW))
+    return least, max(least, widest, min(cell_len(column.name), NARROW))
 
 
 def _table(sheet: Sheet, part: _Part) -> Table:
     box, padding = (SIMPLE_HEAD, (0, 1, 0, 0)) if part.dense else (HEAVY_HEAD, (0, 1))
     out = Table(box=box, padding=padding, show_edge=False, pad_edge=False)
-    for place, width in zip(part.places, part.widths, strict=True):
+    shown = list(zip(part.places, part.widths, strict=True))
+    for place, width in shown:
         column = sheet.columns[place]
         head = "\n".join(line for piece in (column.group, column.name) for line in folded(piece, width) if piece)
         out.add_column(Text(head), justify="right" if column.numeric else "left", width=width, no_wrap=True)
     for number, row in enumerate(sheet.rows):
         if number in sheet.sections:
             out.add_section()
-        cells = zip(part.places, part.widths, strict=True)
-        out.add_row(
-            *(Text("\n".join(folded(_text(row[p]), width)), style="bold" if row[p].bold else "") for p, width in cells)
-        )
+        entries = ((row[place], width) for place, width in shown)
+        out.add_row(*(Text("\n".join(folded(_text(e), w)), style="bold" if e.bold else "") for e, w in entries))
     return out
 
 
@@ -148,7 +152,7 @@ def _as_lists(sheet: Sheet, width: int) -> list[Text]:
                 lines.append(Text(" ".join(_text(entry) for _, entry in members), style="bold"))
                 continue
             for column, entry in members:
-                value, heading = _text(entry), f"  {_heading(column, ' ')}:"
+                value, heading = _text(entry), f"  {_heading(column)}:"
                 beside = cell_len(f"{heading} {value}") <= width
                 lines += [] if beside else [Text(heading)]
                 lines.append(Text(f"{heading} {value}" if beside else f"    {value}", no_wrap=True, overflow="ignore"))
@@ -156,23 +160,30 @@ def _as_lists(sheet: Sheet, width: int) -> list[Text]:
 
 
 def folded(text: str, width: int) -> list[str]:
-    """Break text into lines, behind a space, ``_``, ``/``, ``=`` or comma where there is one.
+    """Break text into lines behind a space, ``/``, ``=`` or comma; behind an underscore only inside a word that is too long.
 
-    >>> folded("gptq rotation_seed=12", 14)
-    ['gptq rotation_', 'seed=12']
+    >>> folded("coquant n_samples=128", 14)
+    ['coquant', 'n_samples=128']
     """
     lines = [""]
-    for word in BREAKS.findall(text):
-        pieces = [word] if cell_len(word.rstrip()) <= width else chop_cells(word, width)
-        for piece in pieces:
-            if lines[-1] and cell_len(lines[-1] + piece.rstrip()) > width:
-                lines.append("")
-            lines[-1] += piece
+    for piece in _pieces(text, width, (WORDS, NAMES)):
+        if lines[-1] and cell_len(lines[-1] + piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
     return [line.rstrip() for line in lines]
 
 
-def _heading(column: Column, between: str) -> str:
-    return f"{column.group}{between}{column.name}".strip()
+def _pieces(text: str, width: int, breaks: Sequence[re.Pattern[str]]) -> list[str]:
+    """Cut text into pieces that fit, by the first of these breaks that is fine enough; anywhere where none is."""
+    if cell_len(text.rstrip()) <= width:
+        return [text]
+    if not breaks:
+        return chop_cells(text, width)
+    return [piece for word in breaks[0].findall(text) for piece in _pieces(word, width, breaks[1:])]
+
+
+def _heading(column: Column) -> str:
+    return f"{column.group} {column.name}".strip()
 
 
 def _text(entry: Entry) -> str:
@@ -181,7 +192,7 @@ def _text(entry: Entry) -> str:
 
 
 def as_ascii(text: str) -> str:
-    """Text in letters that every terminal has."""
+    """Text in ASCII alone."""
     return text.translate(PLAIN).encode("ascii", "replace").decode()
 
 

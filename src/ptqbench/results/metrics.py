@@ -1,4 +1,4 @@
-"""Metrics by name: ``label/perplexity``, ``task/acc``, ``task/acc_norm``; their direction, order and print."""
+"""Metrics by name (``label/perplexity``, ``task/acc``, ``task/acc_norm``): direction, order and print."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kind(metric: str) -> str:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Tell the direction of a metric."""
+    """Whether a larger value of a metric is the better one: accuracies, not perplexities."""
     return kind(metric) in ACCURACIES
 
 
@@ -34,39 +34,41 @@ def order(metric: str) -> tuple[bool, bool, bool, str]:
 
 
 def _missing(value: float | None) -> bool:
-    """Whether there is no number; without pandas, which costs a third of a second."""
+    """Whether there is no number. Not ``pandas.isna``: importing pandas takes a third of a second."""
     return value is None or value != value
 
 
 def format_value(metric: str, value: float) -> str:
-    """Print accuracies in percent with one decimal, perplexities with two (three below 10), thousands in exponents."""
+    """Print an accuracy in percent with one decimal; a perplexity with three decimals below 10, two below 10^4, else as 1.2e+04."""
     return MISSING if _missing(value) else _format(metric, value, value)
 
 
 def format_spread(metric: str, value: float, spread: float) -> str:
-    """Print a mean and its spread with the decimals of the mean; the mean alone where there is no spread."""
+    """Print a mean and its spread, both with the decimals of the mean; the mean alone where the spread is unknown."""
     text = format_value(metric, value)
     return text if _missing(value) or _missing(spread) else text + PLUS_MINUS + _format(metric, spread, value)
 
 
 def format_bits(bits: float) -> str:
-    """Print bits with two decimals."""
+    """Print bits per weight with two decimals."""
     return MISSING if _missing(bits) else f"{bits:.2f}"
 
 
-def format_nominal(bits: float) -> str:
-    """Print nominal bits as short as they are: 4, 4.5."""
-    return MISSING if _missing(bits) else f"{bits:g}"
+def part(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object within a record that was read from disk; empty where a damaged record has none."""
+    found = record.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def measured(metric: Mapping[str, Any]) -> float:
-    """The value of a metric in a result; infinity for a perplexity that is ``LARGEST`` or has a mean loss alone."""
+    """The value of a metric in a result. Infinity where it is at least ``LARGEST``, or where only a mean loss is recorded."""
     unknown = metric.get("value") is None and metric.get("mean_loss") is not None
     value = math.inf if unknown else float(metric["value"])
     return math.inf if value >= LARGEST else value
 
 
 def _format(metric: str, value: float, scale: float) -> str:
+    """Print a value with the decimals that suit ``scale``."""
     if math.isinf(value):
         return "inf"
     if kind(metric) in ACCURACIES:

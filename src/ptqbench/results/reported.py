@@ -1,8 +1,8 @@
-"""The papers' figures beside ours: reported, reproduced, the difference, and whether the two may be compared at all.
+"""The papers' figures beside ours: what was reported, what we measured, the difference, and whether the two may be compared.
 
-A figure belongs to a cell with the same model, the same roles, the same nominal bits and group size, and the same metric. It is
-judged only where calibration, evaluation and options are those of its protocol; else the reason is said in words. A second-hand
-figure is shown and never judged.
+A figure belongs to a cell with the same model, roles, nominal bits, group size and metric. It is judged only where calibration,
+evaluation and options are those of the paper's protocol; otherwise the table says why not. A second-hand figure (one paper
+quoting another) is shown and never judged.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pandas as pd
@@ -18,7 +20,7 @@ from ptqbench.cell.folders import reported_folder
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.results.metrics import MISSING, format_spread, format_value, kind
-from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet, pivot, task_average
+from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet, pivot, records, task_average
 from ptqbench.results.tables.pivot import NOT_MEASURED
 
 PERPLEXITY_TOLERANCE = 0.05
@@ -26,14 +28,13 @@ PERPLEXITY_TOLERANCE = 0.05
 ACCURACY_TOLERANCE = 0.015
 """Difference of accuracies up to which two figures agree, as a fraction: about two standard errors of 2000 questions."""
 COLLAPSED = 1000.0
-AGREES, DIFFERS, INCOMPARABLE, SECOND_HAND, NO_RESULT = (
-    "agrees",
-    "differs",
-    "not comparable",
-    "second-hand",
-    "no result",
-)
+"""Perplexity from which a model no longer works, so that its value says nothing."""
+AGREES, DIFFERS, NO_RESULT = "agrees", "differs", "no result"
+INCOMPARABLE, SECOND_HAND = "not comparable", "second-hand"
 IDLE_WITHOUT_DATA = ("calibration", "act_order", "true_sequential", "basis_samples")
+"""Settings without effect in a cell that rounds to the nearest code and looks at no data."""
+OPTIONS = ("act_order", "true_sequential", "clip_search")
+"""What a method's own protocol may say beside its roles."""
 NUMBERS = ["w_bits", "a_bits", "kv_bits", "group_size", "value"]
 RESULT = [
     *KEYS, "metric", "reported", "ours", "spread", "delta", "verdict", "missing", "why", "paper", "table", "provenance", "protocol",
@@ -43,27 +44,34 @@ RESULT = [
 
 @functools.cache
 def load() -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read the figures and their protocols. Columns: see ``analysis/reported/README.md``; numbers are floats."""
+    """Read the printed figures and their protocols. ``analysis/reported/README.md`` describes the columns; numbers are floats."""
     import yaml
 
     folder = reported_folder()
     frame = pd.read_csv(folder / "reported.csv", dtype=str, keep_default_na=False)
-    for name in NUMBERS:
-        frame[name] = pd.to_numeric(frame[name])
+    frame = frame.assign(**{name: pd.to_numeric(frame[name]) for name in NUMBERS})
     return frame, yaml.safe_load((folder / "protocols.yaml").read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Figure:
-    """One printed figure with its protocol and its metric in our words."""
+    """One printed figure.
+
+    Attributes:
+        row: Its row of ``reported.csv``.
+        protocol: How the paper measured it.
+        method: What the paper's method consists of, as roles and options of ours.
+        metric: Our name of its metric.
+    """
 
     row: dict[str, Any]
     protocol: dict[str, Any]
+    method: dict[str, Any]
     metric: str
 
     @property
     def value(self) -> float:
-        """In our unit: accuracies are fractions."""
+        """The figure in our unit: accuracies are fractions."""
         value = float(self.row["value"])
         return value / 100 if self.row["unit"] == "percent" else value
 
@@ -76,24 +84,20 @@ def check(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per pair of a table's row (seeds averaged) and a printed figure, in the table's order. ``verdict`` is one of
-        agrees, differs, not comparable, second-hand, no result; ``why`` says what stands against a comparison, ``missing`` why
-        there is nothing of ours.
+        agrees, differs, not comparable, second-hand, no result. ``why`` says what stands against a comparison, ``missing`` why
+        there is no value of ours.
     """
     figures, words = load()
     known = frame.dropna(subset=["model", "solver"])
     found, refusals = _with_averages(known, words)
     rows = []
-    for cell in _records(known.drop_duplicates(KEYS)):
+    for cell in records(known.drop_duplicates(KEYS)):
         for figure in _figures(figures[figures["model"] == cell["model"]], words):
-            if _same_cell(cell, figure, words):
-                rows.append(_pair(cell, figure, words, found, refusals))
+            if _same_cell(cell, figure):
+                rows.append(_pair(cell, figure, found, refusals))
     order = {key: place for place, key in enumerate(found.mean.index)}
     rows.sort(key=lambda row: order[row["model"], row["method"], row["bitwidth"]])
     return pd.DataFrame(rows, columns=RESULT)
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return cast("list[dict[str, Any]]", frame.to_dict("records"))
 
 
 def _with_averages(known: pd.DataFrame, words: dict[str, Any]) -> tuple[Pivot, dict[str, str]]:
@@ -101,29 +105,28 @@ def _with_averages(known: pd.DataFrame, words: dict[str, Any]) -> tuple[Pivot, d
     refusals = {}
     for tasks in {tuple(protocol["tasks"]) for protocol in words["protocols"].values() if "tasks" in protocol}:
         try:
-            known = _named(task_average(known, tasks), known, tasks)
+            averaged = task_average(known, tasks)
         except ConfigError as error:
             refusals[_average(tasks)] = str(error)
+            continue
+        # Two task sets of one size are two metrics: the new rows get the names of the tasks.
+        old = averaged.index < len(known)
+        known = averaged.assign(metric=averaged["metric"].where(old, _average(tasks)))
     return pivot(known), refusals
 
 
-def _named(averaged: pd.DataFrame, known: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:
-    """Two task sets of one size are two metrics."""
-    new = averaged.index >= len(known)
-    return averaged.assign(metric=averaged["metric"].where(~new, _average(tasks)))
-
-
-def _average(tasks: tuple[str, ...] | list[str]) -> str:
+def _average(tasks: Sequence[str]) -> str:
     return f"average of {', '.join(sorted(tasks))}/acc"
 
 
 def _figures(rows: pd.DataFrame, words: dict[str, Any]) -> list[_Figure]:
+    """The figures among these rows whose method and metric we have."""
     figures = []
-    for row in _records(rows):
+    for row in records(rows[rows["method"].isin(words["methods"])]):
         protocol = words["protocols"][row["protocol"]]
-        metric = _metric(str(row["metric"]), protocol, words["tasks"])
-        if metric is not None and row["method"] in words["methods"]:
-            figures.append(_Figure(row, protocol, metric))
+        metric = _metric(row["metric"], protocol, words["tasks"])
+        if metric is not None:
+            figures.append(_Figure(row, protocol, words["methods"][row["method"]], metric))
     return figures
 
 
@@ -135,15 +138,13 @@ def _metric(reported: str, protocol: dict[str, Any], tasks: dict[str, str]) -> s
         return "mmlu/acc"
     if reported.startswith("zero_shot_avg") and "delta" not in reported:
         return _average(protocol["tasks"]) if "tasks" in protocol else "average/acc"
-    for prefix, name in (("acc_norm_", "acc_norm"), ("acc_", "acc")):
-        if reported.startswith(prefix):
-            task = reported.removeprefix(prefix)
-            return f"{tasks.get(task, task)}/{name}"
-    return None
+    found = re.fullmatch(r"(acc_norm|acc)_(.+)", reported)
+    return f"{tasks.get(found[2], found[2])}/{found[1]}" if found else None
 
 
-def _same_cell(cell: dict[str, Any], figure: _Figure, words: dict[str, Any]) -> bool:
-    row, method = figure.row, words["methods"][figure.row["method"]]
+def _same_cell(cell: dict[str, Any], figure: _Figure) -> bool:
+    """Whether a figure is one of this cell: roles, bits, variant of a subspace and group size agree."""
+    row, method = figure.row, figure.method
     if any(role in method and cell[role] != method[role] for role in ROLES):
         return False
     if method["solver"] == "none":
@@ -151,41 +152,31 @@ def _same_cell(cell: dict[str, Any], figure: _Figure, words: dict[str, Any]) -> 
     bits = [("nominal_w_bits", "w_bits"), ("nominal_a_bits", "a_bits"), ("nominal_kv_bits", "kv_bits")]
     if pd.isna(row["w_bits"]) or any(pd.notna(row[name]) and cell[ours] != row[name] for ours, name in bits):
         return False
-    expected = dict(method)
-    if "granularity" in expected:
-        expected["granularity"] = figure.protocol.get("granularity", expected["granularity"])
-    if any(cell[name] != expected[name] for name in ("objective", "granularity") if name in expected):
+    # A protocol may say another granularity of the subspaces than the method does.
+    expected = {name: method[name] for name in ("objective", "granularity") if name in method}
+    if any(cell[name] != figure.protocol.get(name, value) for name, value in expected.items()):
         return False
     group = None if pd.isna(row["group_size"]) else int(row["group_size"])
     return "group_size not stated" in row["note"] or (cell["group_size"] or None) == group
 
 
-def _pair(
-    cell: dict[str, Any], figure: _Figure, words: dict[str, Any], found: Pivot, refusals: dict[str, str]
-) -> dict[str, Any]:
+def _pair(cell: dict[str, Any], figure: _Figure, found: Pivot, refusals: dict[str, str]) -> dict[str, Any]:
+    """One row of the result: a figure beside the mean of a cell's row."""
     key = (cell["model"], cell["method"], cell["bitwidth"])
     column = _column(found, key, figure.metric)
     ours, spread = (_number(frame, key, column) for frame in (found.mean, found.spread))
-    reasons = _objections(cell, figure, words, found.protocols[column] if column is not None else "")
-    verdict = _verdict(figure, ours, bool(reasons))
+    reasons = _objections(cell, figure, found.protocols[column] if column is not None else "")
     missing = found.reasons.get(key) or refusals.get(figure.metric) or NOT_MEASURED
-    return {
-        **{name: cell[name] for name in KEYS},
-        "metric": figure.metric,
-        "reported": figure.value,
-        "ours": ours,
-        "spread": spread,
-        "delta": ours - figure.value,
-        "verdict": verdict,
-        "missing": missing if math.isnan(ours) else "",
-        "why": "; ".join(reasons),
-        **{name: figure.row[name] for name in ("paper", "table", "provenance", "protocol", "note")},
-    }
+    given = {name: figure.row[name] for name in ("paper", "table", "provenance", "protocol", "note")}
+    values = {"metric": figure.metric, "reported": figure.value, "ours": ours, "spread": spread}
+    verdict = {"delta": ours - figure.value, "verdict": _verdict(figure, ours, bool(reasons))}
+    words = {"missing": missing if math.isnan(ours) else "", "why": "; ".join(reasons)}
+    return dict(zip(KEYS, key, strict=True)) | given | values | verdict | words
 
 
 def _column(found: Pivot, key: tuple[str, ...], metric: str) -> str | None:
-    """The column that holds a cell's value of a metric: a metric measured under several protocols has several."""
-    columns = [str(name) for name in found.mean.columns if str(name).split("@")[0] == metric]
+    """The column that holds a cell's value of a metric; a metric that was measured under several protocols has several columns."""
+    columns = [name for name in found.mean.columns if name.split("@")[0] == metric]
     return next((name for name in columns if not math.isnan(_number(found.mean, key, name))), None)
 
 
@@ -205,46 +196,41 @@ def _verdict(figure: _Figure, ours: float, objections: bool) -> str:
     return AGREES if difference <= (PERPLEXITY_TOLERANCE if relative else ACCURACY_TOLERANCE) else DIFFERS
 
 
-def _objections(cell: dict[str, Any], figure: _Figure, words: dict[str, Any], measured_on: str) -> list[str]:
+def _objections(cell: dict[str, Any], figure: _Figure, measured_on: str) -> list[str]:
     """What stands against comparing a figure with a cell, in words; empty if nothing does."""
-    row, protocol = figure.row, figure.protocol
+    row, protocol, perplexity = figure.row, figure.protocol, kind(figure.metric) == "perplexity"
+    # What the protocol says about all its figures, about a metric, about a method.
     reasons = [protocol["never"]] if "never" in protocol else []
-    reasons += [why for name, why in protocol.get("metrics", {}).items() if str(row["metric"]).startswith(name)]
+    reasons += [why for name, why in protocol.get("metrics", {}).items() if row["metric"].startswith(name)]
     reasons += [protocol["rows"][row["method"]]] if row["method"] in protocol.get("rows", {}) else []
+    # What was measured, and with which options.
     wanted = protocol.get("perplexity")
-    if wanted and measured_on and kind(figure.metric) == "perplexity" and wanted not in measured_on:
+    if wanted and measured_on and perplexity and wanted not in measured_on:
         reasons.append(f"perplexity over {wanted} there, {measured_on} here")
-    reasons += _method_objections(cell, figure, words)
+    reasons += _method_objections(cell, figure)
+    # What the printed figure itself leaves open.
     if "group_size not stated" in row["note"]:
         reasons.append("group size not stated")
     if pd.isna(row["value"]):
         reasons.append(f"printed as a bound ({row['note']})")
-    elif kind(figure.metric) == "perplexity" and (
-        row["value"] >= COLLAPSED or (row["method"] == "rtn" and row["w_bits"] <= 2)
-    ):
+    elif perplexity and (row["value"] >= COLLAPSED or (row["method"] == "rtn" and row["w_bits"] <= 2)):
         reasons.append("a collapsed model: order of magnitude only")
     return reasons
 
 
-def _method_objections(cell: dict[str, Any], figure: _Figure, words: dict[str, Any]) -> list[str]:
-    protocol, method = figure.protocol, words["methods"][figure.row["method"]]
+def _method_objections(cell: dict[str, Any], figure: _Figure) -> list[str]:
+    """Settings that are not those of the paper; what has no effect in this cell, or is unknown, stands against nothing."""
+    protocol, method = figure.protocol, figure.method
     if method["solver"] == "none":
         return []
     expected = {name: protocol[name] for name in ("calibration",) if name in protocol} | protocol.get("settings", {})
-    expected |= {
-        name: value for name, value in method.items() if name in ("act_order", "true_sequential", "clip_search")
-    }
-    blind = (
-        cell["solver"] == "rtn"
-        and cell["transform"] != "subspace"
-        and (cell["target"], cell["refine"]) == ("weight", "none")
-    )
+    expected |= {name: value for name, value in method.items() if name in OPTIONS}
+    rounds_alone = (cell["solver"], cell["target"], cell["refine"]) == ("rtn", "weight", "none")
+    idle = IDLE_WITHOUT_DATA if rounds_alone and cell["transform"] != "subspace" else ()
     reasons = []
     for name, value in expected.items():
         ours = cell[name]
-        if (blind and name in IDLE_WITHOUT_DATA) or (ours is None and name != "calibration") or pd.isna(ours):
-            continue
-        if ours != value:
+        if name not in idle and pd.notna(ours) and ours != value:
             reasons.append(f"{name} {_text(value)} there, {_text(ours)} here")
     return reasons
 
@@ -254,33 +240,26 @@ def _text(value: Any) -> str:
 
 
 def check_sheet(found: pd.DataFrame, title: str = "", brief: bool = False) -> Sheet:
-    """Lay out what ``check`` returned; why two figures do not compare is a footnote.
+    """Lay out what ``check`` returned. Footnotes say why two figures may not be compared.
 
     Args:
         found: As ``check`` returns it, not modified.
         title: Printed above.
-        brief: For a terminal: model and bitwidth stand above their rows instead of in each, and where a figure is printed is a
-            footnote too.
+        brief: For a terminal: model and bitwidth stand above their rows instead of in every row, and the source of a figure is
+            a footnote too.
     """
-    lead = [] if brief else [Column(name, numeric=False) for name in KEYS]
-    heads = [*(lead or [Column("method", numeric=False)]), Column("metric", numeric=False, wrap=True)]
-    heads += [*map(Column, ("reported", "ours", "delta")), Column("verdict", numeric=False, wrap=True)]
-    heads += [] if brief else [Column("source", numeric=False, wrap=True)]
-    sheet = Sheet(heads, title=title)
+    labels = ["method", "metric"] if brief else [*KEYS, "metric"]
+    columns = [*labels, "reported", "ours", "delta", "verdict", *([] if brief else ["source"])]
+    sheet = Sheet([Column(name, numeric=name in ("reported", "ours", "delta")) for name in columns], title=title)
     previous = None
-    for row in _records(found):
+    for row in records(found):
         group = row["model"], row["bitwidth"]
-        if group != previous:
-            sheet.sections += [len(sheet.rows)] if sheet.rows else []
-            above = [*(Entry(name, bold=True) for name in group), *[Entry("")] * (len(heads) - 2)]
-            sheet.rows += [above] if brief else []
+        if brief and group != previous:
+            sheet.add([*(Entry(name, bold=True) for name in group), *[Entry("")] * (len(columns) - 2)], group)
         previous = group
-        sheet.rows.append(_check_row(sheet, row, brief))
-    counts = found["verdict"].value_counts()
-    summary = (
-        ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        or "no printed figure belongs to these cells"
-    )
+        sheet.add(_check_row(sheet, row, brief), group)
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in found["verdict"].value_counts().items())
+    summary = counted or "no printed figure belongs to these cells"
     sheet.remarks = [
         f"{summary}.",
         f"agrees: within {100 * PERPLEXITY_TOLERANCE:g} % of a perplexity or {100 * ACCURACY_TOLERANCE:g} points of an accuracy, "
@@ -304,14 +283,14 @@ def _check_row(sheet: Sheet, row: dict[str, Any], brief: bool) -> list[Entry]:
 
 
 def _brief(metric: str) -> str:
-    """An average by the number of its tasks: their names are a line long."""
+    """A metric; an average over tasks says how many there are, because their names fill a line."""
     if not metric.startswith("average of "):
         return metric
     return f"average of {metric.count(',') + 1}/acc"
 
 
 def _printed(metric: str, value: float) -> str:
-    """A figure with the digits it was printed with."""
+    """A figure with the digits that the paper prints."""
     if pd.isna(value):
         return MISSING
     return f"{value:g}" if kind(metric) == "perplexity" else f"{100 * value:.4g}"

@@ -1,4 +1,4 @@
-"""The cells of a sweep for a table: run folders where there can be any, and a reason for every cell that can have none."""
+"""The cells of a sweep for a table: the run folder of every cell, or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ptqbench.sweeps.resolve import validated
 
 
 def sweep_cells(sweep: Sweep, extra: list[str]) -> list[Source]:
-    """List every cell of a sweep in the sweep's order, then those it excludes.
+    """List every cell of a sweep in the sweep's order, then the cells that it excludes.
 
     Args:
         sweep: A validated sweep.
         extra: Overrides for every cell.
 
     Returns:
-        A folder with its cell where the cell can be composed and makes sense; else the reason why it has none: ``skipped`` by a
-        role, ``not composed`` (a model that is not at hand, say), or ``excluded`` by the sweep.
+        The run folder of a cell, with the cell; or an ``Absent`` with the reason why there is none: ``skipped`` by a role,
+        ``not composed`` (its model is not at hand, for example), or ``excluded`` by the sweep.
     """
     compose = Composer()
     points = {describe(point): point for point in expand(sweep)}
@@ -48,7 +48,7 @@ def _source(cell: Cell) -> Source:
 def _absent(
     compose: Composer, sweep: Sweep, point: dict[str, Value], extra: list[str], state: str, reason: str
 ) -> Absent:
-    """Name a cell that has no run id: by its configuration, or where even that is wrong by its point."""
+    """Name a cell without a run id by its configuration; by its point of the sweep if the configuration is wrong."""
     try:
         return Absent.of(Naming(compose)(validated(compose(overrides(sweep, point) + extra))), state, reason)
     except PtqbenchError:

@@ -1,12 +1,12 @@
-"""Is one cell better than another, or is it noise? Standard errors, paired tests, spread over seeds, plain verdicts.
+"""Is one cell better than another, or is the difference noise? Standard errors, paired tests, spread over seeds, verdicts.
 
-Two cells of one model are measured on the same examples, and most examples come out alike in both. Paired tests look at the
-examples on which they differ; two standard errors side by side do not, and need samples several times larger for the same
-answer. Examples are given as mappings from an identity (task, number, digest of the prompt) to a score; a comparison of
-unequal sets of identities is refused, never trimmed to the common part.
+Two cells of one model are measured on the same examples, and most examples have the same outcome in both. A paired test looks at
+the examples whose outcomes differ. Two standard errors side by side ignore the pairing, and need samples several times larger for
+the same answer. Scores are mappings from the identity of an example (task, number, digest of the prompt) to its score. Two cells
+with different sets of identities are refused, never compared on the common part.
 
 Sources: E. McNemar 1947 (exact form: a binomial test on the discordant pairs); B. Efron 1979 (percentile bootstrap);
-S. Holm 1979. The tests are scipy's; this module says which one fits which number. Imports neither torch nor pandas.
+S. Holm 1979. scipy computes the tests; this module chooses the test for each number. Imports neither torch nor pandas.
 """
 
 from __future__ import annotations
@@ -25,24 +25,27 @@ N_RESAMPLES = 10_000
 BATCH_ELEMENTS = 1 << 22
 """Resampled examples held at once."""
 
+LARGEST_LOSS = 700.0
+"""Nats up to which exp is finite in float64."""
+
 Array = np.ndarray
 Scores = Mapping[Hashable, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two cells on the same examples; every number is second against first.
+    """Two cells on the same examples; every difference is that of the second cell to the first.
 
     Attributes:
         kind: ``accuracy`` (differences are of proportions) or ``perplexity`` (differences are relative: second / first - 1).
         first: Value of the first cell.
         second: Value of the second cell.
-        difference: Its point estimate.
-        low: Lower end of the interval of ``difference``.
-        high: Upper end.
-        p_value: Two-sided, of "no difference".
-        n: Number of examples (windows for a perplexity).
-        test: Where the p-value comes from.
+        difference: Point estimate of the difference.
+        low: Lower end of its confidence interval.
+        high: Upper end of its confidence interval.
+        p_value: Two-sided p-value of "no difference".
+        n: Number of examples (of windows for a perplexity).
+        test: Name of the test that gave the p-value.
         confidence: Coverage of the interval.
     """
 
@@ -80,7 +83,7 @@ def standard_error(values: Sequence[float] | Array) -> float | None:
 
 
 def paired(first: Scores, second: Scores) -> tuple[Array, Array]:
-    """Bring the scores of two cells into one order.
+    """Bring the scores of two cells into the same order.
 
     Args:
         first: Identity of an example -> score; not modified.
@@ -92,6 +95,7 @@ def paired(first: Scores, second: Scores) -> tuple[Array, Array]:
     Raises:
         ConfigError: The sets of examples differ, are empty, or a score is not finite.
     """
+    # The examples must be the same; one that is not is named in the message.
     missing, extra = first.keys() - second.keys(), second.keys() - first.keys()
     if missing or extra:
         example = min(missing or extra, key=str)
@@ -108,7 +112,9 @@ def paired(first: Scores, second: Scores) -> tuple[Array, Array]:
 
 
 def mcnemar(first: Array, second: Array) -> float:
-    """Exact two-sided p-value of McNemar's test: among the examples that only one of two cells gets right, is it a fair coin?
+    """Exact two-sided p-value of McNemar's test.
+
+    Among the examples that only one of the two cells gets right, each cell is right with probability 1/2 under the null hypothesis.
 
     Args:
         first: (n,) scores, 0 or 1.
@@ -121,16 +127,17 @@ def mcnemar(first: Array, second: Array) -> float:
         ConfigError: A score is neither 0 nor 1.
     """
     if not _binary(first, second):
-        raise ConfigError("McNemar's test needs scores of 0 and 1")
-    only_first, only_second = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
-    discordant = only_first + only_second
+        raise ConfigError(
+            "expected scores of 0 and 1 for McNemar's test, got others: compare such scores by a paired t test"
+        )
+    only_first, discordant = int(((first == 1) & (second == 0)).sum()), int((first != second).sum())
     return 1.0 if discordant == 0 else float(stats.binomtest(only_first, discordant, 0.5).pvalue)
 
 
 def paired_bootstrap(
     first: Array, second: Array, confidence: float = CONFIDENCE, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of mean(second) - mean(first), resampling examples with both their scores.
+    """Percentile bootstrap interval of mean(second) - mean(first). An example is resampled together with both its scores.
 
     Args:
         first: (n,) scores.
@@ -140,7 +147,7 @@ def paired_bootstrap(
         seed: Seed of the resampling; equal seeds give equal intervals.
     """
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    if np.ptp(differences) == 0:
+    if np.ptp(differences) == 0:  # scipy has no interval of a constant
         return float(differences[0]), float(differences[0])
     found = stats.bootstrap(
         (differences,),
@@ -157,7 +164,7 @@ def paired_bootstrap(
 def compare_accuracy(first: Scores, second: Scores, confidence: float = CONFIDENCE, seed: int = 0) -> Comparison:
     """Compare the accuracies of two cells on the same examples.
 
-    The interval is the paired bootstrap's; the p-value is McNemar's for scores of 0 and 1, else the paired t test's.
+    The interval is that of the paired bootstrap. The p-value is McNemar's for scores of 0 and 1, else that of the paired t test.
 
     Args:
         first: Identity of an example -> score of the first cell.
@@ -172,26 +179,16 @@ def compare_accuracy(first: Scores, second: Scores, confidence: float = CONFIDEN
     low, high = paired_bootstrap(a, b, confidence, seed=seed)
     exact = _binary(a, b)
     p_value = mcnemar(a, b) if exact else _t_test(b - a, confidence)[0]
-    name = "exact McNemar" if exact else "paired t"
-    return Comparison(
-        "accuracy",
-        float(a.mean()),
-        float(b.mean()),
-        float((b - a).mean()),
-        low,
-        high,
-        p_value,
-        len(a),
-        name,
-        confidence,
-    )
+    means = float(a.mean()), float(b.mean()), float((b - a).mean())
+    test = "exact McNemar" if exact else "paired t"
+    return Comparison("accuracy", *means, low, high, p_value, len(a), test, confidence)
 
 
 def compare_average(pairs: Sequence[tuple[Scores, Scores]], confidence: float = CONFIDENCE) -> Comparison:
-    """Compare two cells by the plain mean of their accuracies on several tasks, each task counted once.
+    """Compare two cells by the unweighted mean of their accuracies on several tasks.
 
-    The examples of a task vary, the tasks do not: the standard error is sqrt(sum_t se_t^2) / T over the T tasks, with se_t
-    that of the paired differences, and the difference is taken as normal.
+    Examples are a sample, tasks are fixed. The standard error is sqrt(sum_t se_t^2) / T over the T tasks, where se_t is the
+    standard error of the paired differences in task t. The difference is taken as normally distributed.
 
     Raises:
         ConfigError: No task, or a task whose examples are not the same or fewer than two.
@@ -200,10 +197,12 @@ def compare_average(pairs: Sequence[tuple[Scores, Scores]], confidence: float = 
         raise ConfigError("expected at least one task to average, got none")
     arrays = [paired(first, second) for first, second in pairs]
     first, second = (float(np.mean([pair[i].mean() for pair in arrays])) for i in (0, 1))
+    # The error of the mean of T independent differences.
     errors = [standard_error(b - a) for a, b in arrays]
     if any(error is None for error in errors):
         raise ConfigError("expected at least two examples in every task of an average")
     error = math.sqrt(math.fsum(e**2 for e in errors if e is not None)) / len(errors)
+    # The normal interval, and the two-sided p-value of a difference of zero.
     difference = second - first
     half = error * float(stats.norm.ppf((1 + confidence) / 2))
     p_value = float(2 * stats.norm.sf(abs(difference) / error)) if error else _certain(difference)
@@ -217,11 +216,11 @@ def compare_perplexity(
 ) -> Comparison:
     """Compare two perplexities of one text by the losses of its windows.
 
-    log(perplexity) is the mean of the windows' mean losses, so the paired t interval of the loss difference, exponentiated,
-    is an interval of the ratio of the perplexities.
+    log(perplexity) is the mean of the windows' mean losses. So exponentiating the paired t interval of the difference of losses
+    gives an interval of the ratio of the perplexities.
 
     Args:
-        first: Identity of a window -> summed negative log-likelihood in nats.
+        first: Identity of a window -> sum of its negative log-likelihoods, in nats.
         second: The same windows in the second cell.
         tokens_per_window: Predicted tokens of each window.
         confidence: Coverage of the interval.
@@ -233,34 +232,36 @@ def compare_perplexity(
     if len(a) < 2:
         raise ConfigError("expected at least two windows to compare perplexities, got one: use a longer text")
     p_value, low, high = _t_test(b - a, confidence)
-    first_value, second_value = (math.exp(min(float(losses.mean()), 700.0)) for losses in (a, b))
-    change, low, high = (math.expm1(min(x, 700.0)) for x in (float((b - a).mean()), low, high))
-    return Comparison(
-        "perplexity", first_value, second_value, change, low, high, p_value, len(a), "paired t", confidence
-    )
+    values = math.exp(min(float(a.mean()), LARGEST_LOSS)), math.exp(min(float(b.mean()), LARGEST_LOSS))
+    # exp(difference of mean losses) is the ratio of the perplexities; 1 less is the relative change.
+    change, low, high = (math.expm1(min(loss, LARGEST_LOSS)) for loss in (float((b - a).mean()), low, high))
+    return Comparison("perplexity", *values, change, low, high, p_value, len(a), "paired t", confidence)
 
 
 def over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Spread:
-    """Summarise the values of one measure over seeds; one seed or an infinite value leaves the spread unknown.
+    """Mean and spread of a metric over seeds. With one seed, or with an infinite value, the spread is unknown.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no value.
     """
     if not values:
         raise ConfigError("expected the value of at least one seed, got none")
     n, mean = len(values), float(np.mean(values))
+    # Scaled to the largest value, so that no square overflows.
     scale = max(map(abs, values)) or 1.0
     if n == 1 or math.isinf(scale):
         return Spread(n, mean, None, None, None)
-    std = scale * float(np.std(np.asarray(values) / scale, ddof=1))  # scaled, so that no square overflows
+    std = scale * float(np.std(np.asarray(values) / scale, ddof=1))
     half = std / math.sqrt(n) * float(stats.t.ppf((1 + confidence) / 2, n - 1))
     return Spread(n, mean, std, mean - half, mean + half)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Adjust p-values of several comparisons (Holm): below alpha each, the chance of any false claim is below alpha.
+    """Adjust the p-values of several comparisons (Holm).
 
-    The k-th smallest of m is multiplied by m - k + 1, never falls below a smaller one's, and is capped at 1. Order is kept.
+    If every claim has an adjusted p-value below alpha, the chance that any of the claims is false is below alpha.
+
+    The k-th smallest of m p-values is multiplied by m - k + 1, capped at 1, and raised to the largest before it. Order is kept.
     """
     adjusted: dict[str, float] = {}
     running = 0.0
@@ -271,7 +272,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def verdict(found: Comparison, first: str, second: str, p_value: float | None = None) -> str:
-    """Say in one sentence which of two cells is better, or that this sample cannot tell.
+    """Say in one sentence which of two cells is better, or that the sample is too small to tell.
 
     A difference is claimed only if the p-value is below 1 - confidence *and* the interval excludes zero.
 
@@ -279,15 +280,13 @@ def verdict(found: Comparison, first: str, second: str, p_value: float | None = 
         found: The comparison of ``second`` with ``first``.
         first: Name of the first cell.
         second: Name of the second.
-        p_value: One adjusted for several comparisons; the comparison's own by default.
+        p_value: A p-value adjusted for several comparisons; None takes that of the comparison.
     """
     p = found.p_value if p_value is None else p_value
-    unit = " points" if found.kind == "accuracy" else " % of the perplexity"
-    low, high = 100 * found.low, 100 * found.high
-    what = "examples" if found.kind == "accuracy" else "windows"
+    unit, what = (" points", "examples") if found.kind == "accuracy" else (" % of the perplexity", "windows")
     facts = (
-        f"{100 * found.difference:+.2f}{unit}, {100 * found.confidence:.0f} % interval {low:+.2f} to {high:+.2f}, "
-        f"p = {p:.2g}, {found.n} {what}"
+        f"{100 * found.difference:+.2f}{unit}, {100 * found.confidence:.0f} % interval {100 * found.low:+.2f} to "
+        f"{100 * found.high:+.2f}, p = {p:.2g}, {found.n} {what}"
     )
     if p >= 1 - found.confidence or found.low <= 0 <= found.high:
         return f"{second} and {first} are not distinguishable at this sample size ({facts})"
@@ -296,7 +295,7 @@ def verdict(found: Comparison, first: str, second: str, p_value: float | None = 
 
 
 def _t_test(differences: Array, confidence: float) -> tuple[float, float, float]:
-    """p-value and interval of the mean of paired differences; a constant difference has no spread to test against."""
+    """p-value and interval of the mean of paired differences; equal differences have no spread to test against."""
     mean, error = float(differences.mean()), standard_error(differences)
     if not error:
         return _certain(mean), mean, mean
@@ -306,6 +305,7 @@ def _t_test(differences: Array, confidence: float) -> tuple[float, float, float]
 
 
 def _certain(difference: float) -> float:
+    """The p-value of a difference without spread."""
     return 1.0 if difference == 0 else 0.0
 
 

@@ -1,4 +1,4 @@
-"""What people see on a terminal and in a picture: result tables, states, the comparison, the installation."""
+"""What commands print: the result of a cell, states of cells, and the comparison, also to a file or as a picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptqbench.errors import ConfigError
-from ptqbench.results.metrics import MISSING, format_value, measured
+from ptqbench.results.metrics import MISSING, format_value, measured, part
 from ptqbench.runs.files import number
 from ptqbench.runs.folder import DONE, PENDING, RunFolder
 from ptqbench.runs.places import write_output
@@ -23,14 +23,22 @@ if TYPE_CHECKING:
     from ptqbench.results.tables import Sheet, Source
 
 STATUS_ROWS = 40
-
-
+"""Lines of ``status`` without ``--all``."""
 SUFFIXES = {".md": "md", ".tex": "latex", ".html": "html", ".csv": "csv"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions:
-    """How a comparison is printed: style, file, picture, title, and what the columns are."""
+    """How a comparison is printed.
+
+    Attributes:
+        style: ``terminal``, ``md``, ``latex``, ``html`` or ``csv``.
+        output: File to write; None prints.
+        picture: File for a picture of the comparison; None draws none.
+        title: Printed above.
+        columns: As ``tables.comparison_sheet`` takes them.
+        check: Whether to print the papers' figures beside ours instead of the comparison.
+    """
 
     style: str = "terminal"
     output: str | None = None
@@ -41,17 +49,19 @@ class TableOptions:
 
 
 def result_table(title: str, result: dict[str, Any]) -> Table:
-    """Lay out the result of one cell; what a damaged result lacks is a dash."""
+    """Lay out the result of one cell as a table. What a damaged result lacks is a dash."""
     from rich.table import Table
     from rich.text import Text
 
+    # Labels may be folded, numbers never.
     table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("metric", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("± s.e.", justify="right", no_wrap=True)
     for name, value, error in _metrics(result):
         table.add_row(Text(name), format_value(name, value), "" if error is None else format_value(name, error))
-    bits, times = _members(result, "bits"), _members(result, "timings")
+    # What it cost in bits, bytes and seconds: (amount, unit, format, ending).
+    bits, times = part(result, "bits"), part(result, "timings")
     rows = {
         "nominal weight bits": (number(bits, "nominal_w_bits"), 1, ".3f", ""),
         "true weight bits": (number(bits, "effective_w_bits"), 1, ".3f", ""),
@@ -63,16 +73,11 @@ def result_table(title: str, result: dict[str, Any]) -> Table:
     return table
 
 
-def _members(result: dict[str, Any], name: str) -> dict[str, Any]:
-    """A part of a result; empty where a damaged result has none."""
-    part = result.get(name)
-    return part if isinstance(part, dict) else {}
-
-
 def _metrics(result: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
     """Name, value and standard error of every metric; the value is NaN where a damaged result has no number."""
-    for name, metric in _members(result, "metrics").items():
-        known = metric if isinstance(metric, dict) else {}
+    metrics = part(result, "metrics")
+    for name in metrics:
+        known = part(metrics, name)
         try:
             value = measured(known)
         except (KeyError, TypeError, ValueError):
@@ -81,16 +86,16 @@ def _metrics(result: dict[str, Any]) -> Iterator[tuple[str, float, float | None]
 
 
 def result_line(result: dict[str, Any]) -> str:
-    """Say the result of one cell in one line."""
+    """The result of one cell on one line, with the names of the parts that a damaged result lacks."""
     parts = [f"{name} {format_value(name, value)}" for name, value, _ in _metrics(result)]
-    bits = number(_members(result, "bits"), "effective_w_bits")
-    lacking = [name for name in ("metrics", "bits") if not _members(result, name)]
+    bits = number(part(result, "bits"), "effective_w_bits")
+    lacking = [name for name in ("metrics", "bits") if not part(result, name)]
     parts += [] if bits is None else [f"{bits:.2f} bits"]
     return ", ".join([*parts, *([f"result.json lacks {' and '.join(lacking)}"] if lacking else [])])
 
 
 def print_status(folders: Sequence[RunFolder], every: bool = False) -> None:
-    """Print what is running, waiting or failed, and the count per state.
+    """Print the cells that are neither finished nor pending, and how many cells are in each state.
 
     Args:
         folders: Run folders.
@@ -110,8 +115,9 @@ def print_status(folders: Sequence[RunFolder], every: bool = False) -> None:
     for folder in folders:
         state, detail = describe(folder, queue)
         counts[state] += 1
-        if not every and (state in (DONE, PENDING) or table.row_count >= STATUS_ROWS):
-            hidden += state not in (DONE, PENDING)
+        quiet = state in (DONE, PENDING)
+        if not every and (quiet or table.row_count >= STATUS_ROWS):
+            hidden += not quiet
             continue
         table.add_row(Text(folder.path.name), state, Text(detail))
     if table.row_count:
@@ -122,7 +128,11 @@ def print_status(folders: Sequence[RunFolder], every: bool = False) -> None:
 
 
 def table_options(given: argparse.Namespace, title: str, columns: tuple[str, ...]) -> TableOptions:
-    """Complete the options of the command line: the style follows the suffix of the output where it is not given."""
+    """Read the options of the command line. Without ``--format`` the suffix of the output says the style.
+
+    Raises:
+        ConfigError: The suffix says no style, or the terminal's style is to be written to a file.
+    """
     style = given.format or (SUFFIXES.get(Path(given.output).suffix) if given.output else "terminal")
     if style is None:
         raise ConfigError(f"--output {given.output}: expected a name in {', '.join(SUFFIXES)}, or say --format")
@@ -132,32 +142,26 @@ def table_options(given: argparse.Namespace, title: str, columns: tuple[str, ...
 
 
 def print_table(sources: Iterable[Source], options: TableOptions) -> None:
-    """Print the comparison of cells, or the papers' figures beside theirs; write it to a file, draw it, as the options say."""
-    from ptqbench.results import tables
+    """Print cells as the options say: the comparison, or the papers' figures beside theirs; to a file, with a picture."""
+    from ptqbench.results import reported, tables
 
     frame = tables.tidy(sources)
     if frame.empty:
         print("no cells")
         return
-    if options.check:
-        from ptqbench.results.reported import check, check_sheet
-
-        found = check(frame)
-        if options.style == "csv":
-            put(found.to_csv(index=False), options.output)
-        else:
-            brief = options.style == "terminal"
-            print_sheet(check_sheet(found, options.title, brief), options.style, options.output)
-        return
-    sheet = tables.comparison_sheet(frame, options.title, options.columns, brief=options.style == "terminal")
+    data, brief = reported.check(frame) if options.check else frame, options.style == "terminal"
     if options.style == "csv":
-        put(frame.to_csv(index=False), options.output)
+        put(data.to_csv(index=False), options.output)
+    elif options.check:
+        print_sheet(reported.check_sheet(data, options.title, brief), options.style, options.output)
     else:
+        sheet = tables.comparison_sheet(data, options.title, options.columns, brief)
         print_sheet(sheet, options.style, options.output)
-    if options.picture is not None and not frame["metric"].isna().all():
+    # A picture shows our values alone, if there are any.
+    if options.picture is not None and not options.check and not frame["metric"].isna().all():
         from ptqbench.results.picture import draw
 
-        draw(tables.comparison(frame), options.picture, tables.standard_errors(frame))
+        draw(tables.pivot(frame), options.picture)
         print(f"picture: {options.picture}")
 
 
@@ -173,7 +177,7 @@ def print_sheet(sheet: Sheet, style: str, output: str | None = None) -> None:
         console = Console(highlight=False)
         ascii_only = not console.encoding.lower().startswith("utf")
         console.print(fitted(sheet, console.width, ascii_only))
-        for line in [*(f"[{number}] {text}" for number, text in enumerate(sheet.notes, 1)), *sheet.remarks]:
+        for line in sheet.below():
             said = as_ascii(line) if ascii_only else line
             console.print(said, markup=False, style="dim" if line in sheet.remarks else "")
     elif style == "html":

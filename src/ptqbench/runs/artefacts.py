@@ -1,14 +1,14 @@
 """Tensors that many cells need, computed once: calibration windows, second moments, eigenbases.
 
-An artefact is named by the hash of everything it is a function of (its *key*: content digests, never paths) and of
-``PRODUCER``, which is raised when the code that makes artefacts changes their numbers. It is one safetensors file, written
-under a temporary name and renamed, with the key and a SHA-256 of its tensors inside; what does not agree with them on reading
-is removed and made again. A file lock held while an artefact is made keeps twenty tasks of an array from making it twenty
-times; where a file system ignores locks, that work is wasted and nothing is wrong. A folder has a budget: what does not fit
-beside artefacts in use is not stored.
+The name of an artefact holds a hash of its *key*, which is everything that it depends on (content digests, never paths), and of
+``PRODUCER``, which is raised when a change of the code changes the numbers of artefacts. An artefact is one safetensors file,
+written under a temporary name and renamed. It holds a SHA-256 of its tensors; a file that does not agree with it is removed and
+made again. A file lock is held while an artefact is made, so that twenty tasks of an array do not make it twenty times; where a
+file system ignores locks, work is wasted and nothing is wrong. A folder has a budget: an artefact that does not fit beside those
+in use is not stored.
 
-An artefact never changes a result: a cell computes the same numbers with an empty folder. It carries the seconds that making
-it took, so that a cell can say what it was spared (``Artefacts.account``).
+An artefact never changes a result: a cell computes the same numbers with an empty folder. It holds the seconds that making it
+took, so that a cell can say how much work it was spared (``Artefacts.account``).
 """
 
 from __future__ import annotations
@@ -27,32 +27,38 @@ from filelock import Timeout
 
 from ptqbench.cell.fingerprint import canonical_json
 from ptqbench.errors import StorageError
-from ptqbench.runs.files import TEMPORARY, errno_of, file_lock, is_readable, remove_temporaries, replacing
+from ptqbench.runs.files import (
+    abandoned,
+    errno_of,
+    file_lock,
+    is_readable,
+    remove_temporaries,
+    replacing,
+    temporary_prefix,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PRODUCER = 1
 FOLDER = ".artefacts"
-STALE_S = 86_400.0
 IN_USE_S = 3_600.0
-"""An artefact read or written this recently does not make room for another."""
+"""Seconds for which an artefact that was read or written is not removed to make room for another."""
 
 
 class Artefacts:
     """A folder of artefacts.
 
     Attributes:
-        root: Where it is; created when something is stored.
-        budget_bytes: What the folder may take; None for as much as there is.
-        found: How many artefacts this object found, by kind.
-        made: How many it made.
-        spared_s: What it cost others to make what was found; what this object made or found before counts once.
-        waited_s: How long this object waited while others made something.
+        root: The folder; created when an artefact is stored.
+        budget_bytes: Size up to which the folder may grow; None for no limit.
+        found: Number of artefacts that this object found, by kind.
+        made: Number of artefacts that it made.
+        spared_s: Seconds that others spent on the artefacts found here. An artefact counts once, and not if it was made here.
+        waited_s: Seconds that this object waited while others made artefacts.
     """
 
     def __init__(self, root: Path, budget_bytes: int | None = None) -> None:
-        """Look at a folder, which need not exist yet."""
         self.root, self.budget_bytes, self.made = root, budget_bytes, 0
         self.found: Counter[str] = Counter()
         self.spared_s = self.waited_s = 0.0
@@ -61,31 +67,32 @@ class Artefacts:
 
     @property
     def hits(self) -> int:
-        """How many artefacts were found."""
+        """Number of artefacts found, of all kinds."""
         return self.found.total()
 
     def clock(self) -> float:
-        """Seconds whose differences are full costs: as if what was found had been made here, without waiting for others."""
+        """A clock, in seconds. Its differences are full costs: as if artefacts found had been made here, and without waiting."""
         return time.perf_counter() + self.spared_s - self.waited_s
 
     def account(self) -> dict[str, Any]:
-        """What this object found and what that cost others, as plain data."""
-        return {
-            "found": dict(self.found),
-            "spared_s": round(self.spared_s, 4),
-            "waited_s": round(self.waited_s, 4),
-        }
+        """What was found, the work that this spared, and the time that it took to wait, as plain data for ``result.json``."""
+        seconds = {"spared_s": round(self.spared_s, 4), "waited_s": round(self.waited_s, 4)}
+        return {"found": dict(self.found), **seconds}
 
     def path(self, kind: str, key: Mapping[str, Any]) -> Path:
         """The file of an artefact."""
+        # 24 hexadecimal digits are 96 bits, too many for two keys to meet.
         named = canonical_json({"producer": PRODUCER, "kind": kind, "key": dict(key)})
         return self.root / f"{kind}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.safetensors"
 
     def find(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        """Read an artefact; None if it is missing or damaged (a damaged one is removed).
+        """Read an artefact; None where it is missing or damaged. A damaged file is removed.
+
+        Returns:
+            Tensors by name, on the CPU.
 
         Raises:
-            StorageError: It is there and cannot be read now: a colleague's file without permission, a failing file system.
+            StorageError: The file is there and cannot be read now: no permission, a failing file system.
         """
         path = self.path(kind, key)
         read = _read(path)
@@ -96,7 +103,7 @@ class Artefacts:
         self.spared_s += 0.0 if path in self._paid else seconds
         self._paid.add(path)
         with contextlib.suppress(OSError):
-            os.utime(path)  # the least recently used go first when space is short
+            os.utime(path)  # the least recently used are removed first
         return tensors
 
     def get(self, kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -114,7 +121,7 @@ class Artefacts:
         if found is not None:
             return found
         with self.held(kind, key):
-            found = self.find(kind, key)
+            found = self.find(kind, key)  # perhaps made by another process while this one waited
             if found is not None:
                 return found
             start = self.clock()
@@ -139,6 +146,7 @@ class Artefacts:
         self._paid.add(path)
         size = sum(tensor.nbytes for tensor in held.values())
         try:
+            # Make room first; where artefacts in use leave too little, this one is not stored.
             if self.budget_bytes is not None:
                 left = collect_garbage(self.root, self.budget_bytes - size, IN_USE_S)[2]
                 if left + size > self.budget_bytes:
@@ -148,48 +156,48 @@ class Artefacts:
         except Exception as error:
             if errno_of(error) is None:
                 raise
-            return False  # a full disk, or a folder of others, costs the sharing, not the cell
+            return False  # on a full disk, or in a folder of others, nothing is shared and the cell goes on
         return True
 
     def discard(self) -> None:
-        """Remove what this object stored, because it does not belong to its keys."""
+        """Remove what this object stored: the model or the data changed meanwhile, so that the keys are wrong."""
         for path in self._written:
             path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def held(self, kind: str, key: Mapping[str, Any]) -> Iterator[None]:
-        """Keep other processes from making the same artefact meanwhile; the lock of a killed process is free."""
+        """Keep other processes from making the same artefact meanwhile. The lock of a killed process is free."""
         path = self.path(kind, key)
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # in a folder where this process may not write nothing is shared
+            with contextlib.suppress(OSError):  # where this process may not write, nothing is shared
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(file_lock(path.with_suffix(".lock")))
-                remove_temporaries(path.parent.glob(f".{path.name}.*"))  # of whoever was killed while making it
             self.waited_s += time.perf_counter() - start
             yield
 
 
 def collect_garbage(root: Path, budget_bytes: int, in_use_s: float = 0.0) -> tuple[int, int, int]:
-    """Remove the least recently used artefacts until the rest fits a budget; leftovers of killed processes go first.
+    """Remove the least recently used artefacts until the rest fits a budget; temporary files of killed processes go first.
 
     Args:
         root: Folder of artefacts.
-        budget_bytes: What may stay.
-        in_use_s: What was used within so many seconds stays in any case.
+        budget_bytes: Bytes that may stay.
+        in_use_s: Artefacts used within so many seconds stay in any case. One that is being made stays too.
 
     Returns:
-        Number of files and bytes removed, and bytes that stay. An artefact that is being made is left alone.
+        Number of files removed, bytes removed, and bytes that stay.
     """
     if not root.is_dir():
         return 0, 0, 0
     now, removed, freed = time.time(), 0, 0
-    for path in root.glob(TEMPORARY):
-        with contextlib.suppress(OSError):  # another process collects too, or it belongs to somebody else
-            if now - path.stat().st_mtime > STALE_S:
-                size = sum(part.stat().st_size for part in (path, *path.rglob("*")))
-                remove_temporaries([path])
-                freed, removed = freed + size, removed + 1
+    # Files and folders half written by processes that were killed.
+    for path in abandoned(root):
+        with contextlib.suppress(OSError):  # another process removes it too, or it belongs to another user
+            size = sum(part.stat().st_size for part in (path, *path.rglob("*")))
+            remove_temporaries([path])
+            freed, removed = freed + size, removed + 1
+    # Artefacts, the least recently used first.
     files = []
     for path in root.glob("*.safetensors"):
         with contextlib.suppress(FileNotFoundError):
@@ -200,6 +208,7 @@ def collect_garbage(root: Path, budget_bytes: int, in_use_s: float = 0.0) -> tup
         if total <= budget_bytes or now - used < in_use_s:
             break
         try:
+            # A lock that is held belongs to a process that is making this very artefact.
             with file_lock(path.with_suffix(".lock"), timeout=0):
                 path.unlink(missing_ok=True)
             path.with_suffix(".lock").unlink(missing_ok=True)
@@ -210,10 +219,12 @@ def collect_garbage(root: Path, budget_bytes: int, in_use_s: float = 0.0) -> tup
 
 
 def _stored_form(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As they are read back: detached, on the CPU, contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in hexadecimal."""
     import torch
 
     total = hashlib.sha256()
@@ -226,7 +237,11 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
-    """Tensors and their cost; a file that is damaged or does not say what it cost is removed."""
+    """Read tensors and the seconds that they cost; None without the file. A damaged file, or one without seconds, is removed.
+
+    Raises:
+        StorageError: The file is there and cannot be read now.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not is_readable(path):
@@ -236,9 +251,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
             said = stored.metadata() or {}
         seconds = float(said["seconds"])
-    except FileNotFoundError:  # another process collects garbage
+    except FileNotFoundError:  # another process has just removed it
         return None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
+        # An error of the system says nothing about the content, which may be sound.
         if errno_of(error) is not None:
             raise StorageError(f"{path} cannot be read: {error}") from error
         path.unlink(missing_ok=True)
@@ -252,7 +268,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
 def _write(path: Path, tensors: dict[str, Tensor], seconds: float) -> None:
     from safetensors.torch import save_file
 
-    # safetensors writes a nameless file beside its target first: in a folder that says whose it is, it can be removed after a kill.
-    with replacing(path) as temporary, tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as own:
+    # safetensors first writes a file of a random name beside its target. Here that is in a folder whose name says who writes it,
+    # so that it can be removed after a kill.
+    with replacing(path) as temporary, tempfile.TemporaryDirectory(".tmp", temporary_prefix(path), path.parent) as own:
         save_file(tensors, Path(own) / "new", metadata={"sha256": _digest(tensors), "seconds": f"{seconds:.6f}"})
         (Path(own) / "new").replace(temporary)

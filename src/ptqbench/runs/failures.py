@@ -1,4 +1,4 @@
-"""What kind of failure an exception is, and whether trying again can help. Imports no torch: classes are known by name."""
+"""What kind of failure an exception is, and whether another try can help. Imports no torch: its exceptions are known by name."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Kind:
 
     Attributes:
         name: As recorded in ``failure.json``.
-        retries: How often a launcher may try again by itself; a command of the user always may.
-        more_memory: Whether a further try asks for twice the memory.
+        retries: How often a launcher tries again by itself. A command of the user always tries again.
+        more_memory: Whether another try needs twice the memory.
         advice: What the user can do.
     """
 
@@ -52,38 +52,32 @@ KINDS = {
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG, errno.ENODEV, errno.ENXIO}
 ACCESS = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 PREPARING = ("start", "load")
-"""Stages that open and check what the user named: an exception there is about that, though no check foresaw it."""
+"""Stages that open what the user named. An exception there is about that input, even where no check of ours foresaw it."""
 DAMAGED_INPUT = {
-    "UnicodeError",
-    "EOFError",
-    "BadGzipFile",
-    "JSONDecodeError",
-    "BadZipFile",
-    "ArrowInvalid",
-    "OverflowError",
-}
+    "UnicodeError", "EOFError", "BadGzipFile", "JSONDecodeError", "BadZipFile", "ArrowInvalid", "OverflowError",
+}  # fmt: skip
 NO_GPU = ("no nvidia driver", "not compiled with cuda", "no cuda gpus are available", "invalid device ordinal")
 
 
 def classify(error: BaseException, stage: str = "") -> Kind:
-    """Find the kind of an exception: by its class, the system's number, its words, and what the cell was doing.
+    """The kind of an exception, by its class, its ``errno``, its message, and what the cell was doing.
 
     Args:
         error: What was raised.
-        stage: Stage of the attempt.
+        stage: Stage of the attempt in which it was raised.
     """
     text, names = str(error).lower(), {cls.__name__ for cls in type(error).__mro__}
     cause, number = error.__cause__, errno_of(error)
+    # Exceptions of ours; UncompletedJobError is submitit's, after launcher.max_requeues.
     if isinstance(error, NumericalError):
         return KINDS["numerical"]
-    if (
-        isinstance(error, TimeLimitTooShort) or "UncompletedJobError" in names
-    ):  # submitit's, after launcher.max_requeues
+    if isinstance(error, TimeLimitTooShort) or "UncompletedJobError" in names:
         return KINDS["time_limit"]
     if isinstance(error, StorageError) and cause is not None:
         return classify(cause, stage)
     if isinstance(error, ConfigError | UnsupportedError | CalibrationError):
         return KINDS["config"]
+    # Exceptions of libraries and of the system, the more specific first.
     if names & {"OutOfMemoryError", "CudaError", "AcceleratorError"} and "memory" in text:
         return KINDS["gpu_memory"]
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "cannot allocate memory" in text:

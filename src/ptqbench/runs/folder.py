@@ -1,23 +1,25 @@
-"""The run folder: where a cell lives on disk. Every path is a property, every write is atomic, the state is derived.
+"""The run folder: where a cell lives on disk. Every write is atomic. The state is derived from the files, never stored.
 
     runs/<slug>-<run_id>/
         spec.json                 the cell, complete
         attempts/NNN/             meta.json (provenance), log.txt, heartbeat.json
         lease.json                who works on the cell now (``ptqbench.runs.lease``)
-        submission.json           the job that was submitted for it, if any
-        cancel.json               somebody asked for it to be stopped
-        state/                    finished blocks: the unit of resume
+        submission.json           the SLURM job that was submitted for it, if any
+        cancel.json               exists while the cell is to be stopped
+        state/                    finished decoder blocks: the unit of resume
         layers.parquet            one row per linear
+        bases.json                facts about the eigenbases, where the method has any (``engine.bases.recorded_facts``)
         records/                  losses of every window, scores of every example (``evaluate.records``)
         result.json               written last: its existence *is* "done"
         synced.json               which result Weights & Biases has (``ptqbench.tracking``)
         failure.json              class, message, traceback and log tail of the last failed attempt
 
-No file is ever appended to by two processes. Imports neither torch nor pandas.
+No two processes append to the same file. Imports neither torch nor pandas.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -41,87 +43,54 @@ PENDING, DAMAGED, CANCELLED, UNREADABLE = "pending", "damaged", "cancelled", "un
 
 
 def block_path(state: Path, index: int) -> Path:
-    """Name the file of a finished decoder block."""
+    """The file of a finished decoder block."""
     return state / f"block_{index:04d}.safetensors"
+
+
+class _In:
+    """A path below the run folder, as an attribute."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: RunFolder, owner: type) -> Path:
+        return folder.path / self._name
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """One cell on disk."""
+    """One cell on disk. What each path holds is said at the top of this module."""
 
     path: Path
+
+    spec_path = _In("spec.json")
+    result_path = _In("result.json")
+    failure_path = _In("failure.json")
+    lease_path = _In("lease.json")
+    submission_path = _In("submission.json")
+    cancel_path = _In("cancel.json")
+    layers_path = _In("layers.parquet")
+    bases_path = _In("bases.json")
+    records_path = _In("records")
+    state_path = _In("state")
+    synced_path = _In("synced.json")
 
     @property
     def run_id(self) -> str:
         """The identity in the folder's name."""
         return self.path.name[-RUN_ID_LENGTH:]
 
-    @property
-    def spec_path(self) -> Path:
-        """The cell as plain data."""
-        return self.path / "spec.json"
-
-    @property
-    def result_path(self) -> Path:
-        """Exists exactly when the cell is done."""
-        return self.path / "result.json"
-
-    @property
-    def failure_path(self) -> Path:
-        """Why the last attempt failed."""
-        return self.path / "failure.json"
-
-    @property
-    def lease_path(self) -> Path:
-        """Who works on the cell now."""
-        return self.path / "lease.json"
-
-    @property
-    def submission_path(self) -> Path:
-        """The job that was submitted for the cell."""
-        return self.path / "submission.json"
-
-    @property
-    def cancel_path(self) -> Path:
-        """Exists while the cell is to be stopped."""
-        return self.path / "cancel.json"
-
-    @property
-    def layers_path(self) -> Path:
-        """One row per linear, Parquet."""
-        return self.path / "layers.parquet"
-
-    @property
-    def bases_path(self) -> Path:
-        """What is kept of eigenbases beside the matrices: ``engine.bases.recorded_facts``."""
-        return self.path / "bases.json"
-
-    @property
-    def records_path(self) -> Path:
-        """Finished texts and tasks, Parquet."""
-        return self.path / "records"
-
     def windows_path(self, label: str) -> Path:
-        """One row per window of a text."""
+        """The losses of a text, one row per window."""
         return self.records_path / "windows" / f"{quote(label, safe='')}.parquet"
 
     def examples_path(self, task: str) -> Path:
-        """One row per example of a task."""
+        """The answers to a task, one row per example."""
         return self.records_path / "examples" / f"{quote(task, safe='')}.parquet"
-
-    @property
-    def state_path(self) -> Path:
-        """Finished blocks."""
-        return self.path / "state"
 
     def block_path(self, index: int) -> Path:
         """One finished decoder block."""
         return block_path(self.state_path, index)
-
-    @property
-    def synced_path(self) -> Path:
-        """Which result of the cell W&B has, if any."""
-        return self.path / "synced.json"
 
     @property
     def attempts(self) -> list[Path]:
@@ -132,14 +101,12 @@ class RunFolder:
     def new_attempt(self) -> Path:
         """Create the folder of the next attempt; two processes never get the same one."""
         number = len(self.attempts) + 1
-        while True:
+        while True:  # the number may have been taken meanwhile
             path = self.path / "attempts" / f"{number:03d}"
-            try:
+            with contextlib.suppress(FileExistsError):
                 path.mkdir(parents=True)
-            except FileExistsError:
-                number += 1
-            else:
                 return path
+            number += 1
 
     def spec_bytes(self) -> bytes:
         """The content of ``spec.json``.
@@ -153,7 +120,7 @@ class RunFolder:
         """Read the cell back.
 
         Raises:
-            ConfigError: The file is missing or damaged, or does not describe the cell the folder is named after.
+            ConfigError: The file is missing, damaged, or describes another cell than the folder's name.
             StorageError: The file cannot be read.
         """
         data = read_record(self.spec_path)
@@ -190,7 +157,11 @@ class RunFolder:
         return moment(self.heartbeat() or {}, "time")
 
     def holder(self, now: float | None = None) -> dict[str, Any] | None:
-        """The lease of whoever works on the cell now, if that is somebody who lives."""
+        """The lease of the cell where its holder is alive, else None.
+
+        Args:
+            now: The time, seconds since the epoch; None asks the clock.
+        """
         held = read_record(self.lease_path)
         return held if held and alive(held, self.beat_time(), now) else None
 
@@ -199,7 +170,7 @@ class RunFolder:
         return self.examined(now)[0]
 
     def examined(self, now: float | None = None) -> tuple[str, str]:
-        """The state, and why the files cannot be read where they cannot."""
+        """The state as ``state`` has it, and why the files cannot be read, which is empty where they can."""
         try:
             return self._state(now), ""
         except StorageError as error:
@@ -208,6 +179,7 @@ class RunFolder:
             return UNREADABLE, str(StorageError.of(error, f"{error.filename or self.path} cannot be read"))
 
     def _state(self, now: float | None) -> str:
+        # In the order of what outweighs what: a result counts whatever else lies there, a living holder more than an old failure.
         if self.result_path.exists():
             return DONE if self.result() is not None else DAMAGED
         if self.holder(now) is not None:
@@ -220,17 +192,18 @@ class RunFolder:
 
 
 def folder_of(spec: RunSpec) -> RunFolder:
-    """Find the folder of a cell under ``execution.runs_dir``; an existing one counts whatever its slug."""
+    """Find the folder of a cell under ``execution.runs_dir`` by its run id; without one, the folder that it will get."""
     return folders_of([spec])[0]
 
 
 def folders_of(specs: Sequence[RunSpec]) -> list[RunFolder]:
-    """Find the folders of many cells, listing every ``execution.runs_dir`` once."""
+    """Find the folders of many cells as ``folder_of`` does, with one listing of every ``execution.runs_dir``."""
     found: dict[Path, dict[str, Path]] = {}
     folders = []
     for spec in specs:
         root, identifier = Path(spec.execution.runs_dir), run_id(spec)
         if root not in found:
+            # In reverse order, so that the first of several folders with one run id is the one that stays.
             names = sorted(os.listdir(root), reverse=True) if root.is_dir() else []
             found[root] = {name[-RUN_ID_LENGTH:]: root / name for name in names}
         folders.append(RunFolder(found[root].get(identifier, root / f"{labels.slug(spec)}-{identifier}")))
@@ -240,11 +213,11 @@ def folders_of(specs: Sequence[RunSpec]) -> list[RunFolder]:
 def create(spec: RunSpec, folder: RunFolder | None = None) -> RunFolder:
     """Create (or find) the folder of a cell and write its spec.
 
-    The identity of an existing folder is the same by its name; execution fields (device, folders) become those of ``spec``.
+    An existing folder has the same identity, by its name; its execution fields (device, folders) are replaced by those of ``spec``.
 
     Args:
         spec: The cell.
-        folder: Its folder where that is known already; None looks for it.
+        folder: Its folder, where that is known already; None looks for it.
 
     Raises:
         StorageError: The folder cannot be made or written: no permission, a file in its place, a full disk.
@@ -253,6 +226,7 @@ def create(spec: RunSpec, folder: RunFolder | None = None) -> RunFolder:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         data = to_dict(spec)
+        # Of a sweep that is asked for again, no file is written and flushed once more.
         if read_json(folder.spec_path) != data:
             write_json(folder.spec_path, data)
     except OSError as error:
@@ -265,6 +239,7 @@ def all_runs(root: Path) -> Iterator[RunFolder]:
     if not root.is_dir():
         return
     for name in sorted(os.listdir(root)):
+        # The name is checked before the disk is asked: there may be thousands of folders.
         tail = name[-RUN_ID_LENGTH:]
         named = len(name) > RUN_ID_LENGTH and all(c in "0123456789abcdef" for c in tail)
         if named and os.path.exists(f"{root}/{name}/spec.json"):

@@ -1,8 +1,8 @@
 """The lease of a run folder: at most one process works on a cell.
 
-``lease.json`` names its holder (host, boot, process, SLURM job). Whoever wants the cell reads it under a file lock that is
-held for a moment only; the long-lived protection is the holder's sign of life (``ptqbench.runs.liveness``), since locks are lost
-or ignored on some cluster file systems.
+``lease.json`` names its holder (host, boot, process, SLURM job). A process that wants the cell reads it under a file lock, which
+is held for a moment only. For the hours of the work the holder's sign of life counts (``ptqbench.runs.liveness``), because locks
+are lost or ignored on some cluster file systems.
 
 Imports neither torch nor pandas.
 """
@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any
 from filelock import Timeout
 
 from ptqbench.errors import CellBusy, StorageError
-from ptqbench.runs.files import TEMPORARY, file_lock, moment, read_record, remove_temporaries, write_json
+from ptqbench.runs import artefacts
+from ptqbench.runs.files import TEMPORARY, abandoned, file_lock, moment, read_record, remove_temporaries, write_json
 from ptqbench.runs.liveness import me
 
 if TYPE_CHECKING:
     from ptqbench.runs.folder import RunFolder
 
 LOCK_TIMEOUT_S = 60.0
-OLD_S = 3600.0
-"""Temporary files of what commands write beside the holder may be those of a living command, unless they are so old."""
 WRITTEN_BY_COMMANDS = ("spec", "submission", "cancel", "synced")
+"""Files that commands write without the lease."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
-    """The lease of a run folder, held by this process unless it was silent for so long that another one took over.
+    """The lease of a run folder. This process holds it, unless it was silent for so long that another one took over.
 
     Attributes:
         folder: The cell.
@@ -45,7 +45,7 @@ class Lease:
     record: dict[str, Any]
 
     def check(self) -> None:
-        """Look at the lease again.
+        """Check that this process still holds the lease.
 
         Raises:
             CellBusy: Another process has taken the cell over.
@@ -57,7 +57,7 @@ class Lease:
             )
 
     def is_mine(self) -> bool:
-        """Whether ``lease.json`` still names this process; true where it cannot be read now."""
+        """Whether ``lease.json`` still names this process, or cannot be read now."""
         try:
             return bool(read_record(self.folder.lease_path).get("token") == self.record["token"])
         except StorageError:
@@ -65,7 +65,7 @@ class Lease:
 
     @contextlib.contextmanager
     def confirmed(self) -> Iterator[None]:
-        """Hold the folder's lock, so that nobody takes over, while the result is written.
+        """Hold the folder's lock while the result is written, so that no other process takes over meanwhile.
 
         Raises:
             CellBusy: Another process has taken the cell over.
@@ -77,7 +77,7 @@ class Lease:
 
 @contextlib.contextmanager
 def lease(folder: RunFolder) -> Iterator[Lease]:
-    """Hold the lease of a run folder. What killed holders left half written is removed.
+    """Hold the lease of a run folder. Files that killed holders left half written are removed.
 
     Args:
         folder: Existing run folder.
@@ -86,7 +86,7 @@ def lease(folder: RunFolder) -> Iterator[Lease]:
         The lease.
 
     Raises:
-        CellBusy: A living process holds it; names host, process and since when.
+        CellBusy: A living process holds it; the message names host, process and since when.
         StorageError: The folder cannot be read or written.
     """
     mine = Lease(folder, {"token": uuid.uuid4().hex, "time": time.time(), **me()})
@@ -97,18 +97,19 @@ def lease(folder: RunFolder) -> Iterator[Lease]:
                 f"{folder.path.name} is being worked on by process {held.get('pid')} on {held.get('host')} "
                 f"since {_when(held)}; left to it (the same command shows its result when it is done)"
             )
+        # Nobody works on the cell now, so whatever is half written is a dead process's.
         _clean(folder)
         write_json(folder.lease_path, mine.record)
     try:
         yield mine
-    finally:
+    finally:  # the lease goes, unless another process has taken it over
         with contextlib.suppress(CellBusy, StorageError), _lock(folder):
             if read_record(folder.lease_path).get("token") == mine.record["token"]:
                 folder.lease_path.unlink(missing_ok=True)
 
 
 def drop_stale(folder: RunFolder) -> None:
-    """Remove what a process left beside a result when it was killed after writing it: its lease, files half written."""
+    """Remove the lease and the half-written files of a process that was killed after it had written the result."""
     if os.path.exists(folder.lease_path):
         with contextlib.suppress(CellBusy, StorageError), _lock(folder):
             if folder.holder() is None:
@@ -117,10 +118,10 @@ def drop_stale(folder: RunFolder) -> None:
 
 
 def _clean(folder: RunFolder) -> None:
-    """Remove the temporary files of killed processes; called under the lock, where nobody works on the cell."""
-    for path in folder.path.glob(TEMPORARY):
-        of_command = path.name.split(".")[1] in WRITTEN_BY_COMMANDS
-        remove_temporaries([path], OLD_S if of_command else 0.0)
+    """Remove the temporary files of killed processes; called under the lock, while no process works on the cell."""
+    # ".spec.json.<writer>.tmp" was to become spec.json.
+    mine = (path for path in folder.path.glob(TEMPORARY) if path.name.split(".")[1] not in WRITTEN_BY_COMMANDS)
+    remove_temporaries([*mine, *abandoned(folder.path), *abandoned(folder.path.parent / artefacts.FOLDER)])
     for place in (folder.state_path, folder.path / "attempts", folder.records_path):
         remove_temporaries(place.rglob(TEMPORARY))
 
@@ -132,7 +133,7 @@ def _when(held: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _lock(folder: RunFolder) -> Iterator[None]:
-    """Hold the folder's lock; an error of the system, on taking it or inside, is a ``StorageError``."""
+    """Hold the folder's lock. An ``OSError``, here or inside the block, becomes a ``StorageError``."""
     try:
         with file_lock(folder.path / ".lock", LOCK_TIMEOUT_S):
             yield

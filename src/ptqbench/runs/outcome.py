@@ -1,12 +1,14 @@
 """What an exception outside a cell means on a command line: one line for a person, and an exit status.
 
-1 says that the environment or a cell failed, 2 that the request was wrong. Inside a cell, ``runs.attempt`` records exceptions.
+Status 1 means that the environment or a cell failed, 2 that the request was wrong. Exceptions inside a cell are recorded by
+``runs.attempt``.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import sys
 import traceback
 
 from ptqbench.errors import CalibrationError, ConfigError, PtqbenchError, RunFailed, UnsupportedError
@@ -22,19 +24,49 @@ WRONG_PLACE = {
     errno.EACCES: "may not be read or written by this user",
     errno.EPERM: "may not be changed by this user",
 }
-"""Errors about a path that a person named; all others are those of a disk or a machine."""
+"""Errors about a path that a person named. All others are faults of a disk or a machine."""
+
+
+WRONG, INTERRUPTED = 2, 130
+"""Exit statuses of a command whose request was wrong, and of one that SIGINT has ended."""
+
+
+def report(error: BaseException) -> int:
+    """Print one line about an exception on standard error; raise it again where ``PTQBENCH_TRACEBACK`` is set.
+
+    Returns:
+        The exit status of the command.
+    """
+    if _interrupts(error):
+        print("ptqbench: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    if os.environ.get("PTQBENCH_TRACEBACK"):
+        raise error
+    said, status = outcome(error)
+    print(f"ptqbench: {said}", file=sys.stderr)
+    return status
+
+
+def _interrupts(error: BaseException | None) -> bool:
+    """Whether an exception is an interruption, or a library raised it while it cleaned up after one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def outcome(error: BaseException) -> tuple[str, int]:
-    """Say in one line what went wrong, and with which exit status a command ends."""
+    """What went wrong in one line, and the exit status with which a command ends."""
+    # Errors of ours say everything; what remains is whose fault they are.
     if isinstance(error, RunFailed):
         return one_line(error), 1
     if isinstance(error, PtqbenchError):
         place = isinstance(error.__cause__, OSError) and error.__cause__.errno in WRONG_PLACE
         wrong = isinstance(error, ConfigError | UnsupportedError | CalibrationError) or place
         return one_line(error), 2 if wrong else 1
+    # A path that a person named.
     if isinstance(error, OSError) and error.filename is not None and error.errno in WRONG_PLACE:
         return f"{str(error.filename)!r} {WRONG_PLACE[error.errno]}", 2
+    # Errors of the system and of libraries get the advice of their kind.
     kind = classify(error)
     status = 2 if kind.name == "config" else 1
     if isinstance(error, OSError):
@@ -45,11 +77,12 @@ def outcome(error: BaseException) -> tuple[str, int]:
         return f"out of memory; {kind.advice}", 1
     if kind.name != "code":
         return f"{type(error).__name__}: {one_line(error)}; {kind.advice}", status
+    # No check and no library has foreseen it.
     return f"a defect of ptqbench, please report it: {type(error).__name__}: {one_line(error)} ({_place(error)})", 1
 
 
 def as_problem(error: Exception) -> PtqbenchError:
-    """An exception met while a cell was composed, as the problem of that cell."""
+    """Turn an exception that was raised while a cell was composed into the problem of that cell."""
     said, status = outcome(error)
     return ConfigError(said) if status == 2 else PtqbenchError(said)
 
@@ -60,6 +93,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
+    """File and line of the last frame inside ptqbench."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "ptqbench" in frame.filename] or frames
     return f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}" if ours else "unknown place"

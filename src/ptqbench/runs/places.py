@@ -1,4 +1,4 @@
-"""What a person gives with an option: names of files and folders, checked before any work is done for them, and amounts."""
+"""Values of options of the command line: names of files and folders, checked before any work is done, and amounts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 def output_file(name: str) -> str:
-    """Check the name of a file to be written, before any work is done for it."""
+    """Check the name of a file to be written.
+
+    Raises:
+        ArgumentTypeError: No file can have this name.
+    """
     path = Path(name)
     try:
         if not name or path.is_dir() or name.endswith("/"):
@@ -33,17 +37,18 @@ def picture_file(name: str) -> str:
 
 
 def write_output(name: str, text: str) -> None:
-    """Write a text where a person wants it: a link is followed, a device or a pipe is written to, a file is replaced as a whole.
+    """Write a text to a place that a person chose. A link is followed, a device or a pipe is written to, a file is replaced whole.
 
     Args:
-        name: As ``output_file`` has checked it.
-        text: What is written, as UTF-8.
+        name: A name that ``output_file`` has passed.
+        text: The content, written as UTF-8.
 
     Raises:
         OSError: It cannot be written.
     """
-    from ptqbench.runs.folder import write_text  # here, so that a start without it imports no pydantic
+    from ptqbench.runs.files import write_text
 
+    # A rename would replace a link, a device or a pipe instead of writing to it.
     path = Path(os.path.realpath(name))
     if path.exists() and not path.is_file():
         with path.open("w", encoding="utf-8") as stream:
@@ -65,7 +70,7 @@ def runs_folder(name: str) -> str:
 
 
 def existing_runs_folder(name: str) -> str:
-    """Check the name of a folder of run folders that is read only, so that it must be there."""
+    """Check the name of a folder of run folders for a command that only reads, so that the folder must exist."""
     if not Path(runs_folder(name)).is_dir():
         raise ArgumentTypeError(f"no such folder {name!r} (looked in {Path.cwd()})")
     return name

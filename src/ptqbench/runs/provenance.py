@@ -1,4 +1,4 @@
-"""Where, when and with what a number was made: recorded in every attempt. Imports no torch unless it is already loaded."""
+"""Where, when and with what a number was made; recorded in every attempt. Uses torch only where it is imported already."""
 
 from __future__ import annotations
 
@@ -15,17 +15,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "ptqbench",
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "lm_eval",
-    "hydra-core",
-    "numpy",
-)
+    "ptqbench", "torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "lm_eval", "hydra-core", "numpy",
+)  # fmt: skip
 
 
 def collect() -> dict[str, Any]:
@@ -47,40 +38,43 @@ def collect() -> dict[str, Any]:
 
 @functools.cache
 def git_state() -> dict[str, str] | None:
-    """Commit of the checkout this package runs from, with a digest of uncommitted changes; None outside a checkout."""
+    """Commit of the checkout that this package runs from, and a digest of its uncommitted changes; None outside a checkout."""
     folder = Path(__file__).parent
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip()
         changes = _git(folder, "diff", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
+    # A commit alone does not name the code where files were edited since.
     dirty = {"dirty": hashlib.sha256(changes.encode()).hexdigest()[:12]} if changes else {}
     return {"commit": commit} | dirty
 
 
 @functools.cache
 def cpu() -> str:
-    """Name of the processor and the number of cores this process may use."""
+    """Name of the processor, and the number of cores that this process may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores()} cores"
+
+
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_host_gib() -> float:
     """Peak resident host memory of this process so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def peak_gpu_gib() -> float | None:
     """Peak GPU memory allocated by this process so far, GiB; None without a GPU."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return None
-    return float(torch.cuda.max_memory_allocated()) / 2**30
+    torch = _torch_with_gpu()
+    return None if torch is None else float(torch.cuda.max_memory_allocated()) / 2**30
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -98,8 +92,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _gpu() -> dict[str, Any] | None:
+def _torch_with_gpu() -> Any:
+    """The module torch where it is imported already and sees a GPU, else None."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    return torch if torch is not None and torch.cuda.is_available() else None
+
+
+def _gpu() -> dict[str, Any] | None:
+    torch = _torch_with_gpu()
+    if torch is None:
         return None
     return {"name": torch.cuda.get_device_name(), "count": torch.cuda.device_count(), "cuda": torch.version.cuda}

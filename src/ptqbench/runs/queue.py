@@ -1,8 +1,8 @@
 """Which submitted cells still wait or run in SLURM, from one call of ``squeue``. Needs no accounting.
 
-Every array is submitted under a name that nothing else has (``ptqbench-TOKEN``), and the token is written into the run
-folders *before* the submission. So a cell is recognised in the queue even where the submitting process was killed before it
-could write the job's number, and where ``sbatch`` reported a failure of what SLURM had taken.
+The name of every array holds a token of its own (``ptqbench-TOKEN``), which is written into the run folders *before* the
+submission. So a cell is recognised in the queue even where the submitting process was killed before it wrote down the job's
+number, and where ``sbatch`` reported the failure of a submission that SLURM had taken.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import re
 import shutil
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,17 +22,9 @@ from ptqbench.runs.folder import RunFolder
 
 JOB_NAME = "ptqbench-{token}"
 QUEUED = "queued"
-LIVE = {
-    "PENDING",
-    "RUNNING",
-    "SUSPENDED",
-    "COMPLETING",
-    "CONFIGURING",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "SPECIAL_EXIT",
-    "RESIZING",
-}
+HELD = ("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT")
+LIVE = (*HELD, "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "RESIZING")
+"""``HELD``: states of jobs that do not run yet or again. ``LIVE``: those of all jobs that wait or run."""
 NEVER = {
     "PartitionTimeLimit": "it asks for more time than the partition allows: lower resources.time_min, or take another "
     "launcher.partition",
@@ -48,18 +41,19 @@ NEVER = {
     "launchfailedrequeuedheld": "SLURM could not start it and holds it: ask the administrator, or scontrol release",
     "jobrequeuedinheldstate": "SLURM has put it back into the queue and holds it: scontrol release",
 }
-"""Reasons of pending jobs that no waiting changes, with what to do."""
+"""Reasons of pending jobs that do not go away by waiting, with what to do."""
 OF_ONE_JOB = re.compile(r"(Assoc|QOS).*(PerJob|PerNode)", re.IGNORECASE)
-"""Limits of an account that a single job exceeds; other limits (``AssocMaxJobsLimit``) end with other jobs."""
+"""Limits of an account that a single job exceeds. Other limits (``AssocMaxJobsLimit``) are lifted when other jobs end."""
 OF_ACCOUNT = re.compile(r"(Assoc|QOS)(Max|Grp|Min)", re.IGNORECASE)
 TRIES, PAUSE_S, TIMEOUT_S = 10, 3.0, 60.0
+"""How often ``squeue`` is called, the seconds between two calls, and the seconds that a call may take."""
 SHORT_S = 8.0
-"""Seconds that a command waits for SLURM where it can go on with what the disk says."""
+"""Seconds that a command waits for SLURM where it can go on with what is on disk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One task of an array in the queue."""
+    """One task of an array in the queue, as ``squeue`` shows it."""
 
     job_id: str
     state: str
@@ -67,9 +61,10 @@ class Job:
 
     @property
     def obstacle(self) -> str | None:
-        """Why the job can never start, and what to do; None where waiting can help."""
-        if self.state not in ("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+        """Why the job can never start, and what to do about it; None where waiting can help."""
+        if self.state not in HELD:
             return None
+        # SLURM writes reasons in one word or several, by version: "JobHoldMaxRequeue", "launch failed requeued held".
         word = self.reason.replace(" ", "").replace("_", "").lower()
         if OF_ONE_JOB.search(word):
             return (
@@ -78,7 +73,7 @@ class Job:
         return next((advice for reason, advice in NEVER.items() if reason.lower() == word), None)
 
     def describe(self) -> str:
-        """Say in a few words where the job is, and what keeps it there."""
+        """The state of the job in a few words, and what keeps it from starting."""
         where = f"job {self.job_id} {self.state.lower()} ({self.reason})"
         if self.obstacle is not None:
             return f"{where}: can never start: {self.obstacle}; then: ptqbench cancel, and the same command again"
@@ -87,35 +82,33 @@ class Job:
 
 
 def submission(folder: RunFolder) -> dict[str, Any] | None:
-    """The job that was submitted for a cell, if any."""
+    """The content of ``submission.json``: the SLURM job that was submitted for a cell; None where there was none."""
     data = read_record(f"{folder.path}/submission.json")
     return data if data.get("launcher") == "slurm" else None
 
 
+@dataclasses.dataclass(frozen=True)
 class Queue:
-    """A snapshot of the jobs of this user: (token, task) -> job.
+    """A snapshot of the jobs of this user.
 
     Attributes:
-        problem: Why SLURM did not answer, which makes the snapshot empty; None where it did.
+        jobs: By token and number of the task.
+        problem: Why SLURM did not answer, in which case there are no jobs; None where it answered.
     """
 
-    def __init__(self, jobs: Mapping[tuple[str, int], Job], problem: str | None = None) -> None:
-        self._jobs, self.problem = dict(jobs), problem
+    jobs: Mapping[tuple[str, int], Job]
+    problem: str | None = None
 
     def job_of(self, folder: RunFolder) -> Job | None:
-        """The living job of a cell."""
+        """The job of a cell that waits or runs, if any."""
         sent = submission(folder) or {}
         task = number(sent, "task")
-        return None if task is None else self._jobs.get((str(sent.get("token")), int(task)))
+        return None if task is None else self.jobs.get((str(sent.get("token")), int(task)))
 
     def number_of(self, token: str) -> str | None:
-        """Number of the living array that was submitted under a token."""
-        ids = (job.job_id.partition("_")[0] for (name, _), job in self._jobs.items() if name == token)
+        """Number of the array that was submitted under a token and waits or runs, if any."""
+        ids = (job.job_id.partition("_")[0] for (name, _), job in self.jobs.items() if name == token)
         return next(ids, None)
-
-    def __len__(self) -> int:
-        """Number of living tasks of ptqbench."""
-        return len(self._jobs)
 
 
 def look(folders: Iterable[RunFolder], patient: bool = False) -> Queue:
@@ -123,27 +116,34 @@ def look(folders: Iterable[RunFolder], patient: bool = False) -> Queue:
 
     Args:
         folders: Run folders.
-        patient: Whether to ask again and again, and to raise rather than to answer with ``Queue.problem``.
+        patient: Whether the queue must be known: ask ``TRIES`` times, then raise. Else ask once, and return a queue with
+            ``problem``.
 
     Raises:
-        ConfigError: SLURM does not answer; guessing would submit a cell twice.
+        ConfigError: ``patient``, and SLURM does not answer; a guess would submit a cell twice.
     """
     if shutil.which("squeue") is None or not any(_was_submitted(folder) for folder in folders):
         return Queue({})
-    return ask(TRIES, TIMEOUT_S) if patient else _asked_once()
+    if patient:
+        return ask()
+    try:
+        return ask(1, SHORT_S)
+    except ConfigError as error:
+        return Queue({}, str(error))
 
 
 def ask(tries: int = TRIES, timeout_s: float = TIMEOUT_S) -> Queue:
     """Ask SLURM about the jobs of this user.
 
     Args:
-        tries: How often.
-        timeout_s: Seconds that a try may take.
+        tries: How often ``squeue`` is called at most.
+        timeout_s: Seconds that a call may take.
 
     Raises:
         ConfigError: SLURM does not answer.
     """
     jobs = {}
+    # A line is "17_3|ptqbench-TOKEN|PENDING|Resources"; a job that is no array has no task number, and is task 0.
     for line in _squeue(tries, timeout_s):
         job_id, name, state, reason = [*line.strip().split("|", 3), "", "", ""][:4]
         if name.startswith("ptqbench-") and state in LIVE:
@@ -152,21 +152,30 @@ def ask(tries: int = TRIES, timeout_s: float = TIMEOUT_S) -> Queue:
     return Queue(jobs)
 
 
-def _asked_once() -> Queue:
+def settings() -> dict[str, str]:
+    """The configuration of the cluster, by name.
+
+    Raises:
+        ConfigError: The controller does not answer.
+    """
     try:
-        return ask(1, SHORT_S)
-    except ConfigError as error:
-        return Queue({}, str(error))
+        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"scontrol does not answer ({type(error).__name__})") from error
+    if done.returncode != 0:
+        said = textwrap.shorten(done.stderr, 160, placeholder=" ...")
+        raise ConfigError(f"the controller does not answer: {said}")
+    return dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", done.stdout, re.MULTILINE))
 
 
 def _was_submitted(folder: RunFolder) -> bool:
     try:
         return submission(folder) is not None
-    except StorageError:  # said of the cell itself
+    except StorageError:  # the state of the cell says so
         return False
 
 
-def _squeue(tries: int = TRIES, timeout_s: float = TIMEOUT_S) -> list[str]:
+def _squeue(tries: int, timeout_s: float) -> list[str]:
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%j|%T|%r"]
     problem = ""
     for attempt in range(tries):
@@ -177,6 +186,7 @@ def _squeue(tries: int = TRIES, timeout_s: float = TIMEOUT_S) -> list[str]:
             continue
         if done.returncode == 0:
             return done.stdout.splitlines()
+        # The controller is busy or restarts: it answers again within seconds.
         problem = " ".join(done.stderr.split())
         if attempt + 1 < tries:
             time.sleep(PAUSE_S)

@@ -1,4 +1,4 @@
-"""A cell of a sweep as the commands see it: composed or not, possible or not, and what its run folder says.
+"""A cell of a sweep as the commands see it: whether it was composed, whether it makes sense, and its run folder.
 
 Imports neither torch nor hydra.
 """
@@ -24,12 +24,12 @@ class Cell:
     """One requested cell.
 
     Attributes:
-        name: For people.
+        name: A label for people.
         spec: The resolved cell; None if it could not be composed.
         problem: Why it could not be composed.
-        skipped: Why it makes no sense, if it makes none.
+        skipped: Why the combination makes no sense; None if it does.
         folder: Its run folder, which need not exist yet.
-        draft: The validated cell where only its model or data are not here, so that it can be estimated; it has no identity yet.
+        draft: The validated cell without digests, where only its model or data are missing. It can be estimated, but has no run id.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Cell:
     draft: RunSpec | None = None
 
     def state(self) -> str:
-        """State of the run folder; ``skipped`` or ``invalid`` for a cell that has none."""
+        """The state of the run folder, or ``skipped`` or ``invalid``."""
         if self.spec is None or self.folder is None:
             return INVALID
         return SKIPPED if self.skipped is not None else self.folder.state()
 
 
 def with_folders(cells: Sequence[Cell]) -> list[Cell]:
-    """Give every composed cell its run folder, drop duplicates (same run id), keeping the first, and names that are shared."""
+    """Give every composed cell its run folder, keep the first of cells with the same run id, and make names distinct."""
     folders = iter(folders_of([cell.spec for cell in cells if cell.spec is not None]))
     kept: dict[str, Cell] = {}
     for place, cell in enumerate(cells):

@@ -1,4 +1,4 @@
-"""From override words and sweep files to cells. Hydra ends here: what leaves is a validated ``RunSpec`` or an error of a cell."""
+"""From override words and sweep files to cells. No object of Hydra leaves this module: a cell is a ``RunSpec`` or has an error."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def compose_cell(words: list[str]) -> RunSpec:
     """Compose and validate one cell from override words, e.g. ``["+method=gptq", "model=tiny"]``.
 
     Raises:
-        ConfigError: As ``resolve``; also whatever Hydra objects to.
+        ConfigError: Hydra refuses the words, or the cell is not valid.
+        PtqbenchError: As ``pin``.
     """
     return named(compose_data(words))
 
 
 def named(data: dict[str, Any]) -> RunSpec:
-    """Resolve one composed cell and label it; raises as ``resolve``."""
+    """Validate, label and pin a composed configuration; raises as ``compose_cell``."""
     composer = Composer()
     spec = pin(Naming(composer)(validated(data)), Known())
     composer.save()
@@ -40,28 +41,29 @@ def named(data: dict[str, Any]) -> RunSpec:
 def cells(sweep: Sweep, extra: list[str]) -> list[Cell]:
     """Compose and resolve every cell of a sweep, with extra overrides for all of them, in the sweep's order.
 
-    A cell that cannot be composed carries its error and stops no other. Tracking groups cells by the sweep unless told otherwise.
+    A cell that cannot be composed carries its error and stops no other. The tracking group is the name of the sweep unless one is
+    given.
 
     Raises:
         ConfigError: A word that all cells share is not in Hydra's grammar.
     """
     check_grammar([*sweep.common, *extra])
     found = resolved([(describe(point), overrides(sweep, point) + extra) for point in expand(sweep)])
-    return [
-        cell if cell.spec is None else dataclasses.replace(cell, spec=_grouped(cell.spec, sweep.name)) for cell in found
-    ]
+    return [_grouped(cell, sweep.name) for cell in found]
 
 
-def _grouped(spec: RunSpec, group: str) -> RunSpec:
-    tracking = dataclasses.replace(spec.tracking, group=spec.tracking.group or group)
-    return dataclasses.replace(spec, tracking=tracking)
+def _grouped(cell: Cell, group: str) -> Cell:
+    if cell.spec is None or cell.spec.tracking.group:
+        return cell
+    tracking = dataclasses.replace(cell.spec.tracking, group=group)
+    return dataclasses.replace(cell, spec=dataclasses.replace(cell.spec, tracking=tracking))
 
 
 def requested(words: list[str]) -> list[Cell]:
-    """Validate, without looking at models or texts, the cells of a sweep (its name first) or of one line of overrides.
+    """Validate cells without looking at models or texts: those of a sweep (its name first), or the one of a line of overrides.
 
     Returns:
-        Cells with a draft. A cell of a sweep that cannot be validated has a problem instead and stops no other.
+        Cells with a draft. A cell of a sweep that cannot be validated has a problem instead, and stops no other.
 
     Raises:
         ConfigError: The sweep, a word that its cells share, or the one line of overrides is wrong.
@@ -83,9 +85,11 @@ def _drafted(name: str, words: list[str], composer: Composer) -> Cell:
 
 
 def resolved(requests: list[tuple[str, list[str]]], composer: Composer | None = None) -> list[Cell]:
-    """Compose and resolve cells from (name for people, override words); what they share is looked up once.
+    """Compose and resolve cells. What they share is looked up once; whatever goes wrong with one cell becomes its ``problem``.
 
-    Whatever goes wrong with one cell becomes its ``problem``.
+    Args:
+        requests: Name for people and override words of each cell.
+        composer: Composes the words; None for one that remembers across commands.
     """
     files, known = Composer(), Known()
     naming = Naming(files)
@@ -104,5 +108,5 @@ def _cell(name: str, words: list[str], composer: Composer, naming: Naming, known
         return Cell(labels.name(spec), spec, skipped=skip_reason(spec, known))
     except PtqbenchError as error:
         return Cell(name, None, problem=error)
-    except Exception as error:  # a strange checkpoint, a file that cannot be read: the cell's trouble, not the sweep's
+    except Exception as error:  # an unusual checkpoint or an unreadable file concerns this cell alone
         return Cell(name, None, problem=as_problem(error))

@@ -1,9 +1,9 @@
 """Compositions kept between commands, so that a second look at a sweep needs no Hydra. This saves ``plan demo`` 1.2 of 1.6 s.
 
-A composition is a function of the configuration files, the override words and the code that composes. The name of the cache file
-contains a hash of the files, the code and the user; its keys are the words. So no entry can be out of date. A file is trusted only
-if it belongs to this user, nobody else may write to it, and the digest in it is that of its content. In a cache folder that several
-people share, no file can therefore change another user's cells. A file that is not trusted, or cannot be read, counts as empty.
+A composition depends on the configuration files, the override words and the code that composes. The name of the cache file contains
+a hash of files, code and user, and its keys are the words, so no entry can be out of date. A file is trusted only if it belongs to
+this user, nobody else may write to it, and it contains the digest of its content. So in a cache folder that several people share,
+nobody can change the cells of another user. A file that is not trusted, or cannot be read, counts as empty.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ptqbench.cell.folders import cache_folder
 from ptqbench.runs.folder import write_text
 
 LARGEST_BYTES = 1 << 24
-"""A file above this is begun anew."""
+"""A file that grows beyond this is started afresh."""
 
 
 class Compositions:
-    """Composed data by the words they were composed from."""
+    """Composed data, by the words that they were composed from."""
 
     def __init__(self, state: dict[str, Any]) -> None:
-        """Read what is known about a state of the configuration.
+        """Read what earlier commands composed.
 
         Args:
-            state: What a composition depends on beside its words: the configuration files and the code, as JSON-able data.
+            state: What a composition depends on beside its words: configuration files and code, as JSON-able data.
         """
         versions = {name: metadata.version(name) for name in ("hydra-core", "omegaconf")}
         digest = _digest({**state, "versions": versions, "user": os.getuid()})
@@ -50,19 +50,19 @@ class Compositions:
         return known if isinstance(known, dict) and found.get("sha256") == _digest(known) else {}
 
     def get(self, words: list[str]) -> dict[str, Any] | None:
-        """What was composed from these words, a copy of its own; None if nothing was."""
+        """A copy of what was composed from these words; None if nothing was."""
         text = self._known.get(json.dumps(words))
         return None if text is None else json.loads(text)
 
     def put(self, words: list[str], data: dict[str, Any]) -> None:
-        """Remember what was composed, if it is plain data."""
+        """Remember what was composed, if JSON gives it back unchanged."""
         with contextlib.suppress(TypeError, ValueError):
             text = json.dumps(data)
             if json.loads(text) == data:
                 self._known[json.dumps(words)], self._new = text, True
 
     def save(self) -> None:
-        """Write what is new, beside what others have written meanwhile."""
+        """Write what is new, and keep what other processes have written meanwhile."""
         if not self._new:
             return
         known = self._read() | self._known

@@ -22,11 +22,11 @@ CODE = ("composer.py", "hydra_compose.py", "words.py")
 
 
 class Composer:
-    """Composes cells; each section of the configuration is composed once per set of words about it.
+    """Composes cells. Each section of the configuration (model, method, ...) is composed once per set of words about it.
 
-    The result is that of composing the whole, because a configuration file of ptqbench writes to its own section only. The one
-    exception is a method that chooses the bitwidth where no word does. Words outside this rule (Hydra's own settings, deletions,
-    packages, interpolations) are composed whole.
+    The result equals that of composing the whole, because a configuration file of ptqbench writes to its own section only. The one
+    exception is a method, which chooses the bitwidth where no word does. Cells with words that do not belong to one section
+    (Hydra's own settings, deletions, packages, interpolations) are composed whole.
     """
 
     def __init__(self, compose: Callable[[list[str]], dict[str, Any]] | None = None) -> None:
@@ -35,9 +35,9 @@ class Composer:
         Args:
             compose: Composes override words; None is :func:`compose_data`.
         """
-        read: dict[str, Any] = {}
         self._trims = compose is None  # else Hydra composes a job of a multirun, and wants its settings
-        self._compose_words = compose or self._remembering(read)
+        self._compose_words = compose or self._remembered
+        self._read: dict[str, Any] = {}
         self._sections: dict[tuple[str, tuple[str, ...]], bytes] = {}
         self._whole: dict[str, Any] | None = None
         folder = conf_folder()
@@ -48,6 +48,7 @@ class Composer:
 
     def __call__(self, words: list[str]) -> dict[str, Any]:
         """Compose override words to plain data, as :func:`compose_data` does."""
+        # Hydra wants "+method=x"; without the sign the word has the form of the others.
         words = [word.removeprefix("+") if re.match(r"\+method=", word) else word for word in words]
         owners = [section_of(word) for word in words]
         if self._interpolates or None in owners:
@@ -56,23 +57,19 @@ class Composer:
         choice = [word for word in words if word.startswith("method=")]
         try:
             data = self._by_sections(words, owners, choice)
-        except ConfigError:  # composing the whole says what is wrong in view of all words
+        except ConfigError:  # composing the whole tells what is wrong in view of all words
             return self._compose_words(words)
-        unknown = next((word for word, owner in zip(words, owners, strict=True) if owner not in data), None)
-        return self._compose_words(words) if unknown is not None else data
+        # A word about a section that does not exist has been read by nobody.
+        return data if data.keys() >= set(owners) else self._compose_words(words)
 
-    def _remembering(self, read: dict[str, Any]) -> Callable[[list[str]], dict[str, Any]]:
-        """Composition that looks into the cache first."""
-
-        def compose(words: list[str]) -> dict[str, Any]:
-            data = None if self._before is None else self._before.get(words)
-            if data is None:
-                data = compose_data(words, read)
-                if self._before is not None:
-                    self._before.put(words, data)
-            return data
-
-        return compose
+    def _remembered(self, words: list[str]) -> dict[str, Any]:
+        """Compose words, unless an earlier command did."""
+        data = None if self._before is None else self._before.get(words)
+        if data is None:
+            data = compose_data(words, self._read)
+            if self._before is not None:
+                self._before.put(words, data)
+        return data
 
     def save(self) -> None:
         """Keep what was composed for later commands."""
@@ -80,16 +77,18 @@ class Composer:
             self._before.save()
 
     def _by_sections(self, words: list[str], owners: list[str | None], choice: list[str]) -> dict[str, Any]:
+        """Compose a cell section by section; ``choice`` is the word that chooses the method."""
         data = {}
         for section in self._usual(choice):
             about = [word for word, owner in zip(words, owners, strict=True) if owner == section]
+            # A method chooses the bitwidth where no word does.
             if section == "bitwidth" and not any(word.startswith("bitwidth=") for word in about):
                 about = choice + about
             data[section] = pickle.loads(self._compose(section, about, choice))
         return data
 
     def _usual(self, choice: list[str]) -> dict[str, Any]:
-        """All sections, composed without any word but the method."""
+        """All sections as they are with the method alone."""
         if self._whole is None:
             self._whole = self._compose_words(choice)
         return self._whole
@@ -113,5 +112,5 @@ class Composer:
         return self._compose_words([*given, *self._without(others)])[section]
 
     def _without(self, sections: list[str]) -> list[str]:
-        """Words that leave sections and Hydra's own settings out of a composition; this halves its time."""
+        """Words that delete sections and Hydra's own settings from a composition, which halves its time."""
         return [f"~{name}" for name in (*sections, *HYDRA_GROUPS)] if self._trims else []

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,13 +28,13 @@ from pydantic import Field
 from ptqbench.cell.folders import sweep_folder
 from ptqbench.cell.spec import build, nearest, strict
 from ptqbench.errors import ConfigError
-from ptqbench.sweeps.words import assign, is_axis, literal
+from ptqbench.sweeps.words import assign, is_axis, key_of, literal
 
 MOST_CELLS = 100_000
-"""Points of the grids of a sweep; more is a slip."""
+"""Most points of all grids of a sweep; more is taken for a mistake."""
 
 Value = Any
-"""Of an axis: whatever YAML can say."""
+"""A value of an axis: null, a bool, a number, text, or a list or mapping of these."""
 
 Point = dict[str, Value]
 
@@ -56,8 +57,8 @@ def load_sweep(name: str) -> Sweep:
     """Read a sweep by the name of a shipped one or by the path of a file.
 
     Raises:
-        ConfigError: No such sweep, not YAML, an unknown key, a grid or an exclusion that makes no sense, too many cells, or
-            a number of cells other than ``expect_cells``.
+        ConfigError: There is no such sweep, the file is not YAML, a key is unknown, a grid has no cells or too many, an exclusion
+            removes nothing, or the number of cells is not ``expect_cells``.
         OSError: The file cannot be read.
     """
     from ptqbench.sweeps.yaml_file import read_yaml
@@ -77,46 +78,48 @@ def load_sweep(name: str) -> Sweep:
     _check_size(sweep, str(path))
     _check_exclusions(sweep, str(path))
     count = len(expand(sweep))
+    if not count:
+        raise ConfigError(f"{path}: exclude removes every cell; expected at least one that is left")
     if sweep.expect_cells is not None and count != sweep.expect_cells:
         raise ConfigError(f"{path}: the grids expand to {count} cells, expect_cells says {sweep.expect_cells}")
     return sweep
 
 
 def expand(sweep: Sweep) -> list[Point]:
-    """Expand the grids to points (axis -> value), without exclusions and duplicates, in file order."""
+    """Expand the grids to points (axis -> value) in file order, without those that are excluded and without duplicates."""
     return [point for point, rule in _every_point(sweep) if rule is None]
 
 
 def excluded(sweep: Sweep) -> list[tuple[Point, str]]:
-    """Points of the grids that an exclusion removes, each with its reason, in file order, once."""
-    found = [(point, rule) for point, rule in _every_point(sweep) if rule is not None]
-    return [(point, str(rule.get("reason", "excluded by the sweep file"))) for point, rule in found]
+    """Points of the grids that an exclusion removes, with the reason, in file order and without duplicates."""
+    default = "excluded by the sweep file"
+    return [(point, str(rule.get("reason", default))) for point, rule in _every_point(sweep) if rule is not None]
 
 
 def overrides(sweep: Sweep, point: Point) -> list[str]:
-    """Write one point as Hydra overrides, the common ones first."""
+    """Override words of one point, after the common ones."""
     return sweep.common + [word for axis, value in point.items() for word in assign(axis, value)]
 
 
 def describe(point: Point) -> str:
-    """Name a point for people; different points have different names."""
+    """A label of a point for people; different points have different labels."""
     return " ".join(f"{axis}={literal(value)}" for axis, value in point.items())
 
 
 def _every_point(sweep: Sweep) -> list[tuple[Point, Point | None]]:
-    """Points of all grids, each once, with the exclusion that removes it."""
+    """Points of all grids without duplicates, each with the first exclusion that removes it."""
     points: dict[str, Point] = {}
     for grid in sweep.grids:
         for point in _points(grid, sweep.name):
-            points.setdefault(describe(dict(sorted(point.items()))), point)
+            points.setdefault(describe(dict(sorted(point.items()))), point)  # the order of axes makes no difference
     return [(point, next((rule for rule in sweep.exclude if _matches(point, rule)), None)) for point in points.values()]
 
 
 def _axes(grid: Mapping[str, Any], where: str) -> tuple[dict[str, list[Any]], bool]:
-    """The axes of a grid, and whether they are paired.
+    """The values of each axis of a grid, and whether they are paired (``zip``).
 
     Raises:
-        ConfigError: Not a grid, an axis without values or with a name that is none, or pairs of lists of different lengths.
+        ConfigError: This is not a grid, a name cannot be that of an axis, an axis has no values, or paired axes differ in length.
     """
     paired = "zip" in grid
     axes = grid["zip"] if paired else grid
@@ -126,17 +129,34 @@ def _axes(grid: Mapping[str, Any], where: str) -> tuple[dict[str, list[Any]], bo
         )
     lists = {axis: values if isinstance(values, list) else [values] for axis, values in axes.items()}
     for axis, values in lists.items():
-        if not is_axis(axis):
+        if not is_axis(axis) or re.match(r"hydra\b", key_of(axis)):
             raise ConfigError(
                 f"sweep {where}: expected an axis such as seed, model.path or method/solver, got {axis!r}"
             )
         if not values:
             raise ConfigError(f"sweep {where}: axis {axis} has no values, so its grid has no cells; leave the grid out")
+        for value in values:
+            try:
+                literal(value)
+            except ConfigError as error:
+                raise ConfigError(f"sweep {where}: axis {axis}: {error}") from None
+    for first, second in itertools.combinations(lists, 2):
+        if _overwrites(second, lists[second], first):
+            raise ConfigError(
+                f"sweep {where}: axis {second} overwrites what axis {first} before it says; put it first, or leave one of them out"
+            )
     if paired and len({len(values) for values in lists.values()}) > 1:
         raise ConfigError(
             f"sweep {where}: zip needs lists of one length, got { ({a: len(v) for a, v in lists.items()}) }"
         )
     return lists, paired
+
+
+def _overwrites(axis: str, values: list[Any], earlier: str) -> bool:
+    """Whether a later axis gives its own value to the key of an earlier one. Hydra applies choices of files before all else."""
+    key, before = key_of(axis), key_of(earlier)
+    chooses = "." not in key and all(isinstance(value, str) for value in values)
+    return key == before or (before.startswith(f"{key}.") and not chooses)
 
 
 def _points(grid: Mapping[str, Any], where: str) -> Iterator[Point]:
@@ -147,7 +167,7 @@ def _points(grid: Mapping[str, Any], where: str) -> Iterator[Point]:
 
 
 def _check_size(sweep: Sweep, where: str) -> None:
-    """Count the points before any is made."""
+    """Refuse too many points, before any is made."""
     count = 0
     for grid in sweep.grids:
         lists, paired = _axes(grid, sweep.name)
@@ -159,12 +179,15 @@ def _check_size(sweep: Sweep, where: str) -> None:
 
 
 def _check_exclusions(sweep: Sweep, where: str) -> None:
-    """Refuse an exclusion that removes nothing: a slip in it would let cells run that were to be left out."""
+    """Refuse an exclusion that removes nothing: with a typing error in it, cells would run that were to be left out."""
     points = [point for grid in sweep.grids for point in _points(grid, sweep.name)] if sweep.exclude else []
     for rule in sweep.exclude:
+        if not isinstance(rule.get("reason", ""), str):
+            raise ConfigError(f"{where}: exclude: expected a reason that is text, got {_brief(rule['reason'])}")
         if any(_matches(point, rule) for point in points):
             continue
-        conditions = {axis: value for axis, value in rule.items() if axis != "reason"}
+        conditions = _conditions(rule)
+        # Say which axis or value does not exist; where all do, no point has them together.
         for axis, value in conditions.items():
             there = {literal(point[axis]): None for point in points if axis in point}
             if not there:
@@ -180,10 +203,15 @@ def _check_exclusions(sweep: Sweep, where: str) -> None:
         )
 
 
+def _conditions(rule: Point) -> Point:
+    return {axis: value for axis, value in rule.items() if axis != "reason"}
+
+
 def _matches(point: Point, rule: Point) -> bool:
-    conditions = {axis: value for axis, value in rule.items() if axis != "reason"}
+    """Whether a point has every value that an exclusion names; values are equal only where their types are too."""
+    conditions = _conditions(rule).items()
     return bool(conditions) and all(
-        axis in point and literal(point[axis]) == literal(value) for axis, value in conditions.items()
+        axis in point and literal(point[axis]) == literal(value) for axis, value in conditions
     )
 
 

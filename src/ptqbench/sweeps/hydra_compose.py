@@ -1,4 +1,4 @@
-"""Hydra's compose API: override words in, plain data out. Every objection of Hydra becomes a ``ConfigError`` of one line."""
+"""Hydra's compose API: override words in, plain data out. Every error of Hydra becomes a ``ConfigError`` of one line."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def compose_data(words: list[str], read: dict[str, Any] | None = None) -> dict[s
 
     Args:
         words: Override words.
-        read: Keeps what is read from configuration files between calls, so that no file is read twice; None keeps nothing.
+        read: Configuration files that were read, kept by the caller so that no file is read twice; None keeps nothing.
 
     Raises:
-        ConfigError: No method, or whatever Hydra and OmegaConf object to.
+        ConfigError: No method is given, or Hydra or OmegaConf refuse the words.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -43,7 +43,7 @@ def compose_data(words: list[str], read: dict[str, Any] | None = None) -> dict[s
 def refusal(error: Exception, words: list[str]) -> Exception:
     """What to raise for an exception met while Hydra composed words.
 
-    Hydra and OmegaConf raise a dozen types, all of them about the request; only a disk or memory that fails is something else.
+    Hydra and OmegaConf raise a dozen types, all of them about the request. Only failures of disk and memory are not.
     """
     if isinstance(error, PtqbenchError | MemoryError) or (isinstance(error, OSError) and error.errno is not None):
         return error
@@ -54,7 +54,7 @@ def value_of(word: str) -> Any:
     """The value of an override word.
 
     Raises:
-        ConfigError: The word is not in Hydra's grammar, or gives several values.
+        ConfigError: The word is not in Hydra's grammar, or it gives several values.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -69,11 +69,7 @@ def value_of(word: str) -> Any:
 
 
 def check_grammar(words: Iterable[str]) -> None:
-    """Refuse words that Hydra cannot read or that give several values.
-
-    Raises:
-        ConfigError: One line that says how to quote.
-    """
+    """Refuse words that Hydra cannot parse, or that give several values; the error says how to quote."""
     for word in words:
         if not is_simple(word):
             value_of(word)
@@ -82,8 +78,8 @@ def check_grammar(words: Iterable[str]) -> None:
 class _Remembering:
     """Hydra's repository of configuration files, but each file is read once. Hydra itself reads them for every composition.
 
-    It takes the place of an undocumented attribute of Hydra's loader; without that attribute, files are read again. It saves
-    ``plan demo`` 0.8 of 2.5 s while nothing is in the cache.
+    This replaces an undocumented attribute of Hydra's loader. Should a version of Hydra lack it, files are read every time.
+    ``plan demo`` takes 1.7 s instead of 2.5 s while nothing is in the cache.
     """
 
     def __init__(self, repository: Any, read: dict[str, Any]) -> None:

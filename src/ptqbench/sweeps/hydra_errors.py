@@ -1,6 +1,6 @@
-"""Errors of Hydra and OmegaConf as one line that names what was given, what is known, and how to write it.
+"""Errors of Hydra and OmegaConf as one line that says what was given, what is known, and how to write it.
 
-Imports neither: their errors are known by class name and by words.
+Imports neither of them: errors are recognized by their text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def explain(error: Exception, words: list[str], compose: Compose) -> str:
     Args:
         error: What Hydra or OmegaConf raised.
         words: The override words.
-        compose: Composes words to data, to find the keys that there are.
+        compose: Composes words to data, to find which keys exist.
     """
     text = " ".join(str(error).split())
     word = getattr(error, "override", None)  # of Hydra's OverrideParseException
@@ -32,9 +32,13 @@ def explain(error: Exception, words: list[str], compose: Compose) -> str:
     several = re.search(r"Ambiguous value for argument '(.+?)' 1\.", text)
     if several:
         return several_values(several[1])
+    unnamed = [word for word in words if re.search(r"=(null|true|false|[\d.+[{-])", word) and group_names(key_of(word))]
+    if unnamed and text.startswith("Config group override must be"):
+        return f"{unnamed[-1]}: expected the name of a choice; known: {', '.join(group_names(key_of(unnamed[-1])))}"
     missing = re.search(r"Interpolation key '([^']+)' not found", text)
     if missing:
         return _unknown_key(missing[1], words, compose, "an interpolation names ")
+    # An unknown file of a group, an unknown group, an unknown key.
     choice = re.search(r"Could not find '([^']+)'", text)
     if choice:
         group, _, name = choice[1].rpartition("/")
@@ -42,6 +46,7 @@ def explain(error: Exception, words: list[str], compose: Compose) -> str:
     override = re.search(r"Could not override '([^']+)'", text)
     if override and "/" in override[1]:
         return f"unknown group {override[1]!r}; {nearest(override[1], _groups())}"
+    # OmegaConf names the last part of a key, and beside it the key as a whole.
     bad_key = re.search(r"Key '([^']+)' (?:is not in struct|not in)", text)
     full = re.search(r"full_key: (\S+)", text)
     place = override[1] if override else full[1] if full and bad_key else bad_key[1] if bad_key else None
@@ -52,7 +57,7 @@ def explain(error: Exception, words: list[str], compose: Compose) -> str:
 
 
 def several_values(word: str) -> str:
-    """Say what to do about a word with several values where one is expected."""
+    """The message for a word with several values where one is expected."""
     key = key_of(word)
     return (
         f"{word}: several values where one is expected; combinations are asked for with -m, or in the grids of a sweep file "
@@ -61,7 +66,7 @@ def several_values(word: str) -> str:
 
 
 def bad_grammar(word: str, why: str) -> str:
-    """Say how to quote a word that is not in Hydra's grammar."""
+    """The message for a word that is not in Hydra's grammar: where it stops, and how to quote it."""
     if "=" not in word:
         return f"{word!r}: expected key=value, such as seed=1"
     shown, quoted = (word, quoted_word(word)) if len(word) <= 300 else (f"{word[:100]}...", f"\"{key_of(word)}='...'\"")
@@ -75,7 +80,7 @@ def _groups() -> list[str]:
 
 
 def _unknown_key(place: str, words: list[str], compose: Compose, before: str = "") -> str:
-    """Name the keys that exist beside an unknown one, or what to choose where the part that it belongs to is empty."""
+    """The message for an unknown key: the keys that exist beside it, or what to choose where its parent is empty."""
     *parents, last = place.split(".")
     node: Any = _without(place, words, compose)
     for depth, part in enumerate(parents):
@@ -94,7 +99,7 @@ def _empty(part: str, section: str, place: str) -> str:
 
 
 def _without(place: str, words: list[str], compose: Compose) -> dict[str, Any]:
-    """The configuration without the words that name a place; where others are wrong too, with the choices of groups alone."""
+    """The configuration without the words about a key; where other words are wrong too, with the choices of groups alone."""
     others = [word for word in words if key_of(word) != place and "${" not in word]
     chosen = [word for word in others if re.match(r"\+*[a-z_/]+=[\w.-]+$", word) and group_names(key_of(word))]
     for kept in (others, chosen):

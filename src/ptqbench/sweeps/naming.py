@@ -1,4 +1,4 @@
-"""Label composed cells: compare each with what its files under ``conf/`` say by themselves (see ``cell.labels``)."""
+"""Label composed cells: what differs from the files under ``conf/`` that a cell is named after (``cell.labels``)."""
 
 from __future__ import annotations
 
@@ -16,55 +16,50 @@ Compose = Callable[[list[str]], dict[str, Any]]
 
 
 class Naming:
-    """Labels cells; what the files of a model and method say is composed once."""
+    """Labels cells. What the files of a model and a method contain is composed once."""
 
     def __init__(self, compose: Compose) -> None:
-        """Start without any file read.
-
-        Args:
-            compose: Composes override words to plain data.
-        """
         self._compose = compose
         self._composed: dict[tuple[str, ...], RunSpec | None] = {}
         self._names: dict[str, dict[str, str]] = {}
 
     def __call__(self, spec: RunSpec) -> RunSpec:
-        """Name the bits of a cell by their values, and note what else is not as in its files.
+        """Label a cell; its identity stays the same.
 
         Args:
             spec: A validated cell without digests.
 
         Returns:
-            The same cell: the same identity, with the names that people will read.
+            The cell with its bits named by their values where no file has them, and with ``changed`` filled in.
         """
-        method = self._files("method", spec.method.name)
-        bits = [
-            self._from([f"method={one}", f"bitwidth={file}"])
-            for one in method[:1]
-            for file in self._files("bitwidth", spec.bitwidth.name)
-        ]
-        if not any(named is not None and named.bitwidth == spec.bitwidth for named in bits):
-            spec = dataclasses.replace(
-                spec, bitwidth=dataclasses.replace(spec.bitwidth, name=labels.bits_name(spec.bitwidth))
-            )
-        words = [
-            f"{group}={file}"
-            for group, files in (("method", method), ("model", self._files("model", spec.model.name)))
-            for file in files[:1]
-        ]
-        named = self._from(words)
-        if named is None or len(words) < 2:
+        method = next(iter(self._files("method", spec.method.name)), None)
+        model = next(iter(self._files("model", spec.model.name)), None)
+        spec = self._with_bits_named(spec, method)
+        words = [f"method={method}", f"model={model}"]
+        named = self._from(words) if method and model else None
+        if named is None:
             return spec
         replaced, words = self._replaced(spec, named, words)
         found = replaced + [path for path in labels.changes(spec, self._from(words) or named) if path not in replaced]
         found.sort(key=lambda path: labels.SECTIONS.index(path.partition(".")[0]))
         return dataclasses.replace(spec, changed=tuple(found))
 
+    def _with_bits_named(self, spec: RunSpec, method: str | None) -> RunSpec:
+        """Keep the name of the bitwidth only where a file of that name has exactly these bits."""
+        files = self._files("bitwidth", spec.bitwidth.name) if method else []
+        found = [self._from([f"method={method}", f"bitwidth={file}"]) for file in files]
+        if any(named is not None and named.bitwidth == spec.bitwidth for named in found):
+            return spec
+        return dataclasses.replace(
+            spec, bitwidth=dataclasses.replace(spec.bitwidth, name=labels.bits_name(spec.bitwidth))
+        )
+
     def _replaced(self, spec: RunSpec, named: RunSpec, words: list[str]) -> tuple[list[str], list[str]]:
-        """Parts for which another file was chosen than the method and model name: their paths, and words that choose it too."""
+        """Parts for which another file was chosen than method and model say: their paths, and ``words`` with these choices."""
         paths: list[str] = []
         for path, word in _choices(spec, named):
             group, _, name = word.partition("=")
+            # Several files may contain the name. The one that leaves the fewest differences is taken for the chosen one.
             tried = [[*words, f"{group}={file}"] for file in self._files(group, name)]
             fitting = [
                 (len(labels.changes(spec, found)), one) for one in tried if (found := self._from(one)) is not None
@@ -74,7 +69,7 @@ class Naming:
         return paths, words
 
     def _from(self, words: Sequence[str]) -> RunSpec | None:
-        """The cell that files make by themselves; None where they make none."""
+        """The cell that files make by themselves; None where they do not make a valid one."""
         key = tuple(words)
         if key not in self._composed:
             try:
@@ -84,7 +79,7 @@ class Naming:
         return self._composed[key]
 
     def _files(self, group: str, name: str) -> list[str]:
-        """Files of a group that bear a name: by their own name or, where none does, by the one they contain."""
+        """The file of a group with this name, else those whose content has it as ``name``."""
         if group not in self._names:
             self._names[group] = {file: file for file in group_names(group)}
         files = self._names[group]
@@ -92,6 +87,7 @@ class Naming:
 
 
 def _choices(spec: RunSpec, named: RunSpec) -> Iterator[tuple[str, str]]:
+    """Parts in which a cell has another name than its files: path of the part, and the word that may have chosen it."""
     for role in ROLES:
         member = getattr(spec.method, role).name
         if member != getattr(named.method, role).name:

@@ -1,6 +1,6 @@
 """Content by digest: a cell is pinned to its model, texts, task data and files when it is composed, and checked when it runs.
 
-Between the two moments a cell may wait in a queue for days. Imports neither torch nor hydra.
+In between, a cell may wait in a queue for days. Imports neither torch nor hydra.
 """
 
 from __future__ import annotations
@@ -9,30 +9,43 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ptqbench.cell.registry import file_options
-from ptqbench.cell.spec import ROLES, CalibrationSpec, ModelSpec, Role, RoleSpec, RunSpec, TextSpec
+from ptqbench.cell.spec import ROLES, CalibrationSpec, ModelSpec, PerplexitySpec, Role, RoleSpec, RunSpec, TextSpec
 from ptqbench.data import hub
 from ptqbench.data.overlap import check_disjoint
 from ptqbench.data.protocols import complete as complete_text
-from ptqbench.data.tasks import task_digest, task_digests
+from ptqbench.data.tasks import task_digest, task_digests, writes
 from ptqbench.data.texts import check_options, check_text, text_digest
 from ptqbench.data.window_files import pin_windows
-from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError, unreadable
+from ptqbench.errors import ConfigError, PtqbenchError, UnsupportedError, unreadable
+from ptqbench.evaluate.task_files import check_tasks
 from ptqbench.models import source
+from ptqbench.sweeps.lengths import check_length
 
+T = TypeVar("T")
+Text = TypeVar("Text", CalibrationSpec, PerplexitySpec)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Known:
-    """What has been looked up on disk already, so that the cells of one command share it. Lives as long as the command."""
+    """What has been looked up, on disk and on the hub, so that the cells of one command share it."""
 
     def __init__(self) -> None:
-        self._digests: dict[Any, str] = {}
-        self._windows: dict[CalibrationSpec, CalibrationSpec] = {}
-        self._sources: dict[ModelSpec, source.ModelSource] = {}
-        self._commits: dict[tuple[str, str], str | DataNotHereError] = {}
+        self._found: dict[tuple[Any, ...], Any] = {}
+
+    def _once(self, key: tuple[Any, ...], look: Callable[[], T]) -> T:
+        """Look something up once. An error is remembered too, so that every cell which it concerns has it, and none waits again."""
+        if key not in self._found:
+            try:
+                self._found[key] = look()
+            except PtqbenchError as error:
+                self._found[key] = error
+        found: T | PtqbenchError = self._found[key]
+        if isinstance(found, PtqbenchError):
+            raise found.with_traceback(None)
+        return found
 
     def config(self, model: ModelSpec) -> dict[str, Any]:
         """The ``config.json`` of a model."""
@@ -40,73 +53,69 @@ class Known:
 
     def checkpoint(self, model: ModelSpec) -> source.ModelSource:
         """The folder of a model."""
-        if model not in self._sources:
-            self._sources[model] = source.locate(model, weights=False)
-        return self._sources[model]
+        return self._once(("checkpoint", model), lambda: source.locate(model, weights=False))
 
     def model_digest(self, model: ModelSpec) -> str:
         """The content digest of a model."""
-        if model not in self._digests:
-            self._digests[model] = source.digest(model)
-        return self._digests[model]
+        return self._once(("digest", model), lambda: source.digest(model))
 
-    def text_digest(self, text: TextSpec) -> str:
-        """The content digest of a text, which can be read if it lies on this machine."""
-        if text not in self._digests:
-            self._digests[text] = text_digest(text, self.commit)
+    def pinned(self, text: Text, where: str, model: ModelSpec) -> Text:
+        """The same text with its digest. A text on this machine is read, and must fill a window of the model."""
+
+        def look() -> Text:
+            digest = text_digest(text, self.commit)
             check_text(text)
-        return self._digests[text]
+            check_length(text, where, self.checkpoint(model).folder)
+            return dataclasses.replace(text, digest=digest)
 
-    def calibration(self, spec: CalibrationSpec) -> CalibrationSpec:
+        return self._once(("text", text, where, model), look)
+
+    def calibration(self, spec: CalibrationSpec, model: ModelSpec) -> CalibrationSpec:
         """The same calibration data with their digest."""
         if spec.windows is None:
-            return dataclasses.replace(spec, digest=self.text_digest(spec))
-        if spec not in self._windows:
-            self._windows[spec] = pin_windows(spec)
-        return self._windows[spec]
+            return self.pinned(spec, "calibration", model)
+        return self._once(("windows", spec), lambda: pin_windows(spec))
 
     def commit(self, repository: str, revision: str) -> str:
-        """The commit that a revision of a hub data set names; asked once, so that all cells of a command agree.
+        """The commit that a revision of a hub data set names now. All cells of a command get the same one.
 
         Raises:
             DataNotHereError: As ``hub.commit_of``.
         """
-        key = (repository, revision)
-        if key not in self._commits:
-            try:
-                self._commits[key] = hub.commit_of(repository, revision)
-            except DataNotHereError as error:  # remembered too: without network every look takes its time
-                self._commits[key] = error
-        found = self._commits[key]
-        if isinstance(found, DataNotHereError):
-            raise DataNotHereError(str(found), repository)
-        return found
+        return self._once(("commit", repository, revision), lambda: hub.commit_of(repository, revision))
 
 
 def pin(spec: RunSpec, known: Known) -> RunSpec:
-    """Fill in content digests and the data type, and drop what cannot matter to an unquantized cell.
+    """Fill in content digests and the data type, and drop calibration and seed where they cannot change the result.
 
     Raises:
-        ConfigError: A missing or unreadable file, overlapping texts, windows longer than the context of the model.
+        ConfigError: A missing or unreadable file, overlapping texts, windows longer than the context of the model, a task or
+            metric that lm-eval does not have.
+        CalibrationError: A text that is shorter than one window.
         UnsupportedError: An architecture or a data type that the code cannot serve.
         NotHereError: A hub model that is not on this machine, or a hub data set whose branch names no commit here.
     """
-    model = dataclasses.replace(spec.model, digest=known.model_digest(spec.model), dtype=_dtype(spec.model, known))
+    # What is wrong with the request itself is said first, whether or not its model and data are here.
     _check_options(spec)
-    calibration = known.calibration(spec.calibration) if spec.calibrates and spec.calibration is not None else None
-    named = {label: complete_text(text, f"evaluation.texts.{label}") for label, text in spec.evaluation.texts.items()}
-    texts = {label: dataclasses.replace(text, digest=known.text_digest(text)) for label, text in named.items()}
-    for label, text in texts.items():
+    check_tasks(spec.evaluation.tasks)
+    model = dataclasses.replace(spec.model, digest=known.model_digest(spec.model), dtype=_dtype(spec.model, known))
+    calibration = known.calibration(spec.calibration, spec.model) if spec.calibrates and spec.calibration else None
+    # A text is read by its protocol, and must not contain what calibration may have seen.
+    texts: dict[str, PerplexitySpec] = {}
+    for label, text in spec.evaluation.texts.items():
+        where = f"evaluation.texts.{label}"
+        texts[label] = known.pinned(complete_text(text, where), where, spec.model)
         if calibration is not None:
-            check_disjoint(calibration, text, label)
+            check_disjoint(calibration, texts[label], label)
     tasks = task_digests(spec.evaluation, known.commit)
+    generation = known.checkpoint(spec.model).generation_digest if writes(spec.evaluation.tasks) else None
     pinned: dict[str, Any] = {role: _pin_files(role, getattr(spec.method, role)) for role in ROLES}
     found = dataclasses.replace(
         spec,
         model=model,
         method=dataclasses.replace(spec.method, **pinned),
         calibration=calibration,
-        evaluation=dataclasses.replace(spec.evaluation, texts=texts, task_digests=tasks),
+        evaluation=dataclasses.replace(spec.evaluation, texts=texts, task_digests=tasks, generation_digest=generation),
         seed=spec.seed if spec.calibrates else 0,
     )
     _check_context(found, known.config(spec.model).get("max_position_embeddings"))
@@ -131,9 +140,9 @@ def _dtype(model: ModelSpec, known: Known) -> Any:
 
 
 def _check_context(spec: RunSpec, context: Any) -> None:
-    """Refuse to measure in windows that are longer than what the model was made for, unless they are asked for.
+    """Refuse evaluation windows that are longer than the context of the model, unless ``execution.beyond_context`` permits them.
 
-    Longer calibration windows are a remark of the result (``engine.work``): they are the default of a method, not a measurement.
+    Longer calibration windows are the default of some methods and no measurement; the result notes them (``engine.work``).
     """
     lengths = {f"evaluation.texts.{label}.seq_len": text.seq_len for label, text in spec.evaluation.texts.items()}
     for place, length in lengths.items():
@@ -145,7 +154,7 @@ def _check_context(spec: RunSpec, context: Any) -> None:
 
 
 def _pin_files(role: Role, member: RoleSpec) -> RoleSpec:
-    """Put the digest of every file that a member reads among its options, and the path aside."""
+    """Replace the path of every file among the options of a member by its digest; the path goes to ``files``."""
     options, files = dict(member.options), dict(member.files)
     for option, digest in file_options(role, member.name).items():
         given = options.get(option)
@@ -159,13 +168,13 @@ def _pin_files(role: Role, member: RoleSpec) -> RoleSpec:
 
 
 def check_unchanged(spec: RunSpec) -> None:
-    """Refuse to measure anything but the content that the identity of a cell names.
+    """Refuse to measure content other than that in the identity of a cell.
 
-    Small files are read again. Those over 64 MiB are read again where size, times or inode differ from what the digest cache
-    remembers. Data sets of the hub are read at the commit that names them, so they cannot change.
+    Files up to 64 MiB are read again; larger ones only where size, times or inode differ from what the digest cache has. Data sets
+    of the hub are read at a commit, so they cannot change.
 
     Args:
-        spec: The resolved cell. What has no digest is not looked at.
+        spec: The resolved cell. Content without a digest is not checked.
 
     Raises:
         ConfigError: Something has changed, or is no longer there.
@@ -184,9 +193,12 @@ def check_unchanged(spec: RunSpec) -> None:
 
 
 def _contents(spec: RunSpec) -> Iterator[tuple[str, str | None, Callable[[], str]]]:
-    """Everything a cell reads: what it is, its digest in the identity, and how to find the digest of what lies there now."""
+    """Everything that a cell reads: its name, its digest in the identity, and a function that finds its digest now."""
     model, data = spec.model, spec.calibration
     yield f"model {model.path or model.hub_id or model.name}", model.digest, lambda: source.digest(model)
+    if writes(spec.evaluation.tasks):
+        what = f"generation_config.json of model {model.path or model.hub_id or model.name}"
+        yield what, str(spec.evaluation.generation_digest), lambda: str(source.locate(model).generation_digest)
     texts: list[tuple[str, TextSpec]] = [("calibration text", data)] if data and data.windows is None else []
     texts += [(f"text of evaluation.texts.{label}", text) for label, text in spec.evaluation.texts.items()]
     for what, text in texts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 
 from ptqbench.errors import DataNotHereError
@@ -27,10 +26,10 @@ class Row:
     Attributes:
         cell: The cell.
         state: State of the run folder, or ``queued`` for a cell that waits in SLURM.
-        needs: Resources; None for a cell that cannot run. An invalid cell has them where only its data are not here, or only
-            its model, if that is one of those whose shapes are known.
-        detail: Why it is skipped or invalid, where it is, or how it failed.
-        job: Its job, where it is queued.
+        needs: Resources; None for a cell that cannot run. An invalid cell has them where only its data are missing, or only a
+            model whose shape is published.
+        detail: Why it is skipped or invalid, how far it is, or how it failed.
+        job: Its SLURM job, where it is queued.
     """
 
     cell: Cell
@@ -44,14 +43,19 @@ class Row:
         """Whether a launch would start the cell."""
         return self.needs is not None and self.state not in (DONE, RUNNING, QUEUED, SKIPPED, INVALID, UNREADABLE)
 
+    @property
+    def absent(self) -> bool:
+        """Whether the cell could run if its model and data were on this machine."""
+        return self.needs is not None and self.state == INVALID
+
 
 def plan(cells: Sequence[Cell], known: Known | None = None, patient: bool = False) -> list[Row]:
     """Look at every cell: folder, queue, resources.
 
     Args:
         cells: As composed; not modified.
-        known: Shared lookups of this command.
-        patient: Whether the queue must be known, as before a submission; else a row says where SLURM does not answer.
+        known: What this command has looked up already.
+        patient: Whether SLURM must answer, as before a submission; else a row says where it does not.
 
     Raises:
         ConfigError: ``patient``, and SLURM does not answer.
@@ -69,9 +73,9 @@ class Finished:
 
     Attributes:
         count: Number of cells.
-        factor: Median of the seconds that a cell took over those estimated.
-        peak_gib: Largest peak of the memory that cells of this kind ask for, of the GPU or of the host; None if not recorded.
-        asked_gib: Largest memory that was asked for.
+        factor: Median over cells of the seconds taken / the seconds estimated.
+        peak_gib: Largest peak memory, GiB: of the GPU for cells on one, else of the host. None if not recorded.
+        asked_gib: Largest memory that was asked for, GiB.
     """
 
     count: int
@@ -87,7 +91,7 @@ def calibrated(rows: Sequence[Row]) -> dict[Kind, Finished]:
         rows: A plan with estimates as ``resources`` makes them.
 
     Returns:
-        By model, and whether on a GPU.
+        What was needed, by kind: model, and whether on a GPU.
     """
     found: dict[Kind, list[tuple[float, float | None, float]]] = {}
     for row in rows:
@@ -95,6 +99,7 @@ def calibrated(rows: Sequence[Row]) -> dict[Kind, Finished]:
         if row.needs is None or result is None or not isinstance(result.get("timings"), dict):
             continue
         on_gpu, seconds = bool(row.needs.gpus), [number(result["timings"], name) for name in result["timings"]]
+        # A cell that ran elsewhere than it was planned says nothing about the estimate.
         if on_gpu == (result.get("peak_gpu_gib") is not None) and None not in seconds:
             ratio = (START_S + sum(s for s in seconds if s is not None)) / (60 * row.needs.estimate_min)
             peak = number(result, "peak_gpu_gib" if on_gpu else "peak_host_gib")
@@ -115,7 +120,8 @@ def _kind(row: Row) -> Kind:
 
 
 def _corrected(row: Row, factor: float) -> Row:
-    """Scale the estimate of a cell that is still to be done; the time that it asks for only grows."""
+    """Scale the estimate of an unfinished cell; the time limit only grows."""
+    # A time limit that the request gives stays as it is.
     spec = row.cell.spec or row.cell.draft
     if row.needs is None or row.state == DONE or spec is None:
         return row
@@ -124,18 +130,18 @@ def _corrected(row: Row, factor: float) -> Row:
     return dataclasses.replace(row, needs=dataclasses.replace(row.needs, estimate_min=minutes, time_min=longer))
 
 
-def groups(rows: Sequence[Row]) -> dict[Needs, list[Row]]:
-    """Group what is to be done by resources, in order of first appearance; estimates are left out of the key."""
+def groups(rows: Sequence[Row], absent: bool = False) -> dict[Needs, list[Row]]:
+    """Group what is to be done by resources, in order of first appearance; estimates are left out of the key.
+
+    Args:
+        rows: A plan.
+        absent: Whether to group the cells whose models or data are not on this machine instead.
+    """
     found: dict[Needs, list[Row]] = {}
     for row in rows:
-        if row.todo and row.needs is not None:
+        if row.needs is not None and (row.absent if absent else row.todo):
             found.setdefault(dataclasses.replace(row.needs, estimate_min=0.0), []).append(row)
     return found
-
-
-def counts(rows: Sequence[Row]) -> dict[str, int]:
-    """Number of cells per state."""
-    return dict(Counter(row.state for row in rows))
 
 
 def _row(cell: Cell, queue: Queue, known: Known) -> Row:
@@ -153,7 +159,7 @@ def _row(cell: Cell, queue: Queue, known: Known) -> Row:
 
 
 def _not_composed(cell: Cell, known: Known) -> Row:
-    """A cell without identity; estimated where only its model or its data are not here."""
+    """The row of a cell without run id; it is estimated where only its model or its data are missing."""
     if cell.draft is None:
         return Row(cell, INVALID, None, str(cell.problem))
     model = cell.draft.model
@@ -167,7 +173,7 @@ def _not_composed(cell: Cell, known: Known) -> Row:
 
 
 def describe(folder: RunFolder, queue: Queue) -> tuple[str, str]:
-    """State of a run folder, with the queue taken into account, and a few words on it."""
+    """State of a run folder and of its job in the queue, and a few words on it."""
     state, detail = folder.examined()
     if state in (DONE, UNREADABLE):
         return state, detail

@@ -1,7 +1,7 @@
-"""Load everything that cells need from the network, on a node that has one; afterwards they run with the hub switched off.
+"""Load everything that cells need from the network, on a node that has one; afterwards they run without it.
 
-Models, tokenizers, texts and tasks are loaded through the very functions that a run calls, so that what was found once is found
-again. The manifest says what was loaded, from which revision, and what could not be.
+Models, tokenizers, texts and tasks are loaded by the functions that a run calls, so a run finds what was loaded. The manifest lists
+what was loaded, from which revision, and what could not be.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ptqbench.sweeps.cells import Cell
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One thing that was loaded, or not.
+    """Something that was loaded, or could not be.
 
     Attributes:
-        kind: ``model``, ``text``, ``task``; ``cell`` for one that makes no sense.
+        kind: ``model``, ``text`` or ``task``; ``cell`` for a cell that could not be validated.
         name: Its name.
-        detail: Where it lies and from which revision; or why it could not be loaded.
-        loaded: Whether it was.
+        detail: Where it is and its revision, or why it could not be loaded.
+        loaded: Whether it was loaded.
     """
 
     kind: str
@@ -39,13 +39,17 @@ def prefetch(cells: Iterable[Cell], manifest: Path, say: Callable[[Item], None] 
     """Load what cells need.
 
     Args:
-        cells: With a draft, whose digests need not be filled in, or with a problem.
-        manifest: JSON file that is written.
-        say: Called with every item as it is settled.
+        cells: Cells with a draft, whose digests may be missing, or with a problem.
+        manifest: JSON file to write.
+        say: Called with every item as soon as it is loaded or has failed.
 
     Returns:
         Every item once, in the order of first need. A cell with a problem is an item that could not be loaded.
+
+    Raises:
+        StorageError: The manifest cannot be written.
     """
+    # First collect what is to be loaded, so that cells which share something load it once.
     wanted: dict[tuple[str, Any], Callable[[], str]] = {}
     for cell in cells:
         if cell.draft is None:

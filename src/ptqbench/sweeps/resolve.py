@@ -1,6 +1,7 @@
-"""From composed configuration to a cell: fill in defaults that depend on other choices, validate, pin content by digest.
+"""From a composed configuration to a validated cell, and whether that cell makes sense.
 
-Everything a user can get wrong is found here, before a run folder exists. Imports neither torch nor hydra.
+Defaults that depend on other choices are filled in here. ``sweeps.pins`` then looks at models and data, so that whatever is wrong
+with a request is found before a run folder exists. Imports neither torch nor hydra.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from ptqbench.data.window_files import WINDOWS
 from ptqbench.errors import ConfigError
 from ptqbench.models.architecture import from_config
 from ptqbench.sweeps.pins import Known as Known
-from ptqbench.sweeps.pins import pin
 
 SECTIONS = ("calibration", "evaluation")
-"""Sections that a model or a method may have a usual choice for."""
+"""Sections for which a model or a method may have defaults."""
 
 DEFAULT_EVALUATION: dict[str, Any] = {
     "name": "wikitext2",
@@ -28,27 +28,8 @@ DEFAULT_EVALUATION: dict[str, Any] = {
 }
 
 
-def resolve(config: Mapping[str, Any], known: Known | None = None) -> RunSpec:
-    """Turn a composed configuration into a validated cell with content digests.
-
-    Args:
-        config: Plain data as Hydra composed it; not modified. ``model`` and ``method`` may carry ``calibration`` and
-            ``evaluation`` defaults, used where the top-level sections leave a value null.
-        known: Shared by the cells of one command.
-
-    Returns:
-        The cell.
-
-    Raises:
-        ConfigError: Unknown key, wrong type, impossible value, missing file, overlapping texts.
-        UnsupportedError: An architecture or a data type that the code cannot serve.
-        NotHereError: A hub model that is not on this machine, or a hub data set whose branch names no commit here.
-    """
-    return pin(validated(config), known or Known())
-
-
 def skip_reason(spec: RunSpec, known: Known | None = None) -> str | None:
-    """Say why the cell makes no sense (first objection of its four roles), or None."""
+    """Why the combination of a cell makes no sense, by the first of its four roles that refuses it; None if it does make sense."""
     architecture = from_config((known or Known()).config(spec.model))
     members = [create(role, getattr(spec.method, role)) for role in ROLES]
     reasons = (member.skip_reason(spec, architecture) for member in members)
@@ -56,7 +37,7 @@ def skip_reason(spec: RunSpec, known: Known | None = None) -> str | None:
 
 
 def validated(config: Mapping[str, Any]) -> RunSpec:
-    """Validate a composed configuration without looking at model or texts: everything of the cell but digests and data type.
+    """Validate a composed configuration without looking at model or texts. Only digests and the data type are not filled in.
 
     Raises:
         ConfigError: A section is missing, a key is unknown, or a value is impossible.
@@ -69,6 +50,7 @@ def validated(config: Mapping[str, Any]) -> RunSpec:
     unknown = next((key for key in sorted(data) if key not in fields), None)
     if unknown is not None:
         raise ConfigError(f"unknown key {unknown!r}; {nearest(unknown, fields)}")
+    # Defaults: the model's own, else the method's.
     of_model, of_method = ({key: data[s].pop(key, None) for key in SECTIONS} for s in ("model", "method"))
     usual = {key: of_model[key] or of_method[key] or {} for key in SECTIONS}
     data["calibration"] = _calibration(data["calibration"], usual["calibration"])
@@ -87,7 +69,7 @@ def _member(role: Role, given: Any) -> dict[str, Any]:
 
 
 def _calibration(given: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the values of a calibration for which no data set was chosen; windows from a file need none."""
+    """Fill in the defaults of a calibration without a data set. Windows from a file need neither."""
     if given.get("windows") is None:
         return given if given.get("dataset") is not None else _filled(given, usual)
     useless = next((key for key, value in given.items() if value is not None and key != "windows"), None)
@@ -100,9 +82,9 @@ def _calibration(given: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, A
 
 
 def _evaluation(given: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the values of an evaluation that was not chosen by name.
+    """Fill in the defaults of an evaluation that was not chosen by name.
 
-    Texts that are given complete the usual text of the same label, or stand beside the usual ones; ``{}`` means none at all.
+    A text that is given is completed by the default text of its label, and is added to the others; ``{}`` stands for no text.
     """
     texts = given.get("texts")
     if given.get("name") is not None and texts is not None:
@@ -118,5 +100,5 @@ def _evaluation(given: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, An
 
 
 def _filled(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the usual value wherever none is given."""
+    """The default wherever no value is given."""
     return {**usual, **{key: value for key, value in given.items() if value is not None or key not in usual}}

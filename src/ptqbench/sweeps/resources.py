@@ -1,16 +1,15 @@
-"""What a cell needs: GPU and host memory, time, derived from the model's shape and the method. Imports no torch.
+"""What a cell needs: GPU and host memory and time, estimated from the model's shape and the method. Imports no torch.
 
 Shape legend: d hidden size, f FFN size, V vocabulary, L blocks, T tokens of a pass (windows x length), b bytes per stored value.
 
-Memory follows the block pipeline (``docs/architecture.md``): one block at a time on the device, in the checkpoint's type and
-once more in float32 while it is rounded; per linear input a second moment (float32) and its factors; the activations of one window,
-and what all windows hold between two stages of a block, up to a limit. The residual streams of all windows stay on the host, twice
-in the quantized case (unquantized and quantized stream).
-Tasks hold the whole model on the device, unless they are scored block by block (``evaluation.engine=blocks``); a task that
-generates text always does.
+Memory follows the block pipeline (``docs/architecture.md``). The device holds one block in the checkpoint's type, and in float32
+while it is rounded; a second moment (float32) with its factors for each input of linears; the activations of one window; and, up to
+a limit, what all windows hold between two stages of a block. The host holds the residual streams of all windows, twice where the
+cell is quantized (unquantized and quantized stream). Tasks need the whole model on the device, unless they are scored block by
+block (``evaluation.engine=blocks``). A task that generates text always needs it.
 
-Time is the work of a cell (``cost``) over a rate. The rates are written below, with how they are known; ``plan`` corrects them by
-what the finished cells of the same sweep took (``plan.calibrated``).
+Time is the work of a cell (``engine.cost``) over a rate. The rates below say how they are known; ``plan`` corrects them by what the
+finished cells of the same sweep took (``plan.calibrated``).
 """
 
 from __future__ import annotations
@@ -20,25 +19,24 @@ import math
 from typing import TYPE_CHECKING
 
 from ptqbench.engine.cost import work
+from ptqbench.evaluate.scores import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
 
 GIB = 2**30
-GPU_RATE = (
-    60e12  # operations per second sustained in 16-bit products on an 80 GB data-centre GPU: assumed, not measured
-)
+GPU_RATE = 60e12  # operations per second in 16-bit products on an 80 GB data-centre GPU: assumed, not measured
 CPU_RATE = 20e9  # per core, float32, of whole cells of the embedded model: measured; a model of width 1024 reaches 63e9
 READ_RATE = 1e9  # bytes per second from the checkpoint's file system: assumed
 START_S = 10.0  # interpreter and imports
 MARGIN = 1.3  # of memory
 TIME_MARGIN = 3.0  # between the estimate and the time that is asked for
-WAITING_BYTES = 20 * GIB  # of windows between the stages of a block; where they are more they wait on the host
+WAITING_BYTES = 20 * GIB  # of windows between the stages of a block; if they hold more, they wait on the host
 GPU_SIZES = (24.0, 40.0, 48.0, 80.0, 141.0)
 SMALL_PARAMS = 50_000_000  # below this a GPU is not worth its queue
 TEXT_TOKENS = {"wikitext2": 350_000, "ptb": 120_000, "c4": 530_000}
-TASK_TOKENS = {  # of all choices with their contexts, rounded up; the rest counts as DEFAULT_TASK_TOKENS
+TASK_TOKENS = {  # of all choices with their contexts, rounded up; other tasks have DEFAULT_TASK_TOKENS
     "tiny_questions": 200_000,
     "piqa": 300_000,
     "arc_easy": 500_000,
@@ -53,14 +51,12 @@ TASK_TOKENS = {  # of all choices with their contexts, rounded up; the rest coun
 }
 DEFAULT_TASK_TOKENS = 1_000_000
 GENERATING = {"gsm8k"}
-SCORED_AT_ONCE_BYTES = 16 << 30
-"""Residual streams of task tokens that are held at once (``evaluate.loglikelihood``)."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a cell asks of the scheduler; the key by which cells are grouped into arrays.
+    """What a cell asks of the scheduler. Cells with equal needs, apart from the estimate, share a job array.
 
     Attributes:
         gpus: Number of GPUs, 0 or 1.
@@ -85,7 +81,7 @@ class Needs:
 
 
 def needs(spec: RunSpec, architecture: Architecture) -> Needs:
-    """Estimate what a cell needs; values given in ``resources`` win.
+    """Estimate what a cell needs; values given in ``resources`` take precedence.
 
     Args:
         spec: The resolved cell.
@@ -132,25 +128,26 @@ def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[flo
     """Peak (device, host) memory in GiB."""
     d, f, vocabulary = architecture.hidden_size, architecture.intermediate_size, architecture.vocab_size
     stored = BYTES[spec.model.dtype]
+    # One block (stored and float32), the head's weights, and the float32 logits of a batch, of which 8192 rows are held at most.
     block = sum(math.prod(shape) for shape in architecture.block_shapes().values())
-    inputs = (d, architecture.q_dim, d, f)
     length = max([text.seq_len for text in spec.evaluation.texts.values()] + [2])
     head = min(length * spec.evaluation.batch_size, 8192) * vocabulary * 4
     device = block * (stored + 4) + vocabulary * d * stored + head
     host = vocabulary * d * stored * (1 if architecture.tied_embeddings else 2) + block * 8
+    # The residual stream of the longest text.
     streams = max((text_tokens(text.dataset) * d * stored for text in spec.evaluation.texts.values()), default=0)
     if spec.calibrates and spec.calibration is not None:
+        # Windows between two stages, second moments with their factors, the activations of a window, and both streams.
         length = spec.calibration.seq_len
         waiting = spec.calibration.n_samples * length * (2 * d + f) * stored
         device += min(waiting, WAITING_BYTES)
-        device += 3 * sum(width * width * 4 for width in inputs) + length * (d * 6 + f * 3) * 4
+        device += 3 * sum(width * width * 4 for width in (d, architecture.q_dim, d, f)) + length * (d * 6 + f * 3) * 4
         streams = max(streams, 2 * spec.calibration.n_samples * length * d * stored)
-    tasks = {task.partition("/")[0] for task in spec.evaluation.tasks}
+    tasks = _tasks(spec)
     if spec.evaluation.engine == "blocks":
-        tokens = sum(TASK_TOKENS.get(task, DEFAULT_TASK_TOKENS) for task in tasks)
-        streams = max(streams, min(tokens * d * stored, SCORED_AT_ONCE_BYTES))
+        streams = max(streams, min(_task_tokens(spec) * d * stored, CHUNK_BYTES))
         tasks &= GENERATING
-    if tasks:
+    if tasks:  # the whole model
         device = max(device, params * stored + head)
         host += params * stored
     return device / GIB, (host + streams) / GIB
@@ -158,11 +155,18 @@ def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[flo
 
 def _seconds(spec: RunSpec, architecture: Architecture, params: int, rate: float) -> float:
     texts = {label: text_tokens(text.dataset) for label, text in spec.evaluation.texts.items()}
-    operations = sum(work(spec, architecture, texts).flop.values())
+    operations = sum(work(spec, architecture, texts).flop.values()) + 2.0 * params * _task_tokens(spec)
+    # Passes that read the checkpoint: each text is one, quantization two.
     reads = 1 + len(texts) + 2 * spec.quantizes
-    tasks = {task.partition("/")[0] for task in spec.evaluation.tasks}
-    operations += 2.0 * params * sum(TASK_TOKENS.get(task, DEFAULT_TASK_TOKENS) for task in tasks)
     return START_S + operations / rate + reads * params * BYTES[spec.model.dtype] / READ_RATE
+
+
+def _tasks(spec: RunSpec) -> set[str]:
+    return {task.partition("/")[0] for task in spec.evaluation.tasks}
+
+
+def _task_tokens(spec: RunSpec) -> int:
+    return sum(TASK_TOKENS.get(task, DEFAULT_TASK_TOKENS) for task in _tasks(spec))
 
 
 def text_tokens(dataset: str) -> int:

@@ -1,4 +1,4 @@
-"""Override words: ``key=value`` as Hydra reads it. Writing values so that they arrive as they are, and arranging a command line.
+"""Override words, ``key=value`` in Hydra's grammar: writing values so that they arrive unchanged, and arranging command lines.
 
 Imports neither torch nor hydra.
 """
@@ -25,7 +25,7 @@ WITHOUT_VALUE = ("--info", "-i")
 """Flags whose value may be left out."""
 
 ASKS_HYDRA = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--help", "-h", "-sc", "--shell-completion"}
-"""Flags that show something and run nothing."""
+"""Flags with which Hydra prints something and runs nothing."""
 
 _BARE = re.compile(r"[A-Za-z_][\w/.+-]*", re.ASCII)
 _RESERVED = {"null", "true", "false", "inf", "nan"}
@@ -83,24 +83,24 @@ def is_axis(name: str) -> bool:
 
 
 def is_simple(word: str) -> bool:
-    """Whether a word is ``key=value`` with one plain value, or ``~key``, so that nothing about its grammar can be wrong."""
+    """Whether a word is ``key=value`` with one plain value, or ``~key``; Hydra need not be asked about such a word."""
     return bool(_SIMPLE.fullmatch(word))
 
 
 def key_of(word: str) -> str:
-    """The key of an override word, without signs before it."""
+    """The key of an override word, without ``+`` and ``~``."""
     return word.partition("=")[0].lstrip("+~")
 
 
 def quoted_word(word: str) -> str:
-    """An override word as it is typed into a shell when its value is meant to be text."""
+    """An override word, typed into a shell such that its value is taken as text."""
     key, _, value = word.partition("=")
     quoted = f"{key}={_quoted(value)}"
     return shlex.quote(quoted) if set('"$`\\!') & set(quoted) else f'"{quoted}"'
 
 
 def section_of(word: str) -> str | None:
-    """The section that an override word writes to; None where that cannot be said from the word alone."""
+    """The section that an override word writes to; None where the word alone does not tell."""
     match = re.match(r"\+{0,2}(\w+)((/\w+)*|(\.\w+)*)=", word)
     return None if match is None or match[1] == "hydra" or "${" in word else match[1]
 
@@ -154,14 +154,14 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def check_request(words: list[str], flags: list[str] | None = None) -> None:
-    """Refuse what Hydra would take and ptqbench cannot serve: no method, or another launcher.
+    """Refuse what Hydra would accept and ptqbench cannot serve: no method, or another launcher.
 
     Args:
         words: Override words.
-        flags: Hydra's flags; with one that only shows something no method is needed.
+        flags: Hydra's flags. With one of ``ASKS_HYDRA`` no method is needed.
 
     Raises:
-        ConfigError: No method is given, Hydra's own launcher or sweeper is chosen, or a flag lacks its companion.
+        ConfigError: No method is given, Hydra's own launcher or sweeper is chosen, or a flag lacks the one that it belongs to.
     """
     for word in words:
         if re.match(r"\+*hydra[./](launcher|sweeper)\b", word):

@@ -1,4 +1,4 @@
-"""Read YAML as people mean it: the core schema of YAML 1.2, every key once, and nothing that grows beyond bounds.
+"""Read YAML as people mean it: the core schema of YAML 1.2, no key twice, and a bound on what aliases stand for.
 
 PyYAML follows YAML 1.1, in which ``010`` is eight, ``no`` is false, ``1:30`` is ninety, ``1e-3`` is text, and the last of two
 equal keys wins.
@@ -16,7 +16,9 @@ import yaml
 from ptqbench.errors import ConfigError
 
 LARGEST = 1_000_000
-"""Values in a file, each alias counted as what it stands for."""
+"""Most values in a file, where each alias counts as many as it stands for."""
+DEEPEST = 30
+"""Most lists and mappings inside each other."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,7 +28,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if (key.tag, key.value) in seen:
                     raise yaml.constructor.ConstructorError(
@@ -35,16 +37,27 @@ class _Loader(yaml.SafeLoader):
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
+    def truth(self, node: yaml.ScalarNode) -> bool:
+        """A bool; other words than true and false can only come from a tag, as in ``!!bool maybe``."""
+        word = str(self.construct_scalar(node)).lower()
+        if word not in ("true", "false"):
+            raise yaml.constructor.ConstructorError(None, None, f"{word!r} is no bool", node.start_mark)
+        return word == "true"
+
+    def whole(self, node: yaml.ScalarNode) -> int:
+        """A number without a fraction, always decimal."""
+        return int(self.construct_scalar(node))
+
     def number(self, node: yaml.ScalarNode) -> float | str:
-        """A number with a fraction or an exponent; one that is too large, such as a commit 12e4567, is text."""
-        value = float(node.value)
-        return value if math.isfinite(value) else str(node.value)
+        """A number with a fraction or an exponent. One that is too large for a float, such as the commit 12e4567, is text."""
+        word = str(self.construct_scalar(node))
+        return float(word) if math.isfinite(float(word)) else word
 
 
 TYPES: dict[str, tuple[str, list[str], Any]] = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""], yaml.SafeLoader.construct_yaml_null),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF"), yaml.SafeLoader.construct_yaml_bool),
-    "int": (r"[-+]?[0-9]+", list("-+0123456789"), lambda loader, node: int(node.value)),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF"), _Loader.truth),
+    "int": (r"[-+]?[0-9]+", list("-+0123456789"), _Loader.whole),
     "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789"), _Loader.number),
     "merge": (r"<<", ["<"], yaml.SafeLoader.construct_yaml_str),
 }
@@ -62,29 +75,32 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file to plain data: None, bool, int, float, str, list, dict.
 
     Raises:
-        ConfigError: Not UTF-8, not YAML, a key given twice, nested or grown too far.
+        ConfigError: The file is not UTF-8 or not YAML, gives a key twice, is nested too deep, or is too large with its aliases.
         OSError: The file cannot be read.
     """
     try:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-        size = _size(data, {})
+        size, depth = _extent(data, {})
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: nested too deep; expected a mapping with name and grids") from None
+        size, depth = 0.0, math.inf
     except ValueError as error:  # an integer of more digits than Python converts
         raise ConfigError(f"{path}: {error}") from None
+    if depth > DEEPEST and size < math.inf:
+        raise ConfigError(f"{path}: nested too deep, expected at most {DEEPEST} lists and mappings inside each other")
     if size > LARGEST:
         raise ConfigError(f"{path}: its aliases stand for {size:.3g} values, expected at most {LARGEST:,}")
     return data
 
 
-def _size(value: Any, known: dict[int, float]) -> float:
-    """Number of values with every alias written out; infinite where one contains itself."""
+def _extent(value: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """Number of values with every alias written out, and the depth; infinite where an alias contains itself."""
     members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if id(value) not in known:
-        known[id(value)] = math.inf  # until all members are counted
-        known[id(value)] = 1 + sum(_size(member, known) for member in members)
+        known[id(value)] = math.inf, math.inf  # until all members are counted
+        found = [_extent(member, known) for member in members]
+        known[id(value)] = 1 + sum(size for size, _ in found), 1 + max((depth for _, depth in found), default=0.0)
     return known[id(value)]

@@ -1,4 +1,4 @@
-"""The cell's side of tracking: start the helper, wait a bounded time at the end, say what was not uploaded. Never raises."""
+"""The cell's side of tracking: start the helper, wait a bounded time at the end, and say what was not uploaded. Never raises."""
 
 from __future__ import annotations
 
@@ -22,26 +22,24 @@ from ptqbench.runs.files import number, read_record, write_json
 from ptqbench.runs.folder import RunFolder
 
 ANSWER_S = 20.0
-"""Seconds that W&B has to answer at the beginning, while the cell works."""
+"""Seconds within which W&B must answer at the beginning, while the cell works."""
 WAIT_S = 30.0
-"""Seconds a finished cell waits for W&B."""
+"""Seconds that a finished cell waits for W&B."""
 HURRY_S = 5.0
-"""The same for a cell that is interrupted, whose process may have little time left."""
+"""The same for an interrupted cell, whose process may have little time left."""
 SLOW_S = 5.0
-"""A failure that took longer opens the breaker: others would wait as long."""
+"""A failure that took longer than this opens the breaker, because other cells would wait as long."""
 BREAKER = ".wandb_unreachable.json"
+"""File in a runs folder: W&B kept a cell waiting, when, and with which reason."""
 BREAKER_S = 600.0
+"""Seconds for which no other cell of that runs folder tries."""
 
 
 class Helper:
     """The helper process."""
 
     def __init__(self, log: Path) -> None:
-        """Start it.
-
-        Args:
-            log: Receives what wandb prints.
-        """
+        """Start the process; ``log`` receives what wandb prints."""
         command = [sys.executable, "-m", "ptqbench.tracking.helper"]
         with log.open("ab") as stream:
             self._process = subprocess.Popen(
@@ -49,27 +47,24 @@ class Helper:
             )
 
     def give(self, folder: RunFolder, tracking: TrackingSpec, live: bool) -> None:
-        """Hand over a run folder."""
+        """Hand over a run folder; ``live`` if its cell is still at work."""
         assert self._process.stdin is not None
-        job = {
-            "folder": str(folder.path.absolute()),
-            "tracking": to_dict(tracking),
-            "live": live,
-            "timeout_s": ANSWER_S,
-        }
-        with contextlib.suppress(BrokenPipeError):  # it has died, as its outcome will say
+        where = {"folder": str(folder.path.absolute()), "tracking": to_dict(tracking)}
+        job = where | {"live": live, "timeout_s": ANSWER_S}
+        with contextlib.suppress(BrokenPipeError):  # the process has died, as its outcome will say
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
 
     def cell_ended(self) -> None:
-        """Tell a live helper that there is nothing more to come."""
+        """Tell a live helper that its cell has ended."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
     def outcome(self, patience_s: float) -> dict[str, Any]:
-        """Wait for what became of the last job; see ``helper.project``."""
+        """Wait for the outcome of the last job (see ``helper.project``), at most so many seconds."""
         assert self._process.stdout is not None
+        # The answer is one line, which may arrive in parts.
         answer, deadline = b"", time.monotonic() + patience_s
         while not answer.endswith(b"\n"):
             left = max(deadline - time.monotonic(), 0.0)
@@ -83,7 +78,7 @@ class Helper:
         return found
 
     def end(self) -> None:
-        """End the process; wandb's own service ends with it."""
+        """Kill the process and wandb's own service, which is in its group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -94,10 +89,10 @@ class Helper:
 
 @contextlib.contextmanager
 def followed(spec: RunSpec, folder: RunFolder) -> Iterator[None]:
-    """Project a cell to W&B while the enclosed work runs, if it asks for that.
+    """Project a cell to W&B while the enclosed work runs, if the cell asks for that.
 
-    What became of it is written to ``tracking.json`` in the attempt's folder; what was not uploaded is said on standard error.
-    Costs the cell at most ``WAIT_S`` at its end, and once per ten minutes and runs folder where W&B does not answer.
+    The outcome is written to ``tracking.json`` in the attempt's folder. A failure is also said on standard error. A cell waits at
+    most ``WAIT_S`` at its end; if W&B does not answer, only one cell of a runs folder waits in ``BREAKER_S``.
     """
     if spec.tracking.mode == "none":
         yield
@@ -110,6 +105,7 @@ def followed(spec: RunSpec, folder: RunFolder) -> Iterator[None]:
         patience = HURRY_S
         raise
     finally:
+        # Whatever happens here, the cell's own result or exception passes; the process is ended before anything is written.
         outcome: dict[str, Any] = {"reason": reason}
         try:
             if helper is not None:
@@ -126,7 +122,7 @@ def followed(spec: RunSpec, folder: RunFolder) -> Iterator[None]:
 
 
 def _start(spec: RunSpec, folder: RunFolder) -> tuple[Helper | None, str | None]:
-    """Start following a cell, or say why not."""
+    """Start the helper of a cell, or say why there is none."""
     refusal = _breaker_is_open(spec)
     if refusal is not None:
         return None, refusal
@@ -139,7 +135,7 @@ def _start(spec: RunSpec, folder: RunFolder) -> tuple[Helper | None, str | None]
 
 
 def _breaker_is_open(spec: RunSpec) -> str | None:
-    """Say why W&B is not tried: it kept another cell of these run folders waiting a moment ago."""
+    """Say why W&B is not tried if it kept another cell of this runs folder waiting a moment ago; else None."""
     found: dict[str, Any] = {}
     with contextlib.suppress(StorageError):
         found = read_record(Path(spec.execution.runs_dir) / BREAKER)
@@ -150,7 +146,7 @@ def _breaker_is_open(spec: RunSpec) -> str | None:
 
 
 def _record(spec: RunSpec, folder: RunFolder, outcome: dict[str, Any]) -> None:
-    """Write down what became of a cell's projection, and say what did not work."""
+    """Write down the outcome of a cell's projection, and say why it failed, if it did."""
     reason = outcome["reason"]
     if reason is None:
         mark(folder, spec.execution.runs_dir, spec.tracking.mode, outcome)
@@ -164,7 +160,7 @@ def _record(spec: RunSpec, folder: RunFolder, outcome: dict[str, Any]) -> None:
 
 
 def mark(folder: RunFolder, runs_dir: str, mode: str, outcome: dict[str, Any]) -> None:
-    """Remember in ``synced.json`` that W&B has the result of a cell, if it has one, and close the breaker."""
+    """Record in ``synced.json`` that W&B has the result of a cell, if the cell has one, and close the breaker."""
     if mode == "online":
         (Path(runs_dir) / BREAKER).unlink(missing_ok=True)
     if folder.result() is not None:
@@ -173,7 +169,7 @@ def mark(folder: RunFolder, runs_dir: str, mode: str, outcome: dict[str, Any]) -
 
 
 def is_marked(folder: RunFolder, tracking: TrackingSpec) -> bool:
-    """Whether W&B has the present result of a cell where ``tracking`` wants it; offline files are no upload."""
+    """Whether W&B has the present result of a cell in the place that ``tracking`` names; offline files do not count as upload."""
     found = read_record(folder.synced_path)
     return (
         found.get("result") == digest(folder)
@@ -189,6 +185,6 @@ def digest(folder: RunFolder) -> str:
 
 
 def towards(spec: RunSpec, mode: str, project: str | None, entity: str | None) -> TrackingSpec:
-    """Where a finished cell is projected to: as it says itself, unless said otherwise."""
+    """Where a finished cell is projected to: what its spec says, replaced by what is given here."""
     given = {key: value for key, value in {"mode": mode, "project": project, "entity": entity}.items() if value}
     return dataclasses.replace(spec.tracking, **given)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Runs in W&B -> the tidy frame that tables are made of, equal to that of the run folders they were projected from."""
+"""Runs in W&B -> the tidy frame that tables are made of; it equals the frame of the run folders that were projected."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ptqbench.cell.spec import RunSpec, build
 from ptqbench.errors import ConfigError, PtqbenchError
 from ptqbench.results.tables import KEYS, Absent, Source, tidy
 from ptqbench.runs.files import number
-from ptqbench.runs.folder import DONE, FAILED, INTERRUPTED, RUNNING
+from ptqbench.runs.folder import DAMAGED, DONE, FAILED, INTERRUPTED, RUNNING
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TIMEOUT_S = 30
-STATES = {"running": RUNNING, "failed": FAILED, "finished": "damaged"}
+STATES = {"running": RUNNING, "failed": FAILED, "finished": DAMAGED}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """A run in W&B as tables see a run folder."""
+    """A run in W&B, which answers the questions that tables ask of a run folder."""
 
     run_id: str
     stored: dict[str, Any] | None
@@ -31,11 +31,11 @@ class Recorded:
     message: str | None
 
     def result(self) -> dict[str, Any] | None:
-        """What ``result.json`` said."""
+        """The content of ``result.json``; None for a cell that is not done."""
         return self.stored
 
     def state(self) -> str:
-        """State of the cell, as far as W&B knows it."""
+        """State of the cell as far as W&B knows it."""
         return DONE if self.stored is not None else self.ended
 
     def failure(self) -> dict[str, Any] | None:
@@ -51,16 +51,16 @@ def runs_frame(path: str, api: Any = None) -> pd.DataFrame:
         api: A ``wandb.Api``; None opens one.
 
     Returns:
-        As :func:`ptqbench.results.tables.tidy`; runs that are not cells of this version of ptqbench are left out.
+        As :func:`ptqbench.results.tables.tidy`. Runs that are not cells of this version of ptqbench are left out.
 
     Raises:
-        ConfigError: W&B cannot be asked, or has no such project.
+        ConfigError: The path is no ``ENTITY/PROJECT``, W&B cannot be reached, or it has no such project.
     """
     return tidy(sources(path, api))
 
 
 def sources(path: str, api: Any = None) -> list[Source]:
-    """List the cells of a W&B project, oldest first; arguments as for :func:`runs_frame`."""
+    """List the cells of a W&B project, oldest first; arguments and errors are those of :func:`runs_frame`."""
     return [source for run in _runs(path, api) for source in _source(run)]
 
 
@@ -73,11 +73,12 @@ def _runs(path: str, api: Any) -> Iterable[Any]:
 
             api = wandb.Api(timeout=TIMEOUT_S)
         return list(api.runs(path, order="+created_at", lazy=False))
-    except Exception as error:  # wandb raises all kinds of things
+    except Exception as error:  # wandb raises exceptions of any class
         raise ConfigError(f"cannot read {path} from W&B: {' '.join(str(error).split())}") from None
 
 
 def _source(run: Any) -> Iterable[Source]:
+    """The cell of a run; nothing if it is none of ours, and an ``Absent`` with the reason if its config or result is damaged."""
     config, summary = run.config, run.summary
     if config.get("format") != FORMAT or len(run.id) != RUN_ID_LENGTH or "spec" not in config:
         return
@@ -87,10 +88,9 @@ def _source(run: Any) -> Iterable[Source]:
     except (PtqbenchError, ValueError, TypeError, AttributeError, RecursionError) as error:
         parts = (config.get(key) for key in KEYS)
         model, method, bitwidth = (str(part.get("name") if isinstance(part, dict) else part) for part in parts)
-        yield Absent(model, method, bitwidth, int(number(config, "seed") or 0), "damaged", str(error))
+        yield Absent(model, method, bitwidth, int(number(config, "seed") or 0), DAMAGED, str(error))
         return
     if run_id(spec) != run.id:
-        reason = f"the run's config describes cell {run_id(spec)}, not {run.id}"
-        yield Absent.of(spec, "damaged", reason)
+        yield Absent.of(spec, DAMAGED, f"the run's config describes cell {run_id(spec)}, not {run.id}")
         return
     yield Recorded(run.id, stored, STATES.get(run.state, INTERRUPTED), summary.get("failure")), spec

@@ -1,4 +1,4 @@
-"""Project finished cells to W&B: those that it does not have yet, one after the other, in one helper process."""
+"""Project the finished cells that W&B does not have yet, one after the other, in one helper process."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ from ptqbench.tracking.guard import SLOW_S, Helper, is_marked, mark, towards
 from ptqbench.tracking.projection import files_of
 
 PATIENCE_S = 120.0
-"""Seconds one cell may take."""
+"""Seconds that one cell may take."""
 WORDS = {"online": "uploaded", "offline": "written"}
-
-
 Sources = Sequence[tuple[RunFolder, RunSpec | None]]
 
 
 def sync(cells: Sources, mode: str, project: str | None = None, entity: str | None = None) -> int:
-    """Project every finished cell that is not in W&B yet, and print what became of them.
+    """Project every finished cell that is not in W&B yet, and print the outcome.
 
     Args:
-        cells: Run folders, each with its cell where that is known.
+        cells: Run folders, each with its cell if that is known.
         mode: ``online`` uploads; ``offline`` writes W&B's own files.
-        project: W&B project; None is that of each cell.
-        entity: W&B user or team; None is that of each cell, else the default of the account.
+        project: W&B project; None takes that of each cell.
+        entity: W&B user or team; None takes that of each cell, or the default of the account.
 
     Returns:
-        Exit status: 1 where a finished cell could not be projected, else 0.
+        Exit status: 1 if a finished cell could not be projected, else 0.
     """
     counts, reasons = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as logs, contextlib.closing(_Uploader(Path(logs) / "wandb.log")) as uploader:
         for folder, known in cells:
+            # Cells that are not to be projected: unfinished ones, unreadable ones, and those that W&B has.
             if folder.state() != DONE:
                 counts["not finished"] += 1
                 continue
@@ -65,7 +64,7 @@ def sync(cells: Sources, mode: str, project: str | None = None, entity: str | No
 
 
 class _Uploader:
-    """A helper process that is started again after a failure, and a breaker that opens when a failure took long."""
+    """A helper process that is started again after a failure. After a failure that took long, no other cell is tried."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -73,7 +72,7 @@ class _Uploader:
         self._broken: dict[str, Any] | None = None
 
     def project(self, folder: RunFolder, tracking: TrackingSpec) -> dict[str, Any]:
-        """Project one cell; returns the outcome (see ``helper.project``)."""
+        """Project one cell and return the outcome (see ``helper.project``)."""
         if self._broken is not None:
             return self._broken
         self._helper = self._helper or Helper(self._log)
@@ -86,7 +85,7 @@ class _Uploader:
         return outcome
 
     def close(self) -> None:
-        """End the process, if there is one."""
+        """End the process if there is one."""
         if self._helper is not None:
             self._helper.end()
         self._helper = None

@@ -1,16 +1,15 @@
 """The report of a sweep: one self-contained HTML page with table, plots, cost and provenance. Imports no torch.
 
-A page is a view of the run folders: the same folders give the same bytes. It holds no script and refers to nothing outside
-itself: plots are SVG inside the page, the style is in its head.
+A page is a view of run folders: the same folders give the same bytes. It holds no script and refers to nothing outside itself:
+plots are SVG inside the page, and the style is in its head.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-
-import pandas as pd
 
 from ptqbench.errors import ConfigError
 from ptqbench.models.source import EMBEDDED
@@ -29,30 +28,31 @@ def report_page(
     """Write the page of some cells.
 
     Args:
-        sources: As ``tables.tidy`` takes them; none, unfinished and failed ones are shown as what they are.
+        sources: As ``tables.tidy`` takes them. Unfinished and failed cells are shown with their states; there may be no cell.
         title: Heading of the page.
         columns: As ``tables.comparison_sheet`` takes them.
-        command: Words of the command line that runs these cells; none where the cells are no sweep.
+        command: Words of the command line that runs these cells; empty where they are no sweep.
 
     Returns:
-        HTML.
+        The text of the page, HTML.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    # What is known of the cells: one frame, its comparison, the papers' figures, and the provenance in the folders.
     folders = {one[0].run_id: one[0] for one in sources if isinstance(one, tuple) and isinstance(one[0], RunFolder)}
     frame = tables.tidy(sources)
     frame = frame.assign(folder=[str(folders[name].path) if name in folders else "" for name in frame["run_id"]])
-    averaged = _with_average(frame)
+    averaged = frame
+    with contextlib.suppress(
+        ConfigError
+    ):  # no average over tasks where cells were measured differently, as in the comparison
+        averaged = tables.task_average(frame)
     found = tables.pivot(averaged)
     references = facts.unquantized(frame)
-    cells = facts.read_cells(frame, folders)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    cells, papers = facts.read_cells(frame, folders), check(frame)
+    # The page: the template lays out what these functions say.
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=StrictUndefined)
+    environment.loader = FileSystemLoader(Path(__file__).parent)
     return environment.get_template(TEMPLATE).render(
         title=title or "Comparison of finished cells",
         lead=facts.lead(found, cells, references),
@@ -64,7 +64,7 @@ def report_page(
         trade_offs=plots.trade_offs(averaged, found, references),
         layers=plots.layers(frame),
         cost=facts.cost(cells, found) if len(found.mean.columns) else None,
-        papers=_papers(frame),
+        papers=check_sheet(papers) if len(papers) else None,
         provenance=facts.provenance(cells),
         reproduce=facts.reproduce(cells, command),
         listing=facts.listing(cells),
@@ -74,18 +74,5 @@ def report_page(
 
 
 def _bare(sheet: Sheet) -> Sheet:
-    """A sheet without the words below it, which stay in view when a wide table is scrolled."""
+    """A sheet without the words below it. The template prints them itself, so that they stay in view when a table is scrolled."""
     return dataclasses.replace(sheet, notes=[], remarks=[])
-
-
-def _with_average(frame: pd.DataFrame) -> pd.DataFrame:
-    """Append the average over tasks as the comparison does, where there can be one."""
-    try:
-        return tables.task_average(frame)
-    except ConfigError:
-        return frame
-
-
-def _papers(frame: pd.DataFrame) -> Sheet | None:
-    found = check(frame)
-    return check_sheet(found) if len(found) else None

@@ -1,4 +1,4 @@
-"""The plots of a page, as SVG in data addresses. They can be read in black and white."""
+"""The plots of a page, as SVG in data addresses. They can be read without colours."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pandas as pd
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.results import analysis
-from ptqbench.results.analysis import WIDE, Look, deal_looks
+from ptqbench.results.analysis import WIDE, Look, deal_looks, new_figure, set_scale
 from ptqbench.results.metrics import kind
 from ptqbench.results.report_page.facts import Names, main_metrics, reference_value
-from ptqbench.results.tables import Pivot, format_value, higher_is_better
+from ptqbench.results.tables import Pivot, format_value, higher_is_better, records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,18 +26,18 @@ COLOURS = ("#0b4f8a", "#c2571a", "#2e7d4f", "#7a3e9d", "#8a6d00", "#444444")
 COSTS = {"effective_w_bits": "true bits per weight", "quantize_s": "time to quantize, s"}
 ERROR = "relative_output_error"
 WIDE_COST = 2.0
-"""Ratio of largest to smallest cost from which its axis is logarithmic: bits differ by factors, but small ones."""
+"""Ratio of largest to smallest cost above which its axis is logarithmic. It is small, because bits differ by small factors."""
 PANELS_ACROSS = 4
 ROOM_FOR_NAMES = 0.3
 """Share of the horizontal axis that is kept free at its end."""
 HAIR = 1e-6
-"""Boxes that overlap by no more than this touch."""
+"""Boxes that overlap by no more than this only touch."""
 ASIDE, MARK, POINTS_PER_INCH = 8.0, 6.0, 72.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A picture for a page: heading, words for those who cannot see it, and the address that holds it."""
+    """A picture for a page: its heading, a description for readers who cannot see it, and the data address that holds it."""
 
     title: str
     alt: str
@@ -55,6 +55,7 @@ def trade_offs(frame: pd.DataFrame, found: Pivot, references: set[Names]) -> lis
     Returns:
         No plot where no quantized cell is done.
     """
+    # One look per bitwidth for all plots of the page, whatever their rows are sorted by.
     plots = []
     looks = deal_looks(_quantized(frame)["bitwidth"].dropna(), COLOURS)
     compared = {(m, cost): _compared(frame, m, cost) for m in main_metrics(found) for cost in COSTS}
@@ -79,7 +80,7 @@ def layers(frame: pd.DataFrame) -> list[Plot]:
     """
     report = analysis.layers(frame[(frame["folder"] != "") & frame["w_bits"].notna()])
     bits = frame.dropna(subset=["w_bits"]).groupby(["model", "bitwidth"], sort=False)["w_bits"].min()
-    plots, looks = [], deal_looks(_quantized(frame)["method"].dropna(), COLOURS)
+    plots, looks = [], deal_looks(_quantized(frame)["method"].dropna(), COLOURS)  # one look per method for all models
     for model, rows in report.groupby("model", sort=False):
         present = bits[model].loc[list(rows["bitwidth"].unique())]
         lowest = str(cast("pd.Series[int]", present).astype(int).idxmin())
@@ -93,10 +94,11 @@ def layers(frame: pd.DataFrame) -> list[Plot]:
 
 
 def _compared(frame: pd.DataFrame, metric: str, cost: str) -> pd.DataFrame:
-    """Quantized rows with ``front``: not beaten in both by a row of equally precise activations, keys and values.
+    """Quantized rows with ``front``: not beaten by a row of equally precise activations, keys and values.
 
-    The unquantized model is no rival: it takes no time at all.
+    The unquantized model is no rival, because it takes no time at all.
     """
+    # ``pareto`` compares the rows of one model. Here a "model" is a model with the precision of everything but weights.
     quantized = [bits < UNTOUCHED_BITS for bits in frame["w_bits"]]
     precision = list(zip(frame["model"], frame["a_bits"], frame["k_bits"], frame["v_bits"], quantized, strict=True))
     leagues = {str(one): one for one in precision}
@@ -106,27 +108,29 @@ def _compared(frame: pd.DataFrame, metric: str, cost: str) -> pd.DataFrame:
 
 
 def _quantized(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows in which anything is stored in fewer than 16 bits."""
     bits = frame[["w_bits", "a_bits", "k_bits", "v_bits"]].astype(float)
     return frame[(bits < UNTOUCHED_BITS).any(axis=1)]
 
 
 def _in_words(rows: pd.DataFrame, title: str) -> str:
-    best = [f"{row['method']} {row['bitwidth']}" for row in rows[rows["front"]].to_dict("records")]
+    best = [f"{row['method']} {row['bitwidth']}" for row in records(rows[rows["front"]])]
     return f"{title}: {len(rows)} methods and bitwidths. Not beaten in both: {', '.join(best)}."
 
 
 def _scatter(rows: pd.DataFrame, looks: Mapping[str, Look], metric: str, label: str, reference: float | None) -> Figure:
-    percent = 1.0 if kind(metric) == "perplexity" else 100.0
+    percent = 1.0 if kind(metric) == "perplexity" else 100.0  # accuracies are fractions in the frame
     rows = rows.assign(quality=percent * rows["quality"], spread=percent * rows["spread"])
-    figure, (axis,) = _figure(5.4, 4.1)
+    figure, (axis,) = new_figure(5.4, 4.1)
     for bitwidth in (name for name in looks if (rows["bitwidth"] == name).any()):
         marker, colour = looks[bitwidth].marker, looks[bitwidth].colour
         axis.plot([], [], marker, color=colour, label=bitwidth)
         for on_front, part in rows[rows["bitwidth"] == bitwidth].groupby("front"):
             look: dict[str, Any] = {"fmt": marker, "color": colour, "mfc": colour if on_front else "white"}
             axis.errorbar(part["cost"], part["quality"], part["spread"].fillna(0.0), **look, capsize=2, elinewidth=0.8)
-    _scale(axis, "y", rows["quality"], WIDE)
-    _scale(axis, "x", rows["cost"], WIDE_COST)
+    # Scales, then the line of the unquantized model, then words: names go where marks and axes leave room.
+    set_scale(axis, "y", rows["quality"], WIDE)
+    set_scale(axis, "x", rows["cost"], WIDE_COST)
     if reference is not None:
         axis.axhline(percent * reference, color="0.3", linewidth=1, linestyle=":")
         axis.annotate(
@@ -141,26 +145,11 @@ def _scatter(rows: pd.DataFrame, looks: Mapping[str, Look], metric: str, label: 
     return figure
 
 
-def _scale(axis: Axes, which: str, values: pd.Series[float], wide: float) -> None:
-    """Make an axis logarithmic where the largest value is so many times the smallest; plain numbers at its ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    if values.empty or values.min() <= 0 or values.max() <= wide * values.min():
-        return
-    decades = np.log10(values.max() / values.min())
-    axis.set(**{f"{which}scale": "log"})
-    line = axis.xaxis if which == "x" else axis.yaxis
-    line.set_major_locator(
-        LogLocator(subs=(1, 2, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2 else (1,))
-    )
-    line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    line.set_minor_locator(NullLocator())
-
-
 def _name(axis: Axes, rows: pd.DataFrame) -> None:
-    """Write the method beside every mark, moved up or down where names would cover names or marks."""
+    """Write the method beside every mark. A name that would cover a name or mark is moved up or down, with a leader line."""
     from matplotlib.lines import Line2D
 
+    # Widen the axis to the right, in its own scale, for the names.
     axis.margins(0.06, 0.08)
     scale = axis.transScale
     (left, _), (right, _) = scale.transform([(side, 1.0) for side in axis.get_xlim()])
@@ -170,9 +159,10 @@ def _name(axis: Axes, rows: pd.DataFrame) -> None:
     names = [
         axis.annotate(row["method"], (row["cost"], row["quality"]), (ASIDE, 0), "data", "offset points", va="center",
                       fontsize=7.5, in_layout=False)
-        for row in rows.to_dict("records")
+        for row in records(rows)
     ]  # fmt: skip
     _lay_out(figure)  # from here on nothing moves but the names
+    # Boxes of names and marks in pixels; the names move until none overlaps.
     pixel = figure.dpi / POINTS_PER_INCH
     middles = axis.transData.transform(rows[["cost", "quality"]].to_numpy(float))
     marks = np.hstack([middles - MARK * pixel / 2, middles + MARK * pixel / 2])
@@ -185,19 +175,20 @@ def _name(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _shifts(boxes: np.ndarray, n_free: int) -> list[float]:
-    """How far to move boxes up so that none overlaps another.
+    """How far to move boxes up or down so that none overlaps another.
 
     Args:
         boxes: (n, 4), left, lower, right and upper end of each; not modified.
         n_free: Number of boxes that may move, the first ones.
 
     Returns:
-        A distance for each free box, in the unit of the boxes: to the nearest place that is free when its turn comes, the lowest
-        box first.
+        For each free box the distance upwards, in the unit of the boxes. The lowest box is placed first; each box goes to the
+        nearest place that is free when its turn comes.
     """
     placed = list(boxes[n_free:])
     shifts = [0.0] * n_free
     for one in np.argsort(boxes[:n_free, [1, 3]].mean(axis=1), kind="stable"):
+        # Only boxes that share a vertical line with this one are in its way; it may touch any of them from above or below.
         left, low, right, high = boxes[one]
         beside = np.array([box for box in placed if box[0] < right and left < box[2]]).reshape(-1, 4)
         tries = sorted([0.0, *(beside[:, 3] - low), *(beside[:, 1] - high)], key=abs)
@@ -215,7 +206,7 @@ def _panels(rows: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     present = set(rows["method"])
     methods = [name for name in looks if name in present]
     down = -(-(len(linears) + 1) // PANELS_ACROSS)
-    figure, axes = _figure(11.0, 0.4 + 2.1 * down, down * PANELS_ACROSS, PANELS_ACROSS)
+    figure, axes = new_figure(11.0, 0.4 + 2.1 * down, down * PANELS_ACROSS, PANELS_ACROSS)
     for method in methods:
         look = looks[method]
         style: dict[str, Any] = {"color": look.colour, "linestyle": look.line, "marker": look.marker, "label": method}
@@ -226,7 +217,7 @@ def _panels(rows: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     for axis, linear in zip(axes, linears, strict=False):
         axis.set_title(linear, fontsize=8.5)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _scale(axes[0], "y", rows[ERROR].dropna(), WIDE)
+    set_scale(axes[0], "y", rows[ERROR].dropna(), WIDE)
     for axis in axes[len(linears) :]:
         axis.axis("off")
     figure.supxlabel("block", fontsize=8.5)
@@ -237,22 +228,8 @@ def _panels(rows: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float, panels: int = 1, across: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty figure of so many inches, its panels on common axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(panels // across, across, sharex=True, sharey=True, squeeze=False).ravel().tolist()
-    for axis in axes:
-        axis.grid(True, linewidth=0.3, color="0.85")
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=7.5, labelbottom=True)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _lay_out(figure: Figure) -> None:
-    """Make room for what is written around the axes, once; saving would do it several times."""
+    """Make room for what is written around the axes, once; saving a figure would do it several times."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -260,7 +237,7 @@ def _lay_out(figure: Figure) -> None:
 
 
 def _address(figure: Figure) -> str:
-    """A figure as SVG in a data address: letters as paths, no date, nothing that refers to the outside."""
+    """A figure as SVG in a data address: letters are paths, there is no date, and nothing refers to the outside."""
     import matplotlib
 
     _lay_out(figure)
@@ -268,5 +245,5 @@ def _address(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "ptqbench", "svg.fonttype": "path"}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     drawn = stream.getvalue()
-    svg = drawn[drawn.index("<svg") :]  # what is before names a document type on the web
+    svg = drawn[drawn.index("<svg") :]  # the text before it refers to a document type on the web
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"

@@ -1,13 +1,13 @@
-"""Tidy frame -> comparison: one row per (model, method, bitwidth), means over seeds with spread, what is missing and why.
+"""Tidy frame -> comparison: one row per (model, method, bitwidth), with means over seeds, their spread, and reasons for gaps.
 
-Never averaged: seeds of which one is missing, task sets that differ, and values measured under different protocols, which get
-columns of their own (``name@2``).
+Three things are never averaged: seeds of which one is missing, accuracies over task sets that differ, and values measured under
+different protocols, which get columns of their own (``name@2``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class Pivot:
 
 
 def pivot(frame: pd.DataFrame) -> Pivot:
-    """Pivot a tidy frame.
+    """Average a tidy frame over seeds, one row per (model, method, bitwidth).
 
     Args:
         frame: As ``tidy`` returns it, not modified. Cells whose model is unknown are left out.
@@ -55,6 +55,7 @@ def pivot(frame: pd.DataFrame) -> Pivot:
     Returns:
         Rows model by model, the unquantized one first, bitwidths together, else in order of first appearance.
     """
+    # A draw is a seed together with a rotation seed; a cell that stands in the frame twice counts once.
     known = frame.dropna(subset=["model"])
     known = known.assign(draw=[draw(*seeds) for seeds in zip(known["seed"], known["rotation_seed"], strict=True)])
     done, protocols = _by_protocol(known.dropna(subset=["metric"]))
@@ -62,20 +63,21 @@ def pivot(frame: pd.DataFrame) -> Pivot:
     rows = pd.MultiIndex.from_frame(_row_order(known))
     cells = known.drop_duplicates([*KEYS, "draw", "run_id", "state"])
     wanted = cells[~cells["state"].isin(NEVER_RUN)]
+    # Values are divided by the largest of their group, so that no square in the standard deviation overflows.
     scale = done.groupby([*KEYS, "metric"], sort=False)["value"].transform(lambda found: found.abs().max() or 1.0)
-    done = done.assign(scale=scale, scaled=(done["value"] / scale).where(np.isfinite(scale)))  # no square overflows
+    done = done.assign(scale=scale, scaled=(done["value"] / scale).where(np.isfinite(scale)))
     grouped = done.groupby([*KEYS, "metric"], sort=False)
     statistics = grouped.agg(
         mean=("value", "mean"), spread=("scaled", "std"), count=("draw", "nunique"), sampling=("stderr", "mean")
     )
     statistics["spread"] *= grouped["scale"].first()
+    # One frame per statistic: rows of the table by metrics. A mean counts only if every draw that was asked for is in it.
     names = sorted(done["metric"].unique(), key=order)
     wide = {name: statistics[name].unstack("metric").reindex(index=rows, columns=names) for name in statistics}
     complete = wide["count"] >= _expected(done, wanted, rows, names)
     count = wide["count"].fillna(0).astype(int)
     seeds_error = wide["spread"] / count.where(count > 0) ** 0.5
-    by_row = known.groupby(KEYS, sort=False)
-    bits = by_row[BITS].mean().reindex(rows)
+    bits = known.groupby(KEYS, sort=False)[BITS].mean().reindex(rows)
     bits["n_seeds"] = wanted.groupby(KEYS, sort=False)["draw"].nunique().reindex(rows).fillna(0).astype(int)
     return Pivot(
         bits=bits,
@@ -89,38 +91,28 @@ def pivot(frame: pd.DataFrame) -> Pivot:
 
 
 def comparison(frame: pd.DataFrame) -> pd.DataFrame:
-    """Pivot a tidy frame to one plain frame: bits, seeds and the mean of every metric (see ``pivot``)."""
+    """The comparison as one plain frame: bits, seeds and the mean of every metric (see ``pivot``)."""
     found = pivot(frame)
     return pd.concat([found.bits, found.mean], axis=1)
 
 
-def metric_columns(table: pd.DataFrame) -> list[str]:
-    """Name the metric columns of ``comparison``, in order."""
-    return [column for column in table.columns if "/" in column]
-
-
-def standard_errors(frame: pd.DataFrame) -> pd.DataFrame:
-    """Standard error of every mean in ``comparison``: same rows, one column per metric, NaN where unknown."""
-    return pivot(frame).error
-
-
 def best(found: Pivot) -> pd.DataFrame:
-    """Mark the best value of each metric per (model, bitwidth), and what cannot be told from it.
+    """Mark the best value of each metric per (model, bitwidth), and the values that tie with it.
 
-    A value ties with the best when their difference is at most their spread: the root of the sum of the two variances, over seeds
-    where a row has several, else of the evaluation. That is a cautious rule: a paired test tells more apart.
+    A value ties with the best if their difference is at most its spread: the root of the sum of the two variances, over seeds
+    where a row has several, else of the evaluation. This rule is cautious: a paired test tells more values apart.
 
     Returns:
         A boolean frame like ``found.mean``; nothing is marked where a value has no rival.
     """
-    groups = found.mean.groupby(level=["model", "bitwidth"], sort=False)
+    # Accuracies change their sign, so that the smallest is the best of every metric.
+    loss = found.mean.mul([-1.0 if higher_is_better(metric) else 1.0 for metric in found.mean.columns])
+    groups = loss.groupby(level=["model", "bitwidth"], sort=False)
     errors, top = found.spread.fillna(found.error).fillna(0.0), groups.transform("min")
-    upwards = [metric for metric in found.mean.columns if higher_is_better(metric)]
-    if upwards:
-        top[upwards] = groups[upwards].transform("max")
-    at_top = errors.where(found.mean == top).groupby(level=["model", "bitwidth"], sort=False)
+    # Where several values are best, the largest of their errors counts.
+    at_top = errors.where(loss == top).groupby(level=["model", "bitwidth"], sort=False)
     noise = np.hypot(errors, at_top.transform("max"))
-    return ((found.mean - top).abs() <= noise) & (groups.transform("count") > 1)
+    return ((loss - top).abs() <= noise) & (groups.transform("count") > 1)
 
 
 def task_average(frame: pd.DataFrame, tasks: Sequence[str] | None = None) -> pd.DataFrame:
@@ -140,16 +132,18 @@ def task_average(frame: pd.DataFrame, tasks: Sequence[str] | None = None) -> pd.
         ConfigError: The cells were measured on different task sets, or on one set under different protocols.
     """
     scores = _task_scores(frame)
+    # The tasks that each cell has; cells that lack one of the wanted tasks get no average.
     if tasks is not None:
         scores = scores[scores["task"].isin(tasks)]
-    sets: dict[str, tuple[str, ...]] = {}
+    found: dict[str, list[str]] = {}
     for cell, task in zip(scores["run_id"], scores["task"], strict=True):
-        sets[cell] = (*sets.get(cell, ()), task)
-    sets = {cell: tuple(sorted(found)) for cell, found in sets.items()}
+        found.setdefault(cell, []).append(task)
+    sets = {cell: tuple(sorted(several)) for cell, several in found.items()}
     if tasks is None:
         tasks = _common_tasks(sets)
-    complete = [cell for cell, found in sets.items() if set(found) == set(tasks)]
+    complete = [cell for cell, several in sets.items() if set(several) == set(tasks)]
     scores = scores[scores["run_id"].isin(complete)]
+    # A task that was measured in two ways spoils the average.
     for task, words in scores.groupby("task")["protocol"].unique().items():
         if len(words) > 1:
             raise ConfigError(
@@ -157,6 +151,7 @@ def task_average(frame: pd.DataFrame, tasks: Sequence[str] | None = None) -> pd.
             )
     if len(tasks) < 2 or scores.empty:
         return frame
+    # One row per cell, like its first; the standard error is sqrt(sum_t se_t^2) / T over the T tasks.
     average = scores.drop_duplicates("run_id").set_index("run_id").drop(columns="task")
     cells = scores.groupby("run_id", sort=False)
     average["metric"], average["value"] = f"{AVERAGE}{len(tasks)}/acc", cells["value"].mean()
@@ -166,7 +161,7 @@ def task_average(frame: pd.DataFrame, tasks: Sequence[str] | None = None) -> pd.
 
 
 def _task_scores(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per (cell, task): acc_norm where there is one, else acc."""
+    """One row per (cell, task): ``acc_norm`` where there is one, else ``acc``."""
     measured = frame.dropna(subset=["metric"])
     kinds = pd.Series([kind(name) for name in measured["metric"]], measured.index, dtype=object)
     tasks = [name.rpartition("/")[0] for name in measured["metric"]]
@@ -184,7 +179,7 @@ def _common_tasks(sets: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def _by_protocol(done: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Number the protocols of a metric that has several; returns the frame with names and what the names mean."""
+    """Number the protocols of every metric that has several: the frame with the new names, and what each name was measured on."""
     names: dict[tuple[str, str], str] = {}
     for metric, words in done.groupby("metric", sort=False)["protocol"].unique().items():
         for place, protocol in enumerate(words, 1):
@@ -196,31 +191,26 @@ def _by_protocol(done: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
 def _row_order(known: pd.DataFrame) -> pd.DataFrame:
     """Rows in order of first appearance, those of a model and bitwidth together, the unquantized model first."""
     rows = known.drop_duplicates(KEYS)
-    rows = rows[KEYS].assign(reference=~(rows["nominal_w_bits"] >= UNTOUCHED_BITS))
-    models = {model: place for place, model in enumerate(dict.fromkeys(rows["model"]))}
-    groups = {
-        pair: place for place, pair in enumerate(dict.fromkeys(zip(rows["model"], rows["bitwidth"], strict=True)))
-    }
-    rows["model_place"] = [models[model] for model in rows["model"]]
-    rows["group_place"] = [groups[pair] for pair in zip(rows["model"], rows["bitwidth"], strict=True)]
-    return rows.sort_values(["model_place", "reference", "group_place"], kind="stable")[KEYS]
+    places = rows[KEYS].assign(
+        model_place=rows.groupby("model", sort=False).ngroup(),
+        reference=~(rows["nominal_w_bits"] >= UNTOUCHED_BITS),
+        group_place=rows.groupby(["model", "bitwidth"], sort=False, dropna=False).ngroup(),
+    )
+    return places.sort_values(["model_place", "reference", "group_place"], kind="stable")[KEYS]
 
 
 def _expected(done: pd.DataFrame, wanted: pd.DataFrame, rows: pd.MultiIndex, names: list[str]) -> pd.DataFrame:
-    """Number of seeds of which a mean must be made: those of cells that ask for the metric, or may do so."""
-    evaluations = done.groupby("metric")["evaluation"].unique()
+    """Number of draws that a mean must be made of: those of cells that ask for the metric, or for which that is unknown."""
+    evaluations = done.groupby("metric")["evaluation"].unique().map(frozenset)
     seeds: dict[frozenset[str], pd.Series[int]] = {}
-    for name in names:
-        among = frozenset(evaluations[name])
-        if among not in seeds:
-            asking = wanted[wanted["evaluation"].isin(among) | wanted["evaluation"].isna()]
-            seeds[among] = asking.groupby(KEYS, sort=False)["draw"].nunique().reindex(rows)
-    expected = {name: seeds[frozenset(evaluations[name])] for name in names}
-    return pd.DataFrame(expected, index=rows, columns=names).fillna(0)
+    for among in set(evaluations):
+        asking = wanted[wanted["evaluation"].isin(among) | wanted["evaluation"].isna()]
+        seeds[among] = asking.groupby(KEYS, sort=False)["draw"].nunique().reindex(rows)
+    return pd.DataFrame({name: seeds[evaluations[name]] for name in names}, index=rows, columns=names).fillna(0)
 
 
 def _reasons(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
-    """Words for the cells of each row that have no result: state and reason, and which seeds where there are several."""
+    """State and reason of the cells of each row that have no result, and which draws they are where a row has several."""
     found: dict[tuple[str, ...], dict[str, set[str]]] = {}
     seeds: dict[tuple[str, ...], set[str]] = {}
     for *names, metric, state, reason, seed in cells[[*KEYS, "metric", "state", "reason", "draw"]].to_numpy().tolist():
@@ -235,12 +225,16 @@ def _reasons(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
 
 
 def draw(seed: Any, rotation_seed: Any) -> str:
-    """One draw of what is random in a cell: its seed, and behind a slash the seed of random rotations where it has any."""
+    """The seeds of a cell in words: ``0``; ``0/1`` with seed 1 of random rotations; ``?`` where none is known."""
     words = [f"{one:g}" if isinstance(one, float) else str(one) for one in (seed, rotation_seed) if pd.notna(one)]
     return "/".join(words) or "?"
 
 
+def in_order(seeds: Iterable[str]) -> list[str]:
+    """Seeds in the order of their numbers."""
+    return sorted(seeds, key=lambda one: (len(one), one))
+
+
 def _seeds(given: set[str], row: set[str]) -> str:
-    if len(row) == 1:
-        return ""
-    return f"{'seed' if len(given) == 1 else 'seeds'} {', '.join(sorted(given, key=lambda one: (len(one), one)))} "
+    """Some draws of a row in words; nothing where the row has but one."""
+    return "" if len(row) == 1 else f"{'seed' if len(given) == 1 else 'seeds'} {', '.join(in_order(given))} "

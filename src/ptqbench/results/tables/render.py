@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import html as escapes
-from itertools import groupby
+import dataclasses
+from collections.abc import Callable
+from html import escape
 
 from ptqbench.results.metrics import MISSING, PLUS_MINUS
 from ptqbench.results.tables.sheet import Column, Entry, Sheet
 
-LATEX = {
+LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
     "<": r"$<$", ">": r"$>$", "|": r"$|$", "Δ": r"$\Delta$", "–": "--", "×": r"$\times$", "≤": r"$\leq$", "…": r"\ldots{}",
-}  # fmt: skip
+})  # fmt: skip
 STYLE = (
     "body{font:14px/1.5 system-ui,sans-serif;margin:2em;color:#111}table{border-collapse:collapse}"
     "caption{text-align:left;font-weight:600;padding-bottom:.5em}th,td{padding:.15em .7em;text-align:left}"
@@ -21,25 +22,35 @@ STYLE = (
 )
 
 
+def _entry(entry: Entry, escaped: Callable[[str], str], bold: str, note: str) -> str:
+    """One cell in a markup language, given how it escapes text, and its patterns for bold text and for a footnote."""
+    text = escaped(entry.text)
+    text = bold % text if entry.bold else text
+    return text if entry.note is None else note % (text, entry.note)
+
+
 def markdown(sheet: Sheet) -> str:
     """Print a sheet as a pipe table, footnotes and remarks below."""
-    heads = [f"{column.group} {column.name}".strip().replace("|", "\\|") for column in sheet.columns]
+    heads = [_pipes(f"{column.group} {column.name}".strip()) for column in sheet.columns]
     lines = [f"**{sheet.title}**", ""] if sheet.title else []
-    lines += ["| " + " | ".join(heads) + " |", "|" + "".join("---:|" if c.numeric else "---|" for c in sheet.columns)]
-    lines += ["| " + " | ".join(_markdown_entry(entry) for entry in row) + " |" for row in sheet.rows]
-    for text in [*(f"[{number}] {note}" for number, note in enumerate(sheet.notes, 1)), *sheet.remarks]:
+    lines += [_line(heads), "|" + "".join("---:|" if column.numeric else "---|" for column in sheet.columns)]
+    lines += [_line([_entry(entry, _pipes, "**%s**", "%s [%d]") for entry in row]) for row in sheet.rows]
+    for text in sheet.below():
         lines += ["", " ".join(text.split())]
     return "\n".join(lines) + "\n"
 
 
-def _markdown_entry(entry: Entry) -> str:
-    text = entry.text.replace("|", "\\|")
-    text = f"**{text}**" if entry.bold else text
-    return text if entry.note is None else f"{text} [{entry.note}]"
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _pipes(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def latex(sheet: Sheet) -> str:
     r"""Print a sheet as a ``table`` environment; the document needs ``\usepackage{booktabs}``."""
+    # The head, with rules of booktabs; a rule before every section.
     columns = "".join("r" if column.numeric else "l" for column in sheet.columns)
     lines = [r"\begin{table}", r"\centering", r"\small"]
     lines += [rf"\caption{{{_tex(sheet.title)}}}"] if sheet.title else []
@@ -48,6 +59,7 @@ def latex(sheet: Sheet) -> str:
         lines += [r"\midrule"] if place in sheet.sections else []
         lines.append(" & ".join(map(_latex_entry, row)) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
+    # Footnotes and remarks in a box of the width of the text.
     notes = [rf"\textsuperscript{{{number}}}\,{_tex(text)}" for number, text in enumerate(sheet.notes, 1)]
     below = notes + [_tex(text) for text in sheet.remarks]
     if below:
@@ -57,64 +69,57 @@ def latex(sheet: Sheet) -> str:
 
 
 def _latex_head(sheet: Sheet) -> list[str]:
-    if not any(column.group for column in sheet.columns):
-        return [" & ".join(_tex(column.name) for column in sheet.columns) + r" \\"]
+    """Headings, below those of groups with a rule under each group."""
     upper, rules, start = [], [], 1
-    for group, members in groupby(sheet.columns, key=lambda column: column.group):
-        width = len(list(members))
+    for group, width in sheet.groups():
         upper.append(rf"\multicolumn{{{width}}}{{c}}{{{_tex(group)}}}" if group else " & ".join([""] * width))
         rules += [rf"\cmidrule(lr){{{start}-{start + width - 1}}}"] if group else []
         start += width
-    return [" & ".join(upper) + r" \\", " ".join(rules), " & ".join(_tex(c.name) for c in sheet.columns) + r" \\"]
+    lines = [" & ".join(upper) + r" \\", " ".join(rules)] if upper else []
+    return [*lines, " & ".join(_tex(column.name) for column in sheet.columns) + r" \\"]
 
 
 def _latex_entry(entry: Entry) -> str:
-    text = "--" if entry.text == MISSING else _tex(entry.text)
-    text = rf"\textbf{{{text}}}" if entry.bold else text
-    return text if entry.note is None else rf"{text}\textsuperscript{{{entry.note}}}"
+    dashed = dataclasses.replace(entry, text="--" if entry.text == MISSING else entry.text)
+    return _entry(dashed, _tex, r"\textbf{%s}", r"%s\textsuperscript{%d}")
 
 
 def _tex(text: str) -> str:
-    return "".join(LATEX.get(letter, letter) for letter in text.replace(PLUS_MINUS, "±"))
+    return text.replace(PLUS_MINUS, "±").translate(LATEX)
 
 
 def html(sheet: Sheet) -> str:
     """Print a sheet as a ``<table>`` with its footnotes, to be put into a page."""
+    # The table, then its footnotes as a numbered list, then remarks.
     lines = ["<table>"]
-    lines += [f"<caption>{escapes.escape(sheet.title)}</caption>"] if sheet.title else []
-    lines += ["<thead>", *_html_head(sheet.columns), "</thead>", "<tbody>"]
+    lines += [f"<caption>{escape(sheet.title)}</caption>"] if sheet.title else []
+    lines += ["<thead>", *_html_head(sheet), "</thead>", "<tbody>"]
     for place, row in enumerate(sheet.rows):
         cells = "".join(_html_entry(entry, c) for entry, c in zip(row, sheet.columns, strict=True))
         lines.append(f"{'<tr class=s>' if place in sheet.sections else '<tr>'}{cells}</tr>")
     lines += ["</tbody>", "</table>"]
     if sheet.notes:
-        lines += ["<ol>", *(f"<li>{escapes.escape(text)}</li>" for text in sheet.notes), "</ol>"]
-    lines += [f"<p>{escapes.escape(text)}</p>" for text in sheet.remarks]
+        lines += ["<ol>", *(f"<li>{escape(text)}</li>" for text in sheet.notes), "</ol>"]
+    lines += [f"<p>{escape(text)}</p>" for text in sheet.remarks]
     return "\n".join(lines) + "\n"
 
 
 def html_page(body: str, title: str) -> str:
     """Wrap printed sheets into a self-contained page."""
-    head = f'<meta charset="utf-8"><title>{escapes.escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}</body></html>\n'
 
 
-def _html_head(columns: list[Column]) -> list[str]:
-    lines = []
-    if any(column.group for column in columns):
-        spans = [(group, len(list(members))) for group, members in groupby(columns, key=lambda column: column.group)]
-        lines.append(f"<tr>{''.join(_html_group(*span) for span in spans)}</tr>")
-    names = [f"<th scope=col{' class=n' if c.numeric else ''}>{escapes.escape(c.name)}</th>" for c in columns]
-    return [*lines, f"<tr>{''.join(names)}</tr>"]
-
-
-def _html_group(group: str, width: int) -> str:
-    text = escapes.escape(group)
-    return f'<th scope=colgroup colspan="{width}">{text}</th>' if group else f'<td colspan="{width}"></td>'
+def _html_head(sheet: Sheet) -> list[str]:
+    """Headings, below those of groups; a group without a name is an empty cell."""
+    spans = [
+        f'<th scope=colgroup colspan="{width}">{escape(group)}</th>' if group else f'<td colspan="{width}"></td>'
+        for group, width in sheet.groups()
+    ]
+    names = [f"<th scope=col{' class=n' if c.numeric else ''}>{escape(c.name)}</th>" for c in sheet.columns]
+    return [f"<tr>{''.join(cells)}</tr>" for cells in (spans, names) if cells]
 
 
 def _html_entry(entry: Entry, column: Column) -> str:
-    text = escapes.escape(entry.text)
-    text = f"<b>{text}</b>" if entry.bold else text
-    text += f"<sup>{entry.note}</sup>" if entry.note is not None else ""
+    text = _entry(entry, escape, "<b>%s</b>", "%s<sup>%d</sup>")
     return f"{'<td class=n>' if column.numeric else '<td>'}{text}</td>"

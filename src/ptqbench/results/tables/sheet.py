@@ -1,9 +1,10 @@
-"""What a printed table consists of, whatever it is printed as: columns, cells, sections and footnotes; and the comparison."""
+"""A table before it is printed: columns, rows, sections and footnotes; and the comparison laid out as such a table."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import cast
 
 import numpy as np
@@ -11,15 +12,7 @@ import pandas as pd
 
 from ptqbench.errors import ConfigError
 from ptqbench.evaluate.records import LARGEST
-from ptqbench.results.metrics import (
-    AVERAGE,
-    MISSING,
-    format_bits,
-    format_nominal,
-    format_spread,
-    higher_is_better,
-    kind,
-)
+from ptqbench.results.metrics import AVERAGE, MISSING, format_spread, higher_is_better, kind
 from ptqbench.results.tables.names import KEYS
 from ptqbench.results.tables.pivot import BITS, NOT_MEASURED, Pivot, best, pivot, task_average
 
@@ -31,14 +24,23 @@ SPREAD = "±: sample standard deviation over seeds."
 INFINITE = f"inf: a perplexity above {LARGEST:.0e} in one seed or more."
 
 
+Key = tuple[str, ...]
+"""Names of a row of the comparison: model, method, bitwidth."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column: an optional heading over several columns, its own heading, whether it holds numbers, and may be wrapped."""
+    """A column of a table.
+
+    Attributes:
+        name: Its heading.
+        group: A heading above it, which it shares with its neighbours of the same group.
+        numeric: Whether it holds numbers; they are aligned to the right and never broken.
+    """
 
     name: str
     group: str = ""
     numeric: bool = True
-    wrap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +62,29 @@ class Sheet:
     notes: list[str] = dataclasses.field(default_factory=list)
     remarks: list[str] = dataclasses.field(default_factory=list)
     title: str = ""
+    _group: Hashable = dataclasses.field(default=None, init=False, repr=False, compare=False)
+
+    def add(self, row: list[Entry], group: Hashable) -> None:
+        """Append a row. A new section begins where its group is not that of the row above."""
+        if self.rows and group != self._group:
+            self.sections.append(len(self.rows))
+        self._group = group
+        self.rows.append(row)
 
     def note(self, text: str) -> int:
         """Number a footnote; equal words share a number."""
         if text not in self.notes:
             self.notes.append(text)
         return self.notes.index(text) + 1
+
+    def below(self) -> list[str]:
+        """The lines below a printed table: footnotes with their numbers, then remarks."""
+        return [*(f"[{number}] {text}" for number, text in enumerate(self.notes, 1)), *self.remarks]
+
+    def groups(self) -> list[tuple[str, int]]:
+        """Group headings from left to right with the number of columns below each; empty where no column has one."""
+        spans = [(group, len(list(members))) for group, members in groupby(self.columns, key=lambda c: c.group)]
+        return spans if any(group for group, _ in spans) else []
 
 
 def comparison_sheet(
@@ -92,27 +111,27 @@ def comparison_sheet(
     if brief and any(name.startswith(AVERAGE) for name in metrics):
         metrics = [name for name in metrics if kind(name) == "perplexity" or name.startswith(AVERAGE)]
         remarks.append("The scores of single tasks: --format md or csv.")
-    wide, look = "model" in columns and found.mean.index.get_level_values("model").nunique() > 1, _Lookup(found)
-    sheet = _by_model(look, metrics) if wide else _by_row(look, metrics)
+    look = _Lookup(found)
+    sheet = _lay_out(look, metrics, "model" in columns and found.mean.index.get_level_values("model").nunique() > 1)
     sheet.title = title
     sheet.remarks = [*_legend(found, metrics, look), *remarks, *_unknown(frame)]
     return sheet
 
 
 class _Lookup:
-    """A comparison as plain dictionaries: a thousand single look-ups in a frame take a second."""
+    """A comparison as plain dictionaries, because single look-ups in a frame are slow: a thousand take a second."""
 
     def __init__(self, found: Pivot) -> None:
         self.reasons, marks = found.reasons, best(found)
         self.several = bool((found.bits["n_seeds"] > 1).any())
         self.any_bold = bool(marks.any(axis=None))
         self.bits, self.mean, self.spread, self.count, self.marks = (
-            {cast("tuple[str, ...]", key): row for key, row in frame.to_dict("index").items()}
+            {cast("Key", key): row for key, row in frame.to_dict("index").items()}
             for frame in (found.bits, found.mean, found.spread, found.count, marks)
         )
 
-    def entry(self, sheet: Sheet, key: tuple[str, ...], metric: str) -> Entry:
-        """One value as it is printed: with its spread, bold, or a dash with the reason."""
+    def entry(self, sheet: Sheet, key: Key, metric: str) -> Entry:
+        """One value as it is printed: with its spread, perhaps bold; a dash with the reason where there is none."""
         if key not in self.mean:
             return Entry(MISSING, note=sheet.note("not part of this table"))
         value = self.mean[key][metric]
@@ -122,63 +141,62 @@ class _Lookup:
         text += "" if count == self.bits[key]["n_seeds"] else f" (n={count})"
         return Entry(text, bool(self.marks[key][metric]))
 
-    def partly(self, sheet: Sheet, key: tuple[str, ...]) -> int | None:
-        """Footnote at the name of a row that has values although some of its cells have none, or no place for a dash."""
+    def partly(self, sheet: Sheet, key: Key) -> int | None:
+        """A footnote for the name of a row: why some of its cells have no value, where no dash in the row can say so."""
         values = self.mean[key].values()
         somewhere = not values or any(pd.notna(value) for value in values)
         return sheet.note(self.reasons[key]) if key in self.reasons and somewhere else None
 
 
-def _by_row(look: _Lookup, metrics: list[str]) -> Sheet:
-    heads = [Column(key, numeric=False) for key in KEYS]
-    heads += [Column("nominal", "w bits"), Column("true", "w bits"), *([Column("seeds")] if look.several else [])]
-    sheet = Sheet(heads + [Column(heading(name), name.rpartition("/")[0]) for name in metrics])
-    previous = None
-    for place, key in enumerate(look.mean):
-        if previous is not None and (key[0], key[2]) != previous:
-            sheet.sections.append(place)
-        previous = key[0], key[2]
-        bits = look.bits[key]
-        lead = [*key, format_nominal(bits["nominal_w_bits"]), format_bits(bits["effective_w_bits"])]
-        entries = [Entry(text) for text in [*lead, *([str(bits["n_seeds"])] if look.several else [])]]
-        entries[1] = Entry(key[1], note=look.partly(sheet, key))
-        sheet.rows.append(entries + [look.entry(sheet, key, name) for name in metrics])
+def _lay_out(look: _Lookup, metrics: list[str], wide: bool) -> Sheet:
+    """The table itself; ``wide`` gives every model its own columns."""
+    models, seeds = dict.fromkeys(key[0] for key in look.mean), look.several and not wide
+    heads = [Column(key, numeric=False) for key in (KEYS[1:] if wide else KEYS)]
+    heads += [Column("nominal", "w bits"), Column("true", "w bits"), *([Column("seeds")] if seeds else [])]
+    if wide:
+        heads += [Column(short(name), model) for model in models for name in metrics]
+    else:
+        heads += [Column(heading(name), name.rpartition("/")[0]) for name in metrics]
+    sheet = Sheet(heads)
+    for keys in _by_model(look.mean, models) if wide else ([key] for key in look.mean):
+        # What the row is called, with a footnote at its method where a cell behind it has no value.
+        known = [key for key in keys if key in look.mean]
+        model, method, width = keys[0]
+        notes = [note for key in known if (note := look.partly(sheet, key)) is not None]
+        lead = [Entry(method, note=notes[0] if notes else None), Entry(width)]
+        # Its bits, as a range where models differ, and its values.
+        bits = [[look.bits[key][name] for key in known] for name in BITS]
+        numbers = [
+            _range(bits[0], "g"),
+            _range(bits[1], ".2f"),
+            *([str(look.bits[keys[0]]["n_seeds"])] if seeds else []),
+        ]
+        values = [look.entry(sheet, key, name) for key in keys for name in metrics]
+        row = [*([] if wide else [Entry(model)]), *lead, *map(Entry, numbers), *values]
+        sheet.add(row, width if wide else (model, width))
     return sheet
 
 
-def _by_model(look: _Lookup, metrics: list[str]) -> Sheet:
-    models = list(dict.fromkeys(key[0] for key in look.mean))
-    heads = [Column(key, numeric=False) for key in KEYS[1:]] + [Column("nominal", "w bits"), Column("true", "w bits")]
-    sheet = Sheet(heads + [Column(short(name), model) for model in models for name in metrics])
-    methods: dict[str, dict[str, None]] = {}
-    for _, method, width in look.mean:
-        methods.setdefault(width, {})[method] = None
-    for width, named in methods.items():
-        sheet.sections += [len(sheet.rows)] if sheet.rows else []
-        for method in named:
-            keys = [(model, method, width) for model in models]
-            bits = [look.bits[key] for key in keys if key in look.bits]
-            nominal, true = ([b[name] for b in bits] for name in BITS)
-            lead = [method, width, _range(nominal, "g"), _range(true, ".2f")]
-            notes = [look.partly(sheet, key) for key in keys if key in look.mean]
-            entries = [Entry(text) for text in lead]
-            entries[0] = Entry(method, note=next((note for note in notes if note is not None), None))
-            sheet.rows.append(entries + [look.entry(sheet, key, name) for key in keys for name in metrics])
-    return sheet
+def _by_model(keys: Iterable[Key], models: Iterable[str]) -> Iterator[list[Key]]:
+    """For every method and bitwidth its row in each model, known or not; rows of one bitwidth stand together."""
+    pairs = dict.fromkeys(key[1:] for key in keys)
+    widths = list(dict.fromkeys(width for _, width in pairs))
+    for method, width in sorted(pairs, key=lambda pair: widths.index(pair[1])):
+        yield [(model, method, width) for model in models]
 
 
 def heading(metric: str) -> str:
-    """The last words of a metric with its direction: an arrow to the better side."""
+    """The last part of a metric's name with an arrow: up where higher is better."""
     return f"{metric.rpartition('/')[2]} {'↑' if higher_is_better(metric) else '↓'}"
 
 
 def short(metric: str) -> str:
-    """A metric in one line for a narrow column."""
-    label = metric.rpartition("/")[0]
-    return f"{label} {heading(metric)}"
+    """A metric's whole name on one line, with its arrow."""
+    return f"{metric.rpartition('/')[0]} {heading(metric)}"
 
 
 def _range(values: list[float], style: str) -> str:
+    """The smallest and the largest of some numbers, once where they print alike; a dash where there is none."""
     texts = [f"{value:{style}}" for value in sorted(values) if pd.notna(value)]
     if not texts:
         return MISSING
@@ -186,6 +204,7 @@ def _range(values: list[float], style: str) -> str:
 
 
 def _legend(found: Pivot, metrics: list[str], look: _Lookup) -> list[str]:
+    """What bold, plus-minus and inf mean where they occur, and what numbered and averaged metrics were measured on."""
     lines = [BOLD] if look.any_bold else []
     if found.spread.notna().any(axis=None):
         counts = sorted(set(found.count.where(found.mean.notna(), 0).to_numpy().ravel().tolist()) - {0, 1})
@@ -196,6 +215,6 @@ def _legend(found: Pivot, metrics: list[str], look: _Lookup) -> list[str]:
 
 
 def _unknown(frame: pd.DataFrame) -> list[str]:
-    """Cells that no row can show, because nothing says what they are."""
+    """A line for each cell that no row can show, because its model is unknown."""
     lost = frame[frame["model"].isna()]
     return [f"{run_id}: {reason}" for run_id, reason in zip(lost["run_id"], lost["reason"], strict=True)]

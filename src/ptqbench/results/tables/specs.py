@@ -1,8 +1,8 @@
-"""Read the cells of many run folders: what they share is validated and serialised once.
+"""Read the cells of many run folders, validating and serialising only once what they share.
 
-``spec.json`` is split where its indentation shows a field of the cell. A field whose very text was part of a valid cell read
-before needs no second validation, and the canonical JSON of its identity is known; the cell is put together from such fields
-and hashed as ever. A file that is written in another way, or has one field that is new, is read as a whole.
+The text of ``spec.json`` is split into the fields of the cell, which its indentation shows. A field whose exact text was part of a
+valid cell before is not validated again, and the canonical JSON of its identity is known. A cell of such fields alone is put
+together from them and hashed as usual. A file with a new field, or with another layout, is read as a whole.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ptqbench.runs.folder import RunFolder
 
 SPECS = TypeAdapter(RunSpec)
 FIELD = b'\n  "'
-"""What stands before a field of the cell in an indented file; a string of JSON holds no line break."""
+"""The text before every field of the cell in an indented file. It is in no value, because a string of JSON holds no line break."""
 SPACE = b" \t\r\n"
 
 
 class SpecReader:
-    """Reads cells; keeps every field it has seen, under its text."""
+    """Reads cells, and remembers every field that it has seen by its text."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, tuple[str, Any, str | None]] = {}
@@ -42,6 +42,7 @@ class SpecReader:
             found = self._put_together(fields) or self._read(content, fields)
             if identity_id(found[1]) == folder.run_id:
                 return found
+        # The fast way failed or gave another cell: the slow way reads it, or says what is wrong.
         spec = folder.read_spec()
         return spec, identity_texts(spec)
 
@@ -56,6 +57,7 @@ class SpecReader:
         return spec, {name: text for name, _, text in given if text is not None} | revision_texts(spec)
 
     def _read(self, content: bytes, fields: Sequence[bytes]) -> tuple[RunSpec, dict[str, str]]:
+        """Validate a whole cell, and remember its fields unless one is given twice."""
         spec = SPECS.validate_json(content)
         texts = identity_texts(spec)
         names = [_name(field) for field in fields]
@@ -66,7 +68,7 @@ class SpecReader:
 
 
 def _fields(content: bytes) -> list[bytes]:
-    """Split the text of an indented object into its members; nothing where it is not laid out as ``write_json`` does."""
+    """Split the text of an indented object into its members; an empty list where the layout is not that of ``write_json``."""
     head, *fields = content.split(FIELD)
     last = fields[-1].rstrip(SPACE) if fields else b""
     if head != b"{" or not last.endswith(b"}") or not all(field.endswith(b",") for field in fields[:-1]):
@@ -75,7 +77,7 @@ def _fields(content: bytes) -> list[bytes]:
 
 
 def _name(field: bytes) -> str | None:
-    """The name of a member; None if the text is not exactly one, so that it says nothing by itself."""
+    """The name of a member; None if the text is not exactly one member of an object."""
     try:
         member = json.loads(b'{"' + field + b"}")
     except ValueError:

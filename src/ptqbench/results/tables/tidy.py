@@ -1,8 +1,8 @@
 """Run folders -> tidy frame: one row per (cell, metric). No torch.
 
-A cell without a usable result keeps one row with its state and the reason, so that a table shows a dash and says why instead
-of having a hole. Two cells may share a row of a table only where everything but seeds and evaluation is equal: ``variant``
-is a digest of just that. ``names`` sees to it that what is equal has one name and what differs has two.
+A cell without a usable result keeps one row with its state and the reason, so that a table shows a dash and says why. Two cells
+may share a row of a table only if everything but seeds and evaluation is equal; ``variant`` is a digest of exactly that. ``names``
+gives equal cells one name, and cells that differ different ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pandas as pd
 
@@ -41,15 +41,16 @@ COLUMNS = [
 ]  # fmt: skip
 BESIDE_VARIANT = ("seed", "evaluation")
 ROTATION_SEED = re.compile(r'"rotation_seed":\d+,?')
-"""The seed of random rotations in the canonical JSON of a method: a table averages over it as over the seed of the cell."""
+"""The seed of random rotations in the canonical JSON of a method. A table averages over it as over the seed of the cell."""
 EVALUATION_TIMINGS = ("perplexity_s", "zero_shot_s")
+"""Timings of a result that are not part of quantizing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """A cell that has no run folder and may never get one: it is excluded, skipped, or cannot be composed here.
+    """A cell without a run folder: it is excluded, skipped, or cannot be composed here.
 
-    ``spec`` is what is known of it: a cell of a model that is not at hand has everything but digests.
+    ``spec`` is what is known of the cell. Where its model is not at hand, that is everything but digests.
     """
 
     model: str
@@ -62,12 +63,12 @@ class Absent:
 
     @classmethod
     def of(cls, spec: RunSpec, state: str, reason: str) -> Absent:
-        """A cell of which all but digests is known."""
+        """A cell of which everything but digests is known."""
         return cls(labels.model(spec), labels.method(spec), labels.bitwidth(spec), spec.seed, state, reason, spec)
 
 
 class Measured(Protocol):
-    """A cell that was run, elsewhere than in a run folder: what is asked of it is what a ``RunFolder`` answers."""
+    """A cell whose result is not in a run folder; it answers the same questions as a ``RunFolder``."""
 
     @property
     def run_id(self) -> str: ...
@@ -86,22 +87,22 @@ def tidy(cells: Iterable[Source]) -> pd.DataFrame:
     """Collect cells into one row per metric.
 
     Args:
-        cells: Run folders, each with its cell if it is known (a cell of a sweep may have no folder yet), and absent cells.
+        cells: Run folders, each with its cell if that is known (the folder of a planned cell may not exist), and absent cells.
 
     Returns:
         Columns ``COLUMNS``; ``metric`` and ``value`` are missing where the cell has no result, and ``reason`` says why.
         ``protocol`` says in words what a value was measured on. Order of the input is kept.
     """
+    # Plain dictionaries first; one frame at the end is faster than many.
     rows: list[dict[str, Any]] = []
     reader = SpecReader()
     for cell in cells:
         if isinstance(cell, Absent):
-            known = {} if cell.spec is None else _key(cell.spec)
             given = {key: getattr(cell, key) for key in (*KEYS, "seed", "state", "reason")}
-            rows.append(given | known)
+            rows.append(given | ({} if cell.spec is None else _key(cell.spec)))
             continue
         folder, spec = cell
-        try:
+        try:  # what the cell is; a folder that does not say keeps a row
             if spec is None:
                 assert isinstance(folder, RunFolder), "only a run folder can be read for its cell"
                 spec, texts = reader.read(folder)
@@ -115,15 +116,20 @@ def tidy(cells: Iterable[Source]) -> pd.DataFrame:
     return _framed(rows)
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame as dictionaries."""
+    return cast("list[dict[str, Any]]", frame.to_dict("records"))
+
+
 def _framed(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Lay out rows in ``COLUMNS``; what a row lacks is missing."""
-    columns = {name: [row.get(name, math.nan) for row in rows] for name in COLUMNS}
+    """Lay out rows in ``COLUMNS``; a field that a row lacks is missing."""
     kinds = {name: float if name in NUMBERS else object for name in COLUMNS}
+    columns = {name: [row.get(name, math.nan) for row in rows] for name in COLUMNS}
     return pd.DataFrame({name: pd.Series(columns[name], dtype=kind) for name, kind in kinds.items()})
 
 
 def _nameless(folder: Measured, error: PtqbenchError) -> dict[str, Any]:
-    """Name a cell whose spec is lost from its result, which repeats the names."""
+    """The row of a cell whose spec is lost; its result, if it can be read, repeats the names."""
     state = UNREADABLE if isinstance(error, StorageError) else DAMAGED
     result: dict[str, Any] = {}
     with contextlib.suppress(StorageError):
@@ -133,25 +139,23 @@ def _nameless(folder: Measured, error: PtqbenchError) -> dict[str, Any]:
 
 
 def _digests(texts: dict[str, str]) -> dict[str, str]:
-    """What tells cells apart: everything but seed and evaluation, and the evaluation."""
+    """Digests that tell cells apart: ``variant`` of everything but seeds and evaluation, ``evaluation`` of the evaluation."""
+    # Two cells with the same digest may stand in one row, as seeds of it.
     variant = {name: text for name, text in texts.items() if name not in BESIDE_VARIANT}
     variant["method"] = ROTATION_SEED.sub("", variant["method"])
     return {"variant": _digest(joined(variant)), "evaluation": _digest(texts["evaluation"])}
 
 
 def _key(spec: RunSpec) -> dict[str, Any]:
-    """What every row of a cell says."""
+    """The columns that every row of a cell has, with its ``spec``, which ``names`` needs."""
     bits = spec.bitwidth
+    widths = {name: getattr(bits, name) for name in ("w_bits", "a_bits", "k_bits", "v_bits", "group_size")}
+    seeds = {"seed": spec.seed, "rotation_seed": spec.method.transform.options.get("rotation_seed")}
     return {
         "spec": spec,
-        "w_bits": bits.w_bits,
-        "a_bits": bits.a_bits,
-        "k_bits": bits.k_bits,
-        "v_bits": bits.v_bits,
-        "group_size": bits.group_size,
+        **widths,
         **{role: getattr(spec.method, role).name for role in ROLES},
-        "seed": spec.seed,
-        "rotation_seed": spec.method.transform.options.get("rotation_seed"),
+        **seeds,
         **_settings(spec),
         "nominal_w_bits": nominal(spec, bits.w_bits),
         "nominal_a_bits": nominal(spec, bits.a_bits),
@@ -160,8 +164,9 @@ def _key(spec: RunSpec) -> dict[str, Any]:
 
 
 def _settings(spec: RunSpec) -> dict[str, Any]:
-    """What a comparison with another source has to look at, beside roles and bits."""
+    """Settings beside roles and bits that must agree before a cell is compared with a paper's figure."""
     text, subspace, method = spec.calibration, spec.method.transform.options, spec.method
+    rounded = spec.bitwidth.a_bits < UNTOUCHED_BITS
     return {
         "calibration": None if text is None else f"{text.dataset} {text.n_samples} x {text.seq_len}",
         "basis_samples": subspace.get("n_samples"),
@@ -171,13 +176,13 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
         "act_order": method.solver.options.get("act_order"),
         "scheme": method.grid.scheme,
         "clip_search": method.grid.clip_search,
-        "a_symmetric": method.activation.symmetric if spec.bitwidth.a_bits < UNTOUCHED_BITS else None,
-        "a_clip_ratio": method.activation.clip_ratio if spec.bitwidth.a_bits < UNTOUCHED_BITS else None,
+        "a_symmetric": method.activation.symmetric if rounded else None,
+        "a_clip_ratio": method.activation.clip_ratio if rounded else None,
     }
 
 
 def nominal(spec: RunSpec, low: float) -> float:
-    """Mean bits that a method's name promises where the bitwidth says ``low``: the high share of a subspace counts.
+    """Mean nominal bits where the bitwidth says ``low``: the share of channels that a subspace keeps at high bits counts.
 
     >>> 4 * (1 - 0.125) + 8 * 0.125
     4.5
@@ -190,6 +195,7 @@ def nominal(spec: RunSpec, low: float) -> float:
 
 
 def _measurements(folder: Measured, spec: RunSpec, key: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per metric of a cell; one row with the reason where there is none."""
     try:
         result = folder.result()
         if result is None:
@@ -198,6 +204,7 @@ def _measurements(folder: Measured, spec: RunSpec, key: dict[str, Any]) -> list[
             return [{**key, "state": state, "reason": " ".join(message.split())}]
     except StorageError as error:
         return [{**key, "state": UNREADABLE, "reason": str(error)}]
+    # A result that lacks a field is damaged, whatever kind of error that gives.
     try:
         shared, metrics = _shared(result), list(result["metrics"].items())
         rows = [{**key, **shared, **_measurement(spec, name, metric)} for name, metric in metrics]
@@ -207,6 +214,7 @@ def _measurements(folder: Measured, spec: RunSpec, key: dict[str, Any]) -> list[
 
 
 def _shared(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a result that all its metrics share."""
     return {
         "effective_w_bits": float(result["bits"]["effective_w_bits"]),
         "packed_bytes": int(result["bits"]["packed_bytes"]),
@@ -217,13 +225,13 @@ def _shared(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantize_seconds(result: dict[str, Any]) -> float:
-    """Full cost of quantizing: a cell's own work, and what made the artefacts that it found; without waiting for others."""
+    """Full cost of quantizing: a cell's own work and what it took to make the artefacts that it found, without waiting."""
     own = sum(seconds for name, seconds in result.get("timings", {}).items() if name not in EVALUATION_TIMINGS)
     return float(own + (spared_seconds(result) or 0.0) - result.get("shared", {}).get("waited_s", 0.0))
 
 
 def spared_seconds(result: dict[str, Any]) -> float | None:
-    """What it cost others to make what a cell found; None in a result that was written before that was recorded."""
+    """Seconds that other cells spent on artefacts that this one found; None in an old result, which does not record them."""
     spared = result.get("shared", {}).get("spared_s")
     return None if spared is None else float(spared)
 
@@ -241,15 +249,16 @@ def _measurement(spec: RunSpec, name: str, metric: dict[str, Any]) -> dict[str, 
 
 
 def protocol(spec: RunSpec, name: str, metric: dict[str, Any]) -> str:
-    """Say what a metric was measured on: two values with different words may not be averaged or ranked together."""
+    """Say what a metric was measured on. Two values with different words are never averaged or ranked together."""
     label = name.rpartition("/")[0]
     text = spec.evaluation.texts.get(label)
-    if text is not None and name.endswith("/perplexity"):
+    if text is not None and name.endswith("/perplexity"):  # text, portion, windows, precision of the loss, content
         portion = "" if tuple(text.portion) == (0.0, 1.0) else f" portion {text.portion[0]:g}-{text.portion[1]:g}"
         digest = (text.digest or "").removeprefix("sha256:")[:12]
         named = f" ({text.protocol})" if text.protocol not in (None, text.dataset) else ""
         windows = f"windows of {text.seq_len}, {spec.evaluation.ppl_dtype} loss"
         return f"{text.dataset} {text.split or ''}{named}{portion}, {windows}, {digest}"
+    # A task: library and version, and what its harness was told.
     n = {"shots": metric.get("n_shot", 0), "examples": metric.get("n_examples"), "batch": metric.get("batch_size")}
     facts = ", ".join(f"{count} {word}" for word, count in n.items() if count is not None)
     return f"lm-eval {metric.get('lm_eval', '')} {label} version {metric.get('task_version')}, {facts}"
