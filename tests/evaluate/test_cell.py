@@ -15,10 +15,12 @@ from ptqbench.errors import ConfigError
 from ptqbench.evaluate import loglikelihood, records, zero_shot
 from ptqbench.evaluate import perplexity as perplexity_module
 from ptqbench.evaluate.cell import CellEvaluation, averages, load
+from ptqbench.evaluate.unquantized import Unquantized
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
 from ptqbench.results.compare import compare_cells
 from ptqbench.runs import folder as store
+from ptqbench.runs.artefacts import Artefacts
 from ptqbench.runs.attempt import Silent
 from ptqbench.runs.folder import RunFolder
 
@@ -56,7 +58,8 @@ def evaluate(checkpoint, spec, folder, overlay=None):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     measure = lambda name: contextlib.nullcontext()
     ready = load(spec, folder, tokenizer, model.architecture.vocab_size)
-    return CellEvaluation(spec, folder, model, overlay, tokenizer, Silent(), measure, ready).run()
+    unquantized = Unquantized(model, {"model": str(checkpoint)}, Artefacts(folder.path.parent / ".artefacts"))
+    return CellEvaluation(spec, folder, model, overlay, tokenizer, Silent(), measure, ready, unquantized).run()
 
 
 def test_records_hold_what_the_figures_are_made_of(checkpoint, evaluation, tmp_path):
@@ -221,7 +224,7 @@ def test_killed_between_chunks_the_tasks_go_on_and_end_with_the_same_bytes(
     checkpoint, evaluation, tmp_path, monkeypatch
 ):
     source, undisturbed, folder = checkpoint(), folder_of(tmp_path), folder_of(tmp_path, "ba9876543210")
-    monkeypatch.setattr("ptqbench.evaluate.cell.CHUNK_BYTES", 60 * 48 * 4)  # sixty tokens of this model
+    monkeypatch.setattr("ptqbench.evaluate.loglikelihood.CHUNK_BYTES", 60 * 48 * 4)  # sixty tokens of this model
     compute, chunks = loglikelihood.log_likelihoods, []
 
     def dying(*given):
@@ -242,3 +245,54 @@ def test_killed_between_chunks_the_tasks_go_on_and_end_with_the_same_bytes(
     for task in ("piqa", "winogrande"):
         rows, same = (pandas.read_parquet(f.examples_path(task)) for f in (folder, undisturbed))
         pandas.testing.assert_frame_equal(rows, same, check_exact=True)
+
+
+def louder(index, block):
+    """Stands for quantized weights: the model answers differently."""
+    block.mlp.down_proj.weight.data *= 30.0
+
+
+def test_fidelity_compares_with_the_unquantized_model(checkpoint, evaluation, tmp_path):
+    """Answers and windows are those of two cells that were measured by themselves."""
+    model, spec = checkpoint(), dataclasses.replace(evaluation, engine="blocks", fidelity=True)
+    folder = folder_of(tmp_path, "compared0000")
+    metrics = evaluate(model, spec, folder, louder)
+    for label in ("first", "second"):
+        rows = pandas.read_parquet(folder.windows_path(label))
+        for name, low in (("kl", 1e-4), ("top1", 0.0)):
+            found = metrics[f"{label}/{name}"]
+            assert found["value"] == pytest.approx(rows[name].mean(), rel=1e-12)
+            assert found["value"] > low
+        assert 0 <= metrics[f"{label}/kl"]["noise"] < 1e-6
+    plain = dataclasses.replace(spec, fidelity=False)
+    folders = [folder_of(tmp_path, name) for name in ("quantized000", "unquantized0")]
+    alone = [evaluate(model, plain, where, overlay) for where, overlay in zip(folders, (louder, None), strict=True)]
+    assert {name: metrics[name] for name in alone[0]} == alone[0], "comparing changes nothing else"
+    for task in ("piqa", "winogrande"):
+        ours, theirs = (pandas.read_parquet(where.examples_path(task)) for where in folders)
+        answers = [[scores.argmax() for scores in rows["log_likelihoods"]] for rows in (ours, theirs)]
+        changed = [a != b for a, b in zip(*answers, strict=True)]
+        assert pandas.read_parquet(folder.examples_path(task))["flipped"].tolist() == changed
+        found, moved = metrics[f"{task}/flips"], ours["acc"] - theirs["acc"]
+        assert found["value"] == sum(changed) / len(changed)
+        assert (found["to_wrong"], found["to_right"]) == ((moved < 0).sum(), (moved > 0).sum())
+    assert any(metrics[f"{task}/flips"]["value"] for task in ("piqa", "winogrande"))
+    # An attempt that goes on, and another cell, find what is there.
+    assert evaluate(model, spec, folder, louder) == metrics
+    store = Artefacts(tmp_path / ".artefacts")
+    stored = sorted(path.name for path in store.root.glob("*.safetensors"))
+    assert [sum(name.startswith(kind) for name in stored) for kind in ("reference-", "noise-", "scores-")] == [2, 2, 1]
+
+
+def test_the_unquantized_model_is_at_no_distance_from_itself(checkpoint, evaluation, tmp_path):
+    spec = dataclasses.replace(evaluation, engine="blocks", fidelity=True)
+    metrics = evaluate(checkpoint(), spec, folder_of(tmp_path))
+    assert all(metrics[f"{label}/kl"]["value"] < 1e-6 for label in ("first", "second"))
+    assert all(metrics[f"{label}/top1"]["value"] == 1 for label in ("first", "second"))
+    assert all(metrics[f"{task}/flips"]["value"] == 0 for task in ("piqa", "winogrande"))
+
+
+def test_the_engine_belongs_to_tasks(evaluation):
+    assert dataclasses.replace(evaluation, tasks=(), engine="blocks").engine == "whole"
+    with pytest.raises(ConfigError, match=r"fidelity.*engine=blocks"):
+        dataclasses.replace(evaluation, fidelity=True, engine="whole")

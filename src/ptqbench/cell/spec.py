@@ -226,6 +226,15 @@ class EvaluationSpec:
     generation_digest: str | None = added(None)
     fidelity: bool = added(False)
 
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other. Without a task the engine says nothing, and is no part of the identity."""
+        if not self.tasks:
+            object.__setattr__(self, "engine", "whole")
+        elif self.fidelity and self.engine == "whole":
+            raise ConfigError(
+                "evaluation.fidelity=true compares answers of tasks with evaluation.engine=blocks, got engine=whole"
+            )
+
 
 @dataclass(frozen=True, config=STRICT)
 class ExecutionSpec:

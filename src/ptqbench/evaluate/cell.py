@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ptqbench.data.tasks import requested
 from ptqbench.evaluate.records import DIGEST_LENGTH, read_summary, write_records
-from ptqbench.evaluate.scores import CHUNK_BYTES, Request, Score, Scores
-from ptqbench.evaluate.zero_shot import Harness, Prepared, generates, metrics_of, prepare
+from ptqbench.evaluate.scores import RunStore
+from ptqbench.evaluate.zero_shot import Harness, Prepared, flips, generates, metrics_of, prepare
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,7 +94,7 @@ class CellEvaluation:
                 self.model, windows, self.overlay, self.spec.batch_size, self._advance, dtype, compared or _nobody
             )
         bos = self.tokenizer.bos_token_id
-        summary = {
+        summary: dict[str, Any] = {
             "value": found.perplexity,
             "mean_loss": found.mean_loss,
             "stderr": found.standard_error,
@@ -143,9 +143,7 @@ class CellEvaluation:
                 path = self.folder.examples_path(name)
                 summary = read_summary(path, self.folder.run_id)
                 if summary is None:
-                    with self.measure("zero_shot_s"):
-                        harness = self._whole if self._needs_whole(task) else self._by_blocks
-                        rows, summary = harness.evaluate(name, request, task)
+                    rows, summary = self._task(name, request, task)
                     write_records(path, rows, self.folder.run_id, summary)
                 summaries.append(summary)
                 self.observer.advance()
@@ -156,10 +154,27 @@ class CellEvaluation:
             self.folder.state_path.rmdir()
         return metrics
 
+    def _task(self, name: str, request: str, task: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Records and figures of a task; where its choices are scored, also how many answers are not the unquantized model's."""
+        whole = self._needs_whole(task)
+        with self.measure("zero_shot_s"):
+            rows, summary = (self._whole if whole else self._by_blocks).evaluate(name, request, task)
+        if whole or not self.spec.fidelity:
+            return rows, summary
+        with self.measure("reference_s"):
+            reference, _ = self._reference_harness.evaluate(name, request, task)
+        changed, summary["flips"] = flips(rows, reference)
+        return [row | {"flipped": flipped} for row, flipped in zip(rows, changed, strict=True)], summary
+
     def _score_by_blocks(self) -> None:
         tasks = [task for members in self.ready.tasks.values() for task in members.values()]
         waiting = [task for task in tasks if task is not None and not self._needs_whole(task)]
+        if waiting and self.spec.fidelity:
+            self.observer.stage("reference log-likelihoods", self.model.n_blocks)
+            with self.measure("reference_s"):
+                self._reference_harness.score_all(waiting)
         if waiting:
+            self.observer.stage("log-likelihoods", self.model.n_blocks)
             with self.measure("zero_shot_s"):
                 self._by_blocks.score_all(waiting)
 
@@ -168,25 +183,22 @@ class CellEvaluation:
 
     @functools.cached_property
     def _by_blocks(self) -> Harness:
-        return Harness(self.model.skeleton, self.tokenizer, self.spec, self._scores)
+        from ptqbench.evaluate.loglikelihood import scorer
+
+        store = RunStore(self._scores_path, self.folder.run_id)
+        score = scorer(self.model, self.overlay, store, self._advance)
+        return Harness(self.model.skeleton, self.tokenizer, self.spec, score)
+
+    @functools.cached_property
+    def _reference_harness(self) -> Harness:
+        """The unquantized model, by blocks."""
+        score = self.unquantized.scores(self._advance)
+        return Harness(self.unquantized.model.skeleton, self.tokenizer, self.spec, score)
 
     @functools.cached_property
     def _whole(self) -> Harness:
         """The whole model in memory; nothing runs block by block after this."""
         return Harness(self.model.materialise(self.overlay), self.tokenizer, self.spec)
-
-    @functools.cached_property
-    def _scores(self) -> Scores:
-        from ptqbench.evaluate.loglikelihood import log_likelihoods
-
-        longest = int(self.model.config.max_position_embeddings)
-
-        def compute(requests: list[Request]) -> list[Score]:
-            self.observer.stage("log-likelihoods", self.model.n_blocks)
-            return log_likelihoods(self.model, requests, longest, self.overlay, None, self._advance)
-
-        bytes_per_token = self.model.architecture.hidden_size * self.model.dtype.itemsize
-        return Scores(compute, self._scores_path, self.folder.run_id, CHUNK_BYTES // bytes_per_token)
 
     @property
     def _scores_path(self) -> Path:

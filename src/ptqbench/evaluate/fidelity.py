@@ -14,6 +14,7 @@ Source: the quantities are those of llama.cpp's ``--kl-divergence``, which store
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -128,7 +129,7 @@ def summarise(found: Divergence, n_windows: int) -> Fidelity:
     spread = {name: float(ordered[math.ceil(share * last)]) for name, share in QUANTILES.items()}
     bounds = (0.0, *CONFIDENCE, 1.0 + 1e-9)
     parts = {}
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         inside = (found.confidence >= low) & (found.confidence < high)
         share = float(inside.double().mean())
         parts[f"{low:g}"] = {"share": share, "kl": float(found.kl[inside].mean()) if share else None}

@@ -20,12 +20,30 @@ from torch import Tensor
 from ptqbench.errors import NumericalError
 from ptqbench.evaluate.passes import through_blocks
 from ptqbench.evaluate.perplexity import CHUNK_ELEMENTS
+from ptqbench.evaluate.scores import CHUNK_BYTES, Request, Score, Scores, Store
 from ptqbench.evaluate.trees import Row, batches, pack
 from ptqbench.models.blockwise import BlockwiseModel, Overlay
 from ptqbench.models.stages import Positions
 
 TOKEN_BUDGET = {"cpu": 1 << 12, "cuda": 1 << 14}
 """Tokens per forward of a block."""
+
+
+def scorer(model: BlockwiseModel, overlay: Overlay | None, store: Store, on_block: Callable[[int], None]) -> Scores:
+    """Scores of a model, computed by ``log_likelihoods`` where they are not stored.
+
+    Args:
+        model: The checkpoint.
+        overlay: Replaces the weights of a block after loading (quantized ones).
+        store: Where scores are stored.
+        on_block: Called with the index of every finished block.
+    """
+    longest = int(model.config.max_position_embeddings)
+
+    def compute(requests: list[Request]) -> list[Score]:
+        return log_likelihoods(model, requests, longest, overlay, None, on_block)
+
+    return Scores(compute, store, CHUNK_BYTES // (model.architecture.hidden_size * model.dtype.itemsize))
 
 
 @torch.no_grad()

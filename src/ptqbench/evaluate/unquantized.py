@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ptqbench.evaluate.fidelity import Divergence, Reference
+from ptqbench.evaluate.loglikelihood import scorer
 from ptqbench.evaluate.perplexity import perplexity
+from ptqbench.evaluate.scores import Scores, SharedStore
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.runs.artefacts import Artefacts
 
@@ -55,6 +57,10 @@ class Unquantized:
             return {"kl": found.kl.mean()}
 
         return float(self.artefacts.get("noise", {**self._key(windows), "batch_size": batch_size}, make)["kl"])
+
+    def scores(self, on_block: Callable[[int], None]) -> Scores:
+        """What it makes of the requests of tasks."""
+        return scorer(self.model, None, SharedStore(self.artefacts, self.key), on_block)
 
     def _key(self, windows: Tensor) -> dict[str, Any]:
         tokens = hashlib.sha256(windows.to(torch.int64).numpy().tobytes()).hexdigest()

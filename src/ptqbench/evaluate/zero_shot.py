@@ -226,8 +226,8 @@ def metrics_of(request: str, metrics: list[str], summaries: list[dict[str, Any]]
         summaries: Metrics of the tasks, as ``Harness.evaluate`` returns them.
 
     Returns:
-        ``request/metric`` -> value, standard error and the facts behind it. The value of a group is the mean over all examples; its
-        standard error pools those of the tasks, as lm-eval does.
+        ``request/metric`` -> value, standard error and the facts behind it, and ``request/flips`` where answers were compared. The
+        value of a group is the mean over all examples; its standard error pools those of the tasks, as lm-eval does.
 
     Raises:
         ConfigError: The task does not yield the metric.
@@ -253,7 +253,49 @@ def metrics_of(request: str, metrics: list[str], summaries: list[dict[str, Any]]
             **({"n_tasks": len(sizes)} if len(sizes) > 1 else {}),
             **shared,
         }
+    if all("flips" in summary for summary in summaries):
+        found[f"{request}/flips"] = _flips_of([summary["flips"] for summary in summaries])
     return found
+
+
+def flips(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> tuple[list[bool], dict[str, int]]:
+    """Compare the answers of a model with those of another.
+
+    Args:
+        rows: Records of a task, one per example.
+        reference: Records of the other model on the same examples, in the same order.
+
+    Returns:
+        Per example whether the answer differs (the choice of largest log-likelihood; for a single continuation, whether it is
+        the greedy one); and how many examples there are, how many changed, and how many of these became wrong or right.
+    """
+    pairs = list(zip(rows, reference, strict=True))
+    changed = [_answer(row) != _answer(other) for row, other in pairs]
+    became = [row["acc"] - other["acc"] for row, other in pairs if "acc" in row]
+    return changed, {
+        "n": len(pairs),
+        "changed": sum(changed),
+        "to_wrong": sum(value < 0 for value in became),
+        "to_right": sum(value > 0 for value in became),
+    }
+
+
+def _answer(row: dict[str, Any]) -> Any:
+    scores = row["log_likelihoods"]
+    return scores.index(max(scores)) if len(scores) > 1 else row.get("acc")
+
+
+def _flips_of(counts: list[dict[str, int]]) -> dict[str, Any]:
+    """The share of changed answers over all examples of a request, with its binomial standard error."""
+    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    share = total["changed"] / total["n"]
+    error = math.sqrt(share * (1 - share) / (total["n"] - 1)) if total["n"] > 1 else None
+    return {
+        "value": share,
+        "stderr": error,
+        "n_examples": total["n"],
+        **{k: total[k] for k in ("to_wrong", "to_right")},
+    }
 
 
 def _pooled(errors: list[float | None], sizes: list[int]) -> float | None:
