@@ -98,6 +98,18 @@ def test_an_artefact_carries_what_it_cost_and_who_finds_it_is_spared_that_once(t
     assert finder.account() == {"found": {"windows": 2}, "spared_s": 5.0, "waited_s": 0.0}
 
 
+def test_what_the_evaluation_finds_is_no_cost_of_quantizing(tmp_path, clock):
+    for kind, seconds in (("windows", 5), ("reference", 100)):
+        Artefacts(tmp_path).get(kind, KEY, taking(clock, seconds))
+    finder = Artefacts(tmp_path)
+    finder.find("windows", KEY)
+    start = finder.clock()
+    with finder.beside():
+        finder.find("reference", KEY)
+    assert finder.account() == {"found": {"windows": 1, "reference": 1}, "spared_s": 5.0, "waited_s": 0.0}
+    assert finder.clock() - start == 100, "an artefact made from it costs it all the same"
+
+
 def test_the_cost_of_what_is_made_from_something_found_includes_that(tmp_path, clock):
     Artefacts(tmp_path).get("moments", KEY, taking(clock, 5))
     second = Artefacts(tmp_path)

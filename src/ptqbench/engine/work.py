@@ -202,7 +202,8 @@ class Work:
         key = {"model": identity_fields(self.spec.model), "device": self.model.device.type}
         unquantized = Unquantized(self.model, key, self.calibration.artefacts)
         measured = (self.model, overlay, self.tokenizer, self.observer, self.timings.measure, self.ready, unquantized)
-        return CellEvaluation(self.spec.evaluation, self.folder, *measured).run()
+        with self.calibration.artefacts.beside():
+            return CellEvaluation(self.spec.evaluation, self.folder, *measured).run()
 
     def bits(self) -> dict[str, Any]:
         """Account for the bits that are really stored, and write ``layers.parquet``."""

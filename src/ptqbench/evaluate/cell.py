@@ -110,7 +110,8 @@ class CellEvaluation:
         if compared is not None:
             judged = fidelity.summarise(compared, len(windows))
             columns |= judged.windows
-            noise = self.unquantized.noise(windows, self.spec.batch_size, self._advance)
+            with self.measure("fidelity_s"):
+                noise = self.unquantized.noise(windows, self.spec.batch_size, self._advance)
             summary["fidelity"] = judged.metrics(noise)
         rows = [
             {"text": label, "window": i, "digest": _digest(window), "n_tokens": windows.shape[1] - 1}
@@ -122,7 +123,7 @@ class CellEvaluation:
 
     def _reference(self, label: str, windows: Tensor) -> dict[str, Tensor]:
         self.observer.stage(f"reference {label}", self.model.n_blocks)
-        with self.measure("reference_s"):
+        with self.measure("fidelity_s"):
             return self.unquantized.of_text(windows, self._advance)
 
     def _advance(self, index: int) -> None:
@@ -161,7 +162,7 @@ class CellEvaluation:
             rows, summary = (self._whole if whole else self._by_blocks).evaluate(name, request, task)
         if whole or not self.spec.fidelity:
             return rows, summary
-        with self.measure("reference_s"):
+        with self.measure("fidelity_s"):
             reference, _ = self._reference_harness.evaluate(name, request, task)
         changed, summary["flips"] = flips(rows, reference)
         return [row | {"flipped": flipped} for row, flipped in zip(rows, changed, strict=True)], summary
@@ -171,7 +172,7 @@ class CellEvaluation:
         waiting = [task for task in tasks if task is not None and not self._needs_whole(task)]
         if waiting and self.spec.fidelity:
             self.observer.stage("reference log-likelihoods", self.model.n_blocks)
-            with self.measure("reference_s"):
+            with self.measure("fidelity_s"):
                 self._reference_harness.score_all(waiting)
         if waiting:
             self.observer.stage("log-likelihoods", self.model.n_blocks)

@@ -19,7 +19,7 @@ import pandas as pd
 from ptqbench.cell.folders import reported_folder
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
-from ptqbench.results.metrics import MISSING, format_spread, format_value, kind
+from ptqbench.results.metrics import MISSING, format_spread, format_value, known
 from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet, pivot, records, task_average
 from ptqbench.results.tables.pivot import NOT_MEASURED
 
@@ -191,14 +191,14 @@ def _verdict(figure: _Figure, ours: float, objections: bool) -> str:
         return NO_RESULT
     if objections:
         return INCOMPARABLE
-    relative = kind(figure.metric) == "perplexity"
+    relative = not known(figure.metric).share
     difference = abs(ours - figure.value) / (figure.value if relative else 1.0)
     return AGREES if difference <= (PERPLEXITY_TOLERANCE if relative else ACCURACY_TOLERANCE) else DIFFERS
 
 
 def _objections(cell: dict[str, Any], figure: _Figure, measured_on: str) -> list[str]:
     """What stands against comparing a figure with a cell, in words; empty if nothing does."""
-    row, protocol, perplexity = figure.row, figure.protocol, kind(figure.metric) == "perplexity"
+    row, protocol, perplexity = figure.row, figure.protocol, known(figure.metric).of_text
     # What the protocol says about all its figures, about a metric, about a method.
     reasons = [protocol["never"]] if "never" in protocol else []
     reasons += [why for name, why in protocol.get("metrics", {}).items() if row["metric"].startswith(name)]
@@ -293,7 +293,7 @@ def _printed(metric: str, value: float) -> str:
     """A figure with the digits that the paper prints."""
     if pd.isna(value):
         return MISSING
-    return f"{value:g}" if kind(metric) == "perplexity" else f"{100 * value:.4g}"
+    return f"{100 * value:.4g}" if known(metric).share else f"{value:g}"
 
 
 def _delta(metric: str, delta: float) -> str:

@@ -16,7 +16,7 @@ import pandas as pd
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import StorageError
 from ptqbench.results import tables
-from ptqbench.results.metrics import AVERAGE, MISSING, format_bits, format_value, higher_is_better, kind, part
+from ptqbench.results.metrics import AVERAGE, MISSING, format_bits, format_value, higher_is_better, known, part
 from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet
 from ptqbench.results.tables.pivot import draw, in_order
 from ptqbench.results.tables.tidy import EVALUATION_TIMINGS, quantize_seconds, spared_seconds
@@ -85,9 +85,9 @@ def _cell(row: Mapping[str, Any], folder: RunFolder | None) -> PageCell:
 
 def main_metrics(found: Pivot) -> list[str]:
     """The metrics that plots show: the first perplexity, and the average accuracy or else the first accuracy."""
-    metrics = [str(name) for name in found.mean.columns]
-    perplexities = [name for name in metrics if kind(name) == "perplexity"]
-    scores = [name for name in metrics if kind(name) != "perplexity"]
+    metrics = [str(name) for name in found.mean.columns if not known(name).relative]
+    perplexities = [name for name in metrics if known(name).of_text]
+    scores = [name for name in metrics if not known(name).of_text]
     return perplexities[:1] + scores[:1]
 
 
@@ -300,12 +300,14 @@ def _bits(bits: float) -> str:
 
 
 def _measures(found: Pivot) -> list[str]:
-    """Metrics in words: perplexity on these texts, accuracy on these tasks."""
+    """Metrics in words: perplexity on these texts, accuracy on these tasks, and whether there is any fidelity."""
     metrics = [metric for metric in found.mean.columns if not metric.startswith(AVERAGE)]
-    texts = dict.fromkeys(metric.rpartition("/")[0] for metric in metrics if kind(metric) == "perplexity")
-    tasks = dict.fromkeys(metric.rpartition("/")[0] for metric in metrics if kind(metric) != "perplexity")
+    absolute = [metric for metric in metrics if not known(metric).relative]
+    texts = dict.fromkeys(metric.rpartition("/")[0] for metric in absolute if known(metric).of_text)
+    tasks = dict.fromkeys(metric.rpartition("/")[0] for metric in absolute if not known(metric).of_text)
     scores = _and(tasks) if len(tasks) <= 3 else f"{len(tasks)} tasks"
-    return [f"perplexity on {_and(texts)}"] * bool(texts) + [f"accuracy on {scores}"] * bool(tasks)
+    words = [f"perplexity on {_and(texts)}"] * bool(texts) + [f"accuracy on {scores}"] * bool(tasks)
+    return words + ["fidelity to the unquantized model"] * (len(absolute) < len(metrics))
 
 
 def _share_a_process(cells: Sequence[PageCell]) -> bool:

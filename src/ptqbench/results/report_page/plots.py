@@ -14,7 +14,7 @@ import pandas as pd
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.results import analysis
 from ptqbench.results.analysis import WIDE, Look, deal_looks, new_figure, set_scale
-from ptqbench.results.metrics import kind
+from ptqbench.results.metrics import known
 from ptqbench.results.report_page.facts import Names, main_metrics, reference_value
 from ptqbench.results.tables import Pivot, format_value, higher_is_better, records
 
@@ -119,7 +119,7 @@ def _in_words(rows: pd.DataFrame, title: str) -> str:
 
 
 def _scatter(rows: pd.DataFrame, looks: Mapping[str, Look], metric: str, label: str, reference: float | None) -> Figure:
-    percent = 1.0 if kind(metric) == "perplexity" else 100.0  # accuracies are fractions in the frame
+    percent = 100.0 if known(metric).share else 1.0  # shares are fractions in the frame
     rows = rows.assign(quality=percent * rows["quality"], spread=percent * rows["spread"])
     figure, (axis,) = new_figure(5.4, 4.1)
     for bitwidth in (name for name in looks if (rows["bitwidth"] == name).any()):

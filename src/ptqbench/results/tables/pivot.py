@@ -17,6 +17,7 @@ from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.results.metrics import AVERAGE, higher_is_better, kind, order
 from ptqbench.results.tables.names import KEYS
+from ptqbench.results.tables.tidy import NOISE
 
 BITS = ["nominal_w_bits", "effective_w_bits"]
 NEVER_RUN = ("excluded", "skipped")
@@ -32,6 +33,7 @@ class Pivot:
         mean: Mean over seeds; NaN where any seed that was asked for is missing, infinite where a seed has no finite value.
         spread: Sample standard deviation over seeds; NaN for one seed, and where the mean is infinite.
         error: Standard error of the mean: from the seeds where there are several, else the sampling error of the evaluation.
+        noise: What a difference must exceed because the measurement itself is no finer; zero where nothing is known of it.
         count: Number of seeds in the mean.
         reasons: Why a row has missing cells: state, reason and seeds in words.
         protocols: What each column was measured on; several where cells of a column only differ in what cannot matter.
@@ -41,6 +43,7 @@ class Pivot:
     mean: pd.DataFrame
     spread: pd.DataFrame
     error: pd.DataFrame
+    noise: pd.DataFrame
     count: pd.DataFrame
     reasons: dict[tuple[str, ...], str]
     protocols: dict[str, str]
@@ -65,11 +68,13 @@ def pivot(frame: pd.DataFrame) -> Pivot:
     wanted = cells[~cells["state"].isin(NEVER_RUN)]
     # Values are divided by the largest of their group, so that no square in the standard deviation overflows.
     scale = done.groupby([*KEYS, "metric"], sort=False)["value"].transform(lambda found: found.abs().max() or 1.0)
+    done = done.assign(noise=done[NOISE] if NOISE in done else 0.0)
     done = done.assign(scale=scale, scaled=(done["value"] / scale).where(np.isfinite(scale)))
     grouped = done.groupby([*KEYS, "metric"], sort=False)
     statistics = grouped.agg(
-        mean=("value", "mean"), spread=("scaled", "std"), count=("draw", "nunique"), sampling=("stderr", "mean")
-    )
+        mean=("value", "mean"), spread=("scaled", "std"), count=("draw", "nunique"), sampling=("stderr", "mean"),
+        noise=("noise", "max"),
+    )  # fmt: skip
     statistics["spread"] *= grouped["scale"].first()
     # One frame per statistic: rows of the table by metrics. A mean counts only if every draw that was asked for is in it.
     names = sorted(done["metric"].unique(), key=order)
@@ -84,6 +89,7 @@ def pivot(frame: pd.DataFrame) -> Pivot:
         mean=wide["mean"].where(complete),
         spread=wide["spread"].where(complete),
         error=seeds_error.fillna(wide["sampling"]).where(complete),
+        noise=wide["noise"].fillna(0.0),
         count=count,
         reasons=_reasons(cells),
         protocols=protocols,
@@ -100,7 +106,8 @@ def best(found: Pivot) -> pd.DataFrame:
     """Mark the best value of each metric per (model, bitwidth), and the values that tie with it.
 
     A value ties with the best if their difference is at most its spread: the root of the sum of the two variances, over seeds
-    where a row has several, else of the evaluation. This rule is cautious: a paired test tells more values apart.
+    where a row has several, else of the evaluation; it also ties if their difference is within the noise floor. This rule is
+    cautious: a paired test tells more values apart.
 
     Returns:
         A boolean frame like ``found.mean``; nothing is marked where a value has no rival.
@@ -111,7 +118,7 @@ def best(found: Pivot) -> pd.DataFrame:
     errors, top = found.spread.fillna(found.error).fillna(0.0), groups.transform("min")
     # Where several values are best, the largest of their errors counts.
     at_top = errors.where(loss == top).groupby(level=["model", "bitwidth"], sort=False)
-    noise = np.hypot(errors, at_top.transform("max"))
+    noise = np.maximum(np.hypot(errors, at_top.transform("max")), found.noise)
     return ((loss - top).abs() <= noise) & (groups.transform("count") > 1)
 
 

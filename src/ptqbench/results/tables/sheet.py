@@ -12,7 +12,7 @@ import pandas as pd
 
 from ptqbench.errors import ConfigError
 from ptqbench.evaluate.records import LARGEST
-from ptqbench.results.metrics import AVERAGE, MISSING, format_spread, higher_is_better, kind
+from ptqbench.results.metrics import AVERAGE, KINDS, MISSING, format_nats, format_spread, higher_is_better, kind, known
 from ptqbench.results.tables.names import KEYS
 from ptqbench.results.tables.pivot import BITS, NOT_MEASURED, Pivot, best, pivot, task_average
 
@@ -109,7 +109,7 @@ def comparison_sheet(
     found = pivot(frame)
     metrics = list(found.mean.columns)
     if brief and any(name.startswith(AVERAGE) for name in metrics):
-        metrics = [name for name in metrics if kind(name) == "perplexity" or name.startswith(AVERAGE)]
+        metrics = [name for name in metrics if known(name).of_text or name.startswith(AVERAGE)]
         remarks.append("The scores of single tasks: --format md or csv.")
     look = _Lookup(found)
     sheet = _lay_out(look, metrics, "model" in columns and found.mean.index.get_level_values("model").nunique() > 1)
@@ -210,7 +210,25 @@ def _legend(found: Pivot, metrics: list[str], look: _Lookup) -> list[str]:
         counts = sorted(set(found.count.where(found.mean.notna(), 0).to_numpy().ravel().tolist()) - {0, 1})
         lines.append(f"{SPREAD} n = {' or '.join(map(str, counts))}.")
     lines += [INFINITE] if np.isinf(found.mean[metrics]).any(axis=None) else []
+    lines += [f"{name}: {KINDS[name].meaning}." for name in dict.fromkeys(map(kind, metrics)) if known(name).meaning]
+    lines += _noise_floors(found, metrics)
     lines += [f"{name}: {found.protocols[name]}." for name in metrics if "@" in name or name.startswith(AVERAGE)]
+    return lines
+
+
+def _noise_floors(found: Pivot, metrics: list[str]) -> list[str]:
+    """A line for each metric with a value, or a difference between values of a model and bitwidth, within its noise floor."""
+    lines = []
+    for metric in metrics:
+        floor = found.noise[metric]
+        # The smallest of a group is compared with zero, every other value with the next smaller one.
+        groups = found.mean[metric].sort_values(kind="stable").groupby(level=["model", "bitwidth"], sort=False)
+        steps = groups.diff().fillna(found.mean[metric]).reindex(floor.index)
+        if ((steps <= floor) & (floor > 0)).any():
+            lines.append(
+                f"{metric}: differences of up to {format_nats(floor.max())} nats are noise: so far is the unquantized model from "
+                "itself in other batches."
+            )
     return lines
 
 

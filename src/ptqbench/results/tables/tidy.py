@@ -21,7 +21,7 @@ from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import identity_texts, joined
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS, RunSpec
 from ptqbench.errors import PtqbenchError, StorageError
-from ptqbench.results.metrics import measured
+from ptqbench.results.metrics import kind, known, measured
 from ptqbench.results.tables.names import KEYS, settle
 from ptqbench.results.tables.specs import SpecReader
 from ptqbench.runs.folder import DAMAGED, DONE, UNREADABLE, RunFolder
@@ -39,10 +39,12 @@ COLUMNS = [
     "run_id", "variant", "evaluation",
     *NUMBERS[:-2], "metric", *NUMBERS[-2:], "protocol", "state", "reason",
 ]  # fmt: skip
+NOISE = "noise"
+"""Column of a frame in which any cell has a noise floor: KL divergence of the unquantized model from itself, in nats."""
 BESIDE_VARIANT = ("seed", "evaluation")
 ROTATION_SEED = re.compile(r'"rotation_seed":\d+,?')
 """The seed of random rotations in the canonical JSON of a method. A table averages over it as over the seed of the cell."""
-EVALUATION_TIMINGS = ("perplexity_s", "zero_shot_s")
+EVALUATION_TIMINGS = ("perplexity_s", "zero_shot_s", "fidelity_s")
 """Timings of a result that are not part of quantizing."""
 
 
@@ -91,7 +93,8 @@ def tidy(cells: Iterable[Source]) -> pd.DataFrame:
 
     Returns:
         Columns ``COLUMNS``; ``metric`` and ``value`` are missing where the cell has no result, and ``reason`` says why.
-        ``protocol`` says in words what a value was measured on. Order of the input is kept.
+        ``protocol`` says in words what a value was measured on. Where a cell was compared with its unquantized model, ``NOISE``
+        is one more column. Order of the input is kept.
     """
     # Plain dictionaries first; one frame at the end is faster than many.
     rows: list[dict[str, Any]] = []
@@ -123,8 +126,9 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _framed(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Lay out rows in ``COLUMNS``; a field that a row lacks is missing."""
-    kinds = {name: float if name in NUMBERS else object for name in COLUMNS}
-    columns = {name: [row.get(name, math.nan) for row in rows] for name in COLUMNS}
+    names = COLUMNS + [NOISE] * any(NOISE in row for row in rows)
+    kinds = {name: float if name in (*NUMBERS, NOISE) else object for name in names}
+    columns = {name: [row.get(name, math.nan) for row in rows] for name in names}
     return pd.DataFrame({name: pd.Series(columns[name], dtype=kind) for name, kind in kinds.items()})
 
 
@@ -206,7 +210,7 @@ def _measurements(folder: Measured, spec: RunSpec, key: dict[str, Any]) -> list[
         return [{**key, "state": UNREADABLE, "reason": str(error)}]
     # A result that lacks a field is damaged, whatever kind of error that gives.
     try:
-        shared, metrics = _shared(result), list(result["metrics"].items())
+        shared, metrics = _shared(result), list(_with_harness(result["metrics"]).items())
         rows = [{**key, **shared, **_measurement(spec, name, metric)} for name, metric in metrics]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         return [{**key, "state": DAMAGED, "reason": f"result.json lacks something: {error!r}"}]
@@ -236,32 +240,44 @@ def spared_seconds(result: dict[str, Any]) -> float | None:
     return None if spared is None else float(spared)
 
 
+def _with_harness(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Metrics of a result; changed answers with what the result says of the harness at the accuracy of the same task."""
+    harness = {name.rpartition("/")[0]: metric for name, metric in metrics.items() if "lm_eval" in metric}
+    return {
+        name: harness.get(name.rpartition("/")[0], {}) | metric if kind(name) == "flips" else metric
+        for name, metric in metrics.items()
+    }
+
+
 def _measurement(spec: RunSpec, name: str, metric: dict[str, Any]) -> dict[str, Any]:
-    value, stderr = measured(metric), metric.get("stderr")
+    value, stderr, noise = measured(metric), metric.get("stderr"), metric.get("noise")
     if math.isnan(value):
         raise ValueError(f"{name} is {value}")
     return {
         "metric": name,
         "value": value,
         "stderr": None if stderr is None else float(stderr),
+        **({} if noise is None else {NOISE: float(noise)}),
         "protocol": protocol(spec, name, metric),
     }
 
 
 def protocol(spec: RunSpec, name: str, metric: dict[str, Any]) -> str:
     """Say what a metric was measured on. Two values with different words are never averaged or ranked together."""
-    label = name.rpartition("/")[0]
+    label, about = name.rpartition("/")[0], known(name)
     text = spec.evaluation.texts.get(label)
-    if text is not None and name.endswith("/perplexity"):  # text, portion, windows, precision of the loss, content
+    against = ", against the unquantized model" if about.relative else ""
+    if text is not None and about.of_text:  # text, portion, windows, precision of the loss, content
         portion = "" if tuple(text.portion) == (0.0, 1.0) else f" portion {text.portion[0]:g}-{text.portion[1]:g}"
         digest = (text.digest or "").removeprefix("sha256:")[:12]
         named = f" ({text.protocol})" if text.protocol not in (None, text.dataset) else ""
         windows = f"windows of {text.seq_len}, {spec.evaluation.ppl_dtype} loss"
-        return f"{text.dataset} {text.split or ''}{named}{portion}, {windows}, {digest}"
+        top = f" by its {metric['top']} likeliest tokens and the rest" if "top" in metric else ""
+        return f"{text.dataset} {text.split or ''}{named}{portion}, {windows}, {digest}{against}{top}"
     # A task: library and version, and what its harness was told.
     n = {"shots": metric.get("n_shot", 0), "examples": metric.get("n_examples"), "batch": metric.get("batch_size")}
     facts = ", ".join(f"{count} {word}" for word, count in n.items() if count is not None)
-    return f"lm-eval {metric.get('lm_eval', '')} {label} version {metric.get('task_version')}, {facts}"
+    return f"lm-eval {metric.get('lm_eval', '')} {label} version {metric.get('task_version')}, {facts}{against}"
 
 
 def _digest(text: str) -> str:
