@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ptqbench import __version__
 from ptqbench.errors import ConfigError
-from ptqbench.runs.places import existing_runs_folder, gib, output_file, picture_file, runs_folder
+from ptqbench.runs.places import existing_runs_folder, gib, natural, output_file, picture_file, runs_folder
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -173,6 +173,13 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from ptqbench.results.compared import print_comparison
+
+    print_comparison(options.a, options.b, Path(options.runs_dir or "runs"), options.examples)
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from ptqbench.results.report_page import report_page
     from ptqbench.runs.places import write_output
@@ -312,6 +319,15 @@ COMMANDS = {
             _option("--check", action="store_true", help="show the papers' figures beside ours, and how they compare"),
             _option("--picture", metavar="FILE", type=picture_file, help="also draw the figures to a PNG or PDF file"),
             _option("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders"),
+        ), existing_runs_folder,
+    ),
+    "compare": Command(
+        _compare, "two finished cells, metric by metric: paired tests on the same windows and examples", "",
+        (
+            _option("a", metavar="A", help="a run folder, a run id, or words of a label, such as 'gptq w3'"),
+            _option("b", metavar="B", help="another; differences are B - A"),
+            _option("--examples", metavar="N", type=natural, default=0, help="also list the N windows and examples of every "
+                    "metric on which they differ most"),
         ), existing_runs_folder,
     ),
     "report": Command(

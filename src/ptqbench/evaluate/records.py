@@ -72,21 +72,44 @@ def read_records(path: Path, run_id: str) -> list[dict[str, Any]]:
         return []
 
 
-def window_scores(folder: RunFolder, label: str) -> tuple[dict[Hashable, float], int]:
-    """Read the losses of a text: (number of the window, digest of its tokens) -> nats; and the predicted tokens per window."""
-    rows = list(_rows(folder.windows_path(label)))
-    return {(row["window"], row["digest"]): row["nll"] for row in rows}, int(rows[0]["n_tokens"])
+def window_scores(folder: RunFolder, label: str, column: str = "nll") -> tuple[dict[tuple[int, str], float], int]:
+    """Read a column of a text, such as its losses in nats, and the predicted tokens per window.
+
+    Returns:
+        (number of the window, digest of its tokens) -> value; and the tokens.
+
+    Raises:
+        ConfigError: The cell has no record of the text, or the record no such column.
+    """
+    path = folder.windows_path(label)
+    rows = list(_rows(path))
+    if column not in rows[0]:
+        raise ConfigError(f"{path}: no column {column!r}; there are {', '.join(rows[0])}")
+    return {(row["window"], row["digest"]): row[column] for row in rows}, int(rows[0]["n_tokens"])
 
 
-def example_scores(folder: RunFolder, metric: str) -> dict[Hashable, float]:
+def example_scores(folder: RunFolder, metric: str, column: str = "") -> dict[Hashable, float]:
     """Read the scores behind ``task/metric``: (task, number of the example, digest of its prompts) -> score.
+
+    Args:
+        folder: The cell.
+        metric: The metric.
+        column: Column that holds the scores, where it is not called like the metric.
 
     Raises:
         ConfigError: The cell has no record of the task, or the task no such metric.
     """
+    name = column or metric.rpartition("/")[2].partition(":")[0]
+    return {
+        (row["task"], row["example"], row["digest"]): float(row[name]) for row in example_rows(folder, metric, name)
+    }
+
+
+def example_rows(folder: RunFolder, metric: str, name: str) -> list[dict[str, Any]]:
+    """Read the rows behind ``task/metric``, which have a column ``name``; errors are those of ``example_scores``."""
     task, _, word = metric.rpartition("/")
-    name, _, chosen = word.partition(":")
-    found: dict[Hashable, float] = {}
+    chosen = word.partition(":")[2] or "none"
+    found: list[dict[str, Any]] = []
     # A group has one file per task, each with the group's name as its request.
     for path in sorted((folder.records_path / "examples").glob("*.parquet")):
         summary = read_summary(path, folder.run_id) or {}
@@ -95,8 +118,8 @@ def example_scores(folder: RunFolder, metric: str) -> dict[Hashable, float]:
         for row in _rows(path):
             if name not in row:
                 raise ConfigError(f"{folder.path}: no metric {name!r} in the records of task {task!r}")
-            if row["filter"] == (chosen or "none"):
-                found[row["task"], row["example"], row["digest"]] = float(row[name])
+            if row["filter"] == chosen:
+                found.append(row)
     if not found:
         raise ConfigError(f"{folder.path}: no record of {metric!r}")
     return found

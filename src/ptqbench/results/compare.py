@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Hashable
+from typing import Any
 
 from ptqbench.errors import ConfigError
-from ptqbench.evaluate.records import example_scores, window_scores
+from ptqbench.evaluate.records import example_rows, example_scores, window_scores
 from ptqbench.results import stats
-from ptqbench.runs.folder import RunFolder
+from ptqbench.results.metrics import kind, known, part
+from ptqbench.runs.files import number
+from ptqbench.runs.folder import DONE, RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +31,31 @@ class Judged:
     adjusted: float
     verdict: str
 
+    @property
+    def word(self) -> str:
+        """What the second cell is: ``better``, ``worse`` or ``undecided``."""
+        if self.adjusted >= 1 - self.found.confidence or not self.found.distinguishable:
+            return "undecided"
+        return "better" if self.found.better() else "worse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A window or an example on which two cells differ.
+
+    Attributes:
+        name: Number of the window; task and number of the example.
+        first: Value of the first cell.
+        second: Value of the second cell.
+        margins: Of an example with choices, log-likelihood of the right one less that of the best other, in both cells, nats;
+            NaN where there is none.
+    """
+
+    name: str
+    first: float
+    second: float
+    margins: tuple[float, float] = (math.nan, math.nan)
+
 
 def compare_cells(first: RunFolder, second: RunFolder, names: tuple[str, str] = ("first", "second")) -> list[Judged]:
     """Compare every metric that two finished cells share, and the average over their tasks if both have the same one.
@@ -41,13 +71,12 @@ def compare_cells(first: RunFolder, second: RunFolder, names: tuple[str, str] = 
     Raises:
         ConfigError: A cell is not finished, they share no metric, or a metric was measured on other examples.
     """
-    results = [folder.result() for folder in (first, second)]
-    if results[0] is None or results[1] is None:
-        raise ConfigError(f"expected two finished cells, got {first.path.name} and {second.path.name}: run them first")
+    results = [_finished(folder) for folder in (first, second)]
     shared = [name for name in results[0]["metrics"] if name in results[1]["metrics"]]
     if not shared:
         raise ConfigError(f"{first.path.name} and {second.path.name} share no metric: evaluate both alike")
-    found = {name: _compare(first, second, name) for name in shared}
+    noise = {name: max(number(part(one["metrics"], name), "noise") or 0.0 for one in results) for name in shared}
+    found = {name: _compare(first, second, name, noise[name]) for name in shared}
     # The average over tasks, if both cells have the same one.
     for name, average in results[0].get("averages", {}).items():
         if name in results[1].get("averages", {}):
@@ -61,9 +90,85 @@ def compare_cells(first: RunFolder, second: RunFolder, names: tuple[str, str] = 
     ]
 
 
-def _compare(first: RunFolder, second: RunFolder, metric: str) -> stats.Comparison:
-    label, _, word = metric.rpartition("/")
-    if word != "perplexity":
-        return stats.compare_accuracy(example_scores(first, metric), example_scores(second, metric))
-    losses, n_tokens = window_scores(first, label)
-    return stats.compare_perplexity(losses, window_scores(second, label)[0], n_tokens)
+def furthest_apart(first: RunFolder, second: RunFolder, metric: str, n: int) -> tuple[list[Apart], int]:
+    """Find the windows or examples on which two cells differ most in a metric.
+
+    Args:
+        first: A finished cell.
+        second: Another, evaluated on the same data.
+        metric: A metric that both have.
+        n: At most so many.
+
+    Returns:
+        Those that differ, the largest difference first: of the value, then of the margin. Losses are in nats per token.
+        And how many differ.
+    """
+    find = _windows_apart if known(metric).of_text else _examples_apart
+    apart = find(first, second, metric)
+    apart.sort(key=lambda one: (abs(one.second - one.first), _moved(one)), reverse=True)
+    return apart[:n], len(apart)
+
+
+def _windows_apart(first: RunFolder, second: RunFolder, metric: str) -> list[Apart]:
+    (a, n_tokens), (b, _) = (_windows(folder, metric) for folder in (first, second))
+    n = (
+        n_tokens if kind(metric) == "perplexity" else 1
+    )  # losses are sums over the tokens of a window, the others are means
+    return [Apart(f"window {key[0]}", a[key] / n, b[key] / n) for key in a if a[key] != b[key]]
+
+
+def _examples_apart(first: RunFolder, second: RunFolder, metric: str) -> list[Apart]:
+    column = known(metric).column or kind(metric)
+    a, b = (_by_identity(example_rows(folder, metric, column)) for folder in (first, second))
+    found = []
+    for key, row in a.items():
+        values = float(row[column]), float(b[key][column])
+        if values[0] != values[1]:
+            found.append(Apart(f"{row['task']} {row['example']}", *values, (_margin(row), _margin(b[key]))))
+    return found
+
+
+def _by_identity(rows: list[dict[str, Any]]) -> dict[Hashable, dict[str, Any]]:
+    return {(row["task"], row["example"], row["digest"]): row for row in rows}
+
+
+def _margin(row: dict[str, Any]) -> float:
+    """Log-likelihood of the right choice less that of the best other; NaN where there are no choices."""
+    scores, target = list(row["log_likelihoods"] or []), str(row["target"])
+    if len(scores) < 2 or not target.isdigit() or int(target) >= len(scores):
+        return math.nan
+    right = scores.pop(int(target))
+    return float(right - max(scores))
+
+
+def _moved(one: Apart) -> float:
+    difference = abs(one.margins[1] - one.margins[0])
+    return difference if math.isfinite(difference) else 0.0
+
+
+def _finished(folder: RunFolder) -> dict[str, Any]:
+    result = folder.result()
+    if result is None:
+        state = folder.state()
+        what = "its result.json cannot be used" if state == DONE else f"it is {state}"
+        raise ConfigError(f"expected two finished cells, got {folder.path.name}: {what}; run it first")
+    return result
+
+
+def _compare(first: RunFolder, second: RunFolder, metric: str, noise: float) -> stats.Comparison:
+    word, of_text = kind(metric), known(metric).of_text
+    try:
+        if not of_text:
+            a, b = (example_scores(folder, metric, known(metric).column) for folder in (first, second))
+            return (stats.compare_flips if word == "flips" else stats.compare_accuracy)(a, b)
+        (a, n_tokens), (b, _) = (_windows(folder, metric) for folder in (first, second))
+        if word == "perplexity":
+            return stats.compare_perplexity(a, b, n_tokens)
+        return stats.compare_windows(a, b, word, noise)
+    except ConfigError as error:
+        raise ConfigError(f"{metric}: {error}") from None
+
+
+def _windows(folder: RunFolder, metric: str) -> tuple[dict[tuple[int, str], float], int]:
+    """The values of the windows behind a metric, and the predicted tokens per window."""
+    return window_scores(folder, metric.rpartition("/")[0], known(metric).column or kind(metric))

@@ -19,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 from ptqbench.errors import ConfigError
+from ptqbench.results.metrics import known
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 10_000
@@ -37,7 +38,7 @@ class Comparison:
     """Two cells on the same examples; every difference is that of the second cell to the first.
 
     Attributes:
-        kind: ``accuracy`` (differences are of proportions) or ``perplexity`` (differences are relative: second / first - 1).
+        kind: ``accuracy``, or the kind of metric (``metrics.KINDS``). Differences of a perplexity are relative: second / first - 1.
         first: Value of the first cell.
         second: Value of the second cell.
         difference: Point estimate of the difference.
@@ -47,6 +48,7 @@ class Comparison:
         n: Number of examples (of windows for a perplexity).
         test: Name of the test that gave the p-value.
         confidence: Coverage of the interval.
+        noise: What a difference must exceed because the measurement itself is no finer.
     """
 
     kind: str
@@ -59,6 +61,16 @@ class Comparison:
     n: int
     test: str
     confidence: float = CONFIDENCE
+    noise: float = 0.0
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the interval excludes zero, and the difference is not within the noise of the measurement."""
+        return not self.low <= 0 <= self.high and abs(self.difference) > self.noise
+
+    def better(self) -> bool:
+        """Whether the second cell has the better value."""
+        return (self.difference > 0) == (self.kind == "accuracy" or known(self.kind).higher)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,13 +241,42 @@ def compare_perplexity(
         ConfigError: The windows are not the same, or there are fewer than two.
     """
     a, b = (sums / tokens_per_window for sums in paired(first, second))
-    if len(a) < 2:
-        raise ConfigError("expected at least two windows to compare perplexities, got one: use a longer text")
+    _several_windows(a)
     p_value, low, high = _t_test(b - a, confidence)
     values = math.exp(min(float(a.mean()), LARGEST_LOSS)), math.exp(min(float(b.mean()), LARGEST_LOSS))
     # exp(difference of mean losses) is the ratio of the perplexities; 1 less is the relative change.
     change, low, high = (math.expm1(min(loss, LARGEST_LOSS)) for loss in (float((b - a).mean()), low, high))
     return Comparison("perplexity", *values, change, low, high, p_value, len(a), "paired t", confidence)
+
+
+def compare_windows(
+    first: Scores, second: Scores, kind: str, noise: float = 0.0, confidence: float = CONFIDENCE
+) -> Comparison:
+    """Compare the means of a figure over the windows of a text, which are equally long, by the paired t test.
+
+    Args:
+        first: Identity of a window -> its mean KL divergence in nats, or its share of equal first tokens.
+        second: The same windows in the second cell.
+        kind: ``kl`` or ``top1``.
+        noise: What a difference must exceed.
+        confidence: Coverage of the interval.
+
+    Raises:
+        ConfigError: The windows are not the same, or there are fewer than two.
+    """
+    a, b = paired(first, second)
+    _several_windows(a)
+    p_value, *interval = _t_test(b - a, confidence)
+    means = float(a.mean()), float(b.mean()), float((b - a).mean())
+    return Comparison(kind, *means, *interval, p_value, len(a), "paired t", confidence, noise)
+
+
+def compare_flips(first: Scores, second: Scores, confidence: float = CONFIDENCE, seed: int = 0) -> Comparison:
+    """Compare shares of changed answers, as ``compare_accuracy`` compares accuracies.
+
+    McNemar's test then looks at the examples whose answer only one of the two cells has changed.
+    """
+    return dataclasses.replace(compare_accuracy(first, second, confidence, seed), kind="flips")
 
 
 def over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Spread:
@@ -274,7 +315,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def verdict(found: Comparison, first: str, second: str, p_value: float | None = None) -> str:
     """Say in one sentence which of two cells is better, or that the sample is too small to tell.
 
-    A difference is claimed only if the p-value is below 1 - confidence *and* the interval excludes zero.
+    A difference is claimed only if the p-value is below 1 - confidence, the interval excludes zero, and it exceeds the noise.
 
     Args:
         found: The comparison of ``second`` with ``first``.
@@ -283,15 +324,27 @@ def verdict(found: Comparison, first: str, second: str, p_value: float | None = 
         p_value: A p-value adjusted for several comparisons; None takes that of the comparison.
     """
     p = found.p_value if p_value is None else p_value
-    unit, what = (" points", "examples") if found.kind == "accuracy" else (" % of the perplexity", "windows")
+    unit = {"perplexity": " % of the perplexity", "kl": " nats"}.get(found.kind, " points")
+    difference, low, high = (in_unit(found, value) for value in (found.difference, found.low, found.high))
+    what = "windows" if known(found.kind).of_text else "examples"
     facts = (
-        f"{100 * found.difference:+.2f}{unit}, {100 * found.confidence:.0f} % interval {100 * found.low:+.2f} to "
-        f"{100 * found.high:+.2f}, p = {p:.2g}, {found.n} {what}"
+        f"{difference}{unit}, {100 * found.confidence:.0f} % interval {low} to {high}, p = {p:.2g}, {found.n} {what}"
     )
-    if p >= 1 - found.confidence or found.low <= 0 <= found.high:
-        return f"{second} and {first} are not distinguishable at this sample size ({facts})"
-    better = (found.difference > 0) == (found.kind == "accuracy")
-    return f"{second} is {'better' if better else 'worse'} than {first} ({facts})"
+    if p >= 1 - found.confidence or not found.distinguishable:
+        within = abs(found.difference) <= found.noise and found.noise > 0
+        why = f"within the noise floor of {found.noise:.2g} nats" if within else "at this sample size"
+        return f"{second} and {first} are not distinguishable {why} ({facts})"
+    return f"{second} is {'better' if found.better() else 'worse'} than {first} ({facts})"
+
+
+def in_unit(found: Comparison, value: float) -> str:
+    """A difference with its sign: in nats for a KL divergence, in percent of a perplexity, in points of a share."""
+    return f"{value:+.3g}" if found.kind == "kl" else f"{100 * value:+.2f}"
+
+
+def _several_windows(values: Array) -> None:
+    if len(values) < 2:
+        raise ConfigError("expected at least two windows to compare the figures of a text, got one: use a longer text")
 
 
 def _t_test(differences: Array, confidence: float) -> tuple[float, float, float]:

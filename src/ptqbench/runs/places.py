@@ -82,3 +82,10 @@ def gib(text: str) -> float:
         if 0 <= float(text) < math.inf:
             return float(text)
     raise ArgumentTypeError(f"expected GiB, a number of at least 0, got {text!r}")
+
+
+def natural(text: str) -> int:
+    """Read a number of things."""
+    if text.isascii() and text.isdigit():
+        return int(text)
+    raise ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")

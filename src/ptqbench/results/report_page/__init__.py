@@ -14,6 +14,7 @@ from pathlib import Path
 from ptqbench.errors import ConfigError
 from ptqbench.models.source import EMBEDDED
 from ptqbench.results import tables
+from ptqbench.results.metrics import known
 from ptqbench.results.report_page import facts, plots
 from ptqbench.results.reported import check, check_sheet
 from ptqbench.results.tables import Sheet, Source
@@ -62,6 +63,7 @@ def report_page(
         measured=facts.measured(frame, found, cells),
         comparison=tables.comparison_sheet(frame, columns=columns) if len(frame) else None,
         trade_offs=plots.trade_offs(averaged, found, references),
+        fidelity=any(known(metric).relative for metric in found.mean.columns),
         layers=plots.layers(frame),
         cost=facts.cost(cells, found) if len(found.mean.columns) else None,
         papers=check_sheet(papers) if len(papers) else None,

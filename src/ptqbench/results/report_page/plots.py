@@ -14,7 +14,7 @@ import pandas as pd
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.results import analysis
 from ptqbench.results.analysis import WIDE, Look, deal_looks, new_figure, set_scale
-from ptqbench.results.metrics import known
+from ptqbench.results.metrics import kind, known
 from ptqbench.results.report_page.facts import Names, main_metrics, reference_value
 from ptqbench.results.tables import Pivot, format_value, higher_is_better, records
 
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0b4f8a", "#c2571a", "#2e7d4f", "#7a3e9d", "#8a6d00", "#444444")
 COSTS = {"effective_w_bits": "true bits per weight", "quantize_s": "time to quantize, s"}
+KL_COST = "effective_w_bits"
+"""The cost against which KL divergences are drawn."""
 ERROR = "relative_output_error"
 WIDE_COST = 2.0
 """Ratio of largest to smallest cost above which its axis is logarithmic. It is small, because bits differ by small factors."""
+FLOOR_IN_VIEW = 100.0
+"""A noise floor further below the lowest KL divergence than by this factor is named, not drawn: it would hide all differences."""
 PANELS_ACROSS = 4
 ROOM_FOR_NAMES = 0.3
 """Share of the horizontal axis that is kept free at its end."""
@@ -47,6 +51,8 @@ class Plot:
 def trade_offs(frame: pd.DataFrame, found: Pivot, references: set[Names]) -> list[Plot]:
     """Draw quality against bits and against time: for every model one plot per main metric and cost.
 
+    Where cells were compared with their unquantized model, one more plot shows the first KL divergence against bits.
+
     Args:
         frame: As ``tables.tidy`` returns it, not modified; with averages over tasks where there are any.
         found: Its pivot.
@@ -58,15 +64,27 @@ def trade_offs(frame: pd.DataFrame, found: Pivot, references: set[Names]) -> lis
     # One look per bitwidth for all plots of the page, whatever their rows are sorted by.
     plots = []
     looks = deal_looks(_quantized(frame)["bitwidth"].dropna(), COLOURS)
-    compared = {(m, cost): _compared(frame, m, cost) for m in main_metrics(found) for cost in COSTS}
+    drawn_pairs = [(metric, cost) for metric in main_metrics(found) for cost in COSTS]
+    drawn_pairs += [(metric, KL_COST) for metric in found.mean.columns if kind(metric) == "kl"][:1]
+    compared = {(metric, cost): _compared(frame, metric, cost) for metric, cost in drawn_pairs}
     for model in frame["model"].dropna().unique():
         for (metric, cost), rows in compared.items():
             part = rows[rows["model"] == model]
             if len(part):
-                drawn = _scatter(part, looks, metric, COSTS[cost], reference_value(found, references, model, metric))
+                line = _line(found, references, str(model), metric)
+                drawn = _scatter(part, looks, metric, COSTS[cost], line)
                 title = f"{model}: {metric} against {COSTS[cost].removesuffix(', s')}"
                 plots.append(Plot(title, _in_words(part, title), _address(drawn)))
     return plots
+
+
+def _line(found: Pivot, references: set[Names], model: str, metric: str) -> tuple[str, float] | None:
+    """What a plot has a horizontal line for: the unquantized model, or the noise floor of a KL divergence; None where unknown."""
+    if kind(metric) == "kl":
+        floor = float(found.noise[metric][found.noise.index.get_level_values("model") == model].max())
+        return ("noise floor", floor) if floor > 0 else None
+    reference = reference_value(found, references, model, metric)
+    return None if reference is None else ("unquantized", reference)
 
 
 def layers(frame: pd.DataFrame) -> list[Plot]:
@@ -118,7 +136,9 @@ def _in_words(rows: pd.DataFrame, title: str) -> str:
     return f"{title}: {len(rows)} methods and bitwidths. Not beaten in both: {', '.join(best)}."
 
 
-def _scatter(rows: pd.DataFrame, looks: Mapping[str, Look], metric: str, label: str, reference: float | None) -> Figure:
+def _scatter(
+    rows: pd.DataFrame, looks: Mapping[str, Look], metric: str, label: str, line: tuple[str, float] | None
+) -> Figure:
     percent = 100.0 if known(metric).share else 1.0  # shares are fractions in the frame
     rows = rows.assign(quality=percent * rows["quality"], spread=percent * rows["spread"])
     figure, (axis,) = new_figure(5.4, 4.1)
@@ -128,17 +148,26 @@ def _scatter(rows: pd.DataFrame, looks: Mapping[str, Look], metric: str, label: 
         for on_front, part in rows[rows["bitwidth"] == bitwidth].groupby("front"):
             look: dict[str, Any] = {"fmt": marker, "color": colour, "mfc": colour if on_front else "white"}
             axis.errorbar(part["cost"], part["quality"], part["spread"].fillna(0.0), **look, capsize=2, elinewidth=0.8)
-    # Scales, then the line of the unquantized model, then words: names go where marks and axes leave room.
-    set_scale(axis, "y", rows["quality"], WIDE)
+    # Scales, then the line, then words: names go where marks and axes leave room.
+    lowest, in_view = rows["quality"].min(), line is not None
+    if kind(metric) == "kl":  # logarithmic in any case
+        in_view = line is not None and line[1] >= lowest / FLOOR_IN_VIEW
+        set_scale(axis, "y", pd.Series([*rows["quality"], line[1] if line is not None and in_view else lowest]), 0.0)
+    else:
+        set_scale(axis, "y", rows["quality"], WIDE)
     set_scale(axis, "x", rows["cost"], WIDE_COST)
-    if reference is not None:
-        axis.axhline(percent * reference, color="0.3", linewidth=1, linestyle=":")
+    if line is not None:
+        name, value = line
+        words, height = f"{name} {format_value(metric, value)}", percent * value
+        if in_view:
+            axis.axhline(height, color="0.3", linewidth=1, linestyle=":")
         axis.annotate(
-            f"unquantized {format_value(metric, reference)}", (1, percent * reference), (-3, 3), ("axes fraction", "data"),
+            words if in_view else f"{words}, below this axis", (1, height if in_view else 0),
+            (-3, 3), ("axes fraction", "data" if in_view else "axes fraction"),
             "offset points", ha="right", fontsize=7.5, color="0.3",
         )  # fmt: skip
     axis.set_xlabel(label)
-    unit = "" if percent == 1 else ", %"
+    unit = ", nats" if kind(metric) == "kl" else ", %" if known(metric).share else ""
     axis.set_ylabel(f"{metric}{unit} ({'higher' if higher_is_better(metric) else 'lower'} is better)")
     axis.legend(fontsize=7.5, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, ncols=5)
     _name(axis, rows)

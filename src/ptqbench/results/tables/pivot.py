@@ -68,7 +68,7 @@ def pivot(frame: pd.DataFrame) -> Pivot:
     wanted = cells[~cells["state"].isin(NEVER_RUN)]
     # Values are divided by the largest of their group, so that no square in the standard deviation overflows.
     scale = done.groupby([*KEYS, "metric"], sort=False)["value"].transform(lambda found: found.abs().max() or 1.0)
-    done = done.assign(noise=done[NOISE] if NOISE in done else 0.0)
+    done = done.assign(noise=done.get(NOISE, 0.0))
     done = done.assign(scale=scale, scaled=(done["value"] / scale).where(np.isfinite(scale)))
     grouped = done.groupby([*KEYS, "metric"], sort=False)
     statistics = grouped.agg(

@@ -1,0 +1,105 @@
+"""Print the comparison of two finished cells: metric by metric, and where they differ most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from ptqbench.cell import labels
+from ptqbench.errors import ConfigError
+from ptqbench.results.compare import Judged, compare_cells, furthest_apart
+from ptqbench.results.metrics import MISSING, format_value, kind, known, order
+from ptqbench.results.named import run_named
+from ptqbench.results.stats import in_unit
+from ptqbench.results.tables import Column, Entry, Sheet, records, tidy
+from ptqbench.results.terminal import print_sheet
+from ptqbench.runs.folder import RunFolder
+
+UNITS = "Difference: B - A, in percent of a perplexity, in points of a share (printed in percent), in nats of a KL divergence."
+TESTS = (
+    "p: paired tests on the same windows and examples, corrected for the number of metrics (Holm). "
+    "undecided: not distinguishable at this sample size."
+)
+
+MARGIN = "margin: log-likelihood of the right choice less that of the best other, in nats."
+
+
+def print_comparison(first: str, second: str, root: Path, n_examples: int = 0) -> None:
+    """Print how two finished cells compare.
+
+    Args:
+        first: What the first cell is called, as ``named.run_named`` takes it.
+        second: The same for the second.
+        root: Folder of run folders.
+        n_examples: Windows and examples to list of every metric.
+
+    Raises:
+        ConfigError: A name means no cell or several, a cell is not finished, or they were measured on different examples.
+    """
+    cells = run_named(first, root), run_named(second, root)
+    if cells[0].run_id == cells[1].run_id:
+        raise ConfigError(f"expected two cells to compare, got {cells[0].run_id} twice ({first!r} and {second!r})")
+    judged = compare_cells(*cells, ("A", "B"))
+    print_sheet(_overview(cells, judged), "terminal")
+    # An average has no examples of its own.
+    for metric in [one.metric for one in judged if "(" not in one.metric] if n_examples else []:
+        sheet = _furthest(cells, metric, n_examples)
+        if sheet is not None:
+            print()
+            print_sheet(sheet, "terminal")
+
+
+def _overview(cells: tuple[RunFolder, RunFolder], judged: list[Judged]) -> Sheet:
+    """One row per metric: both values, the difference with its interval and p-value, and what B is."""
+    heads = [Column("metric", numeric=False), *map(Column, ("A", "B", "difference"))]
+    heads += [Column(f"{100 * judged[0].found.confidence:.0f} % interval"), Column("p"), Column("B is", numeric=False)]
+    sheet = Sheet(
+        heads, title="\n".join(f"{word}: {_called(folder)}" for word, folder in zip("AB", cells, strict=True))
+    )
+    measured_on = [{row["metric"]: row["protocol"] for row in records(tidy([(folder, None)]))} for folder in cells]
+    for one in sorted(judged, key=lambda one: order(one.metric)):
+        found, ways = one.found, [said.get(one.metric) for said in measured_on]
+        note = sheet.note(f"measured differently: A {ways[0]}; B {ways[1]}") if ways[0] != ways[1] else None
+        values = [
+            format_value(found.kind if found.kind != "accuracy" else "acc", value)
+            for value in (found.first, found.second)
+        ]
+        difference, low, high = (in_unit(found, value) for value in (found.difference, found.low, found.high))
+        p_value = f"{one.adjusted:.3f}" if one.adjusted >= 0.001 else f"{one.adjusted:.0e}"
+        texts = [*values, difference, f"{low} to {high}", p_value]
+        sheet.rows.append([Entry(one.metric, note=note), *map(Entry, texts), Entry(one.word, one.word != "undecided")])
+    sheet.remarks = [UNITS, TESTS, *_noise(judged)]
+    return sheet
+
+
+def _called(folder: RunFolder) -> str:
+    return f"{labels.name(folder.read_spec())} ({folder.run_id})"
+
+
+def _noise(judged: list[Judged]) -> Iterator[str]:
+    for one in judged:
+        if 0 < one.found.noise >= abs(one.found.difference):
+            yield f"{one.metric}: differences of up to {one.found.noise:.3g} nats are noise of the measurement."
+
+
+def _furthest(cells: tuple[RunFolder, RunFolder], metric: str, n: int) -> Sheet | None:
+    """The windows or examples on which the cells differ most in a metric; None where there are none."""
+    apart, n_apart = furthest_apart(*cells, metric, n)
+    if not apart:
+        return None
+    windows = known(metric).of_text
+    what, last = ("window", ["difference"]) if windows else ("example", ["margin A", "margin B"])
+    which = f"all {n_apart} {what}s that differ"
+    if len(apart) < n_apart:
+        which = f"the {len(apart)} of {n_apart} {what}s that differ most"
+    unit = ", nats per token" if kind(metric) == "perplexity" else ""
+    sheet = Sheet([Column(what, numeric=False), *map(Column, ("A", "B", *last))], title=f"{metric}: {which}{unit}")
+    for one in apart:
+        numbers = [one.second - one.first] if windows else list(one.margins)
+        texts = [f"{value:.3g}" for value in (one.first, one.second)]
+        texts += [MISSING if math.isnan(value) else f"{value:+.3g}" for value in numbers]
+        sheet.rows.append([Entry(one.name), *map(Entry, texts)])
+    if any(math.isfinite(margin) for one in apart for margin in one.margins):
+        sheet.remarks = [MARGIN]
+    return sheet

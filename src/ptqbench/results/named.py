@@ -1,0 +1,94 @@
+"""Find a run folder by what people call it: its path, its run id, its name, or words of its label."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+from pathlib import Path
+
+from ptqbench.cell import labels
+from ptqbench.errors import ConfigError, PtqbenchError
+from ptqbench.results.tables.specs import SpecReader
+from ptqbench.runs.folder import DONE, RunFolder, all_runs
+
+SHORTEST_ID = 4
+"""Digits of a run id that may be given in place of all."""
+SHOWN = 4
+"""Cells that an error message lists."""
+CHANGES = re.compile(r" (?:calibration|evaluation)[^ ]*=.* seed ")
+"""The part of a label between its bits and its seed."""
+
+
+def run_named(name: str, root: Path) -> RunFolder:
+    """Find the one run folder that a name means.
+
+    Args:
+        name: A run folder; the beginning of a run id; a part of a folder's name between hyphens; or words of a label in any
+            order, such as ``gptq w3``. Of several cells that have all words, finished ones are preferred; of cells whose labels
+            differ in values alone, the one with the fewest: ``gptq w3`` is not ``gptq damping=0.1 w3``.
+        root: Folder of run folders.
+
+    Raises:
+        ConfigError: No cell has this name, or several have it.
+    """
+    if (Path(name) / "spec.json").is_file():
+        return RunFolder(Path(os.path.abspath(name)))
+    folders = list(all_runs(root))
+    label = functools.partial(_label, SpecReader())
+    found = [one for one in folders if len(name) >= SHORTEST_ID and one.run_id.startswith(name)]
+    called: dict[str, list[RunFolder]] = {}
+    if not found:
+        for folder in folders:
+            called.setdefault(label(folder), []).append(folder)
+        wanted = set(name.split())
+        fitting = {said: several for said, several in called.items() if wanted and wanted <= set(said.split())}
+        found = _plainest(fitting) or [one for one in folders if f"-{name}-" in f"-{one.path.name}-"]
+    if len(found) > 1:
+        listed = [
+            f"{said} ({one.run_id})" for said, one in zip(_brief(list(map(label, found[:SHOWN]))), found, strict=False)
+        ]
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise ConfigError(f"{name!r} names {len(found)} cells: {'; '.join(listed)}{more}; say more words, or a run id")
+    if not found:
+        raise ConfigError(f"no cell in {root} is called {name!r}; {_near(name, called)}")
+    return found[0]
+
+
+def _label(reader: SpecReader, folder: RunFolder) -> str:
+    """The label of a cell; the name of its folder where its spec cannot be read."""
+    try:
+        return labels.name(reader.read(folder)[0])
+    except PtqbenchError:
+        return folder.path.name
+
+
+def _plainest(fitting: dict[str, list[RunFolder]]) -> list[RunFolder]:
+    """Finished cells if there are any. Where their labels differ in values alone, those with the fewest values."""
+    done = {label: [one for one in several if one.state() == DONE] for label, several in fitting.items()}
+    fitting = {label: several for label, several in done.items() if several} or fitting
+    names = {tuple(word for word in label.split() if "=" not in word) for label in fitting}
+    if len(names) == 1:
+        fewest = min(len(label.split()) for label in fitting)
+        fitting = {label: several for label, several in fitting.items() if len(label.split()) == fewest}
+    return [one for several in fitting.values() for one in several]
+
+
+def _near(name: str, called: dict[str, list[RunFolder]]) -> str:
+    """The labels closest to a name, by the words that they share, then by spelling."""
+    if not called:
+        return "it has no run folder"
+    wanted = set(name.split())
+
+    def likeness(label: str) -> tuple[int, float]:
+        return len(wanted & set(label.split())), difflib.SequenceMatcher(None, name, label).ratio()
+
+    near = _brief(sorted(called, key=likeness, reverse=True)[:SHOWN])
+    return f"there are {len(called)} labels, the nearest: {'; '.join(near)}"
+
+
+def _brief(said: list[str]) -> list[str]:
+    """Labels without their changes of calibration and evaluation, where these are not what tells them apart."""
+    short = [CHANGES.sub(" seed ", label) for label in said]
+    return short if len(set(short)) == len(said) else said
