@@ -46,7 +46,8 @@ def small_words(root: Path) -> list[str]:
         "+method=gptq", "model=local", f"model.path={model}", "bitwidth=w3", "calibration=file", f"calibration.path={text}",
         "calibration.separator='|'", "calibration.portion=[0,0.5]", "calibration.n_samples=2", "calibration.seq_len=32",
         "evaluation=file", f"evaluation.texts.file.path={text}", "evaluation.texts.file.separator='|'",
-        "evaluation.texts.file.portion=[0.5,1]", "evaluation.texts.file.seq_len=32", "execution.threads=1",
+        "evaluation.texts.file.portion=[0.5,1]", "evaluation.texts.file.seq_len=32", "evaluation.fidelity=true",
+        "execution.threads=1",
     ]  # fmt: skip
 
 
@@ -141,7 +142,10 @@ def test_offline_file_holds_the_whole_cell(done):
     summary = {}
     for record in found:
         summary |= items(record.summary.update)
-    assert summary["file/perplexity"] == done.result["metrics"]["file/perplexity"]["value"]
+    for name in ("file/perplexity", "file/kl", "file/top1"):
+        assert summary[name] == done.result["metrics"][name]["value"]
+        assert summary[f"{name}_stderr"] == done.result["metrics"][name]["stderr"]
+    assert json.loads(summary["result"])["metrics"]["file/kl"]["noise"] >= 0
     assert summary["spared_s"] == done.result["shared"]["spared_s"]
     assert summary["effective_w_bits"] == done.result["bits"]["effective_w_bits"]
     assert json.loads(summary["result"]) == done.folder.result()

@@ -159,8 +159,8 @@ def _compare(first: RunFolder, second: RunFolder, metric: str, noise: float) -> 
     word, of_text = kind(metric), known(metric).of_text
     try:
         if not of_text:
-            a, b = (example_scores(folder, metric, known(metric).column) for folder in (first, second))
-            return (stats.compare_flips if word == "flips" else stats.compare_accuracy)(a, b)
+            scores = [example_scores(folder, metric, known(metric).column) for folder in (first, second)]
+            return (stats.compare_flips if word == "flips" else stats.compare_accuracy)(*scores)
         (a, n_tokens), (b, _) = (_windows(folder, metric) for folder in (first, second))
         if word == "perplexity":
             return stats.compare_perplexity(a, b, n_tokens)

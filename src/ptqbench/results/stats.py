@@ -266,9 +266,9 @@ def compare_windows(
     """
     a, b = paired(first, second)
     _several_windows(a)
-    p_value, *interval = _t_test(b - a, confidence)
+    p_value, low, high = _t_test(b - a, confidence)
     means = float(a.mean()), float(b.mean()), float((b - a).mean())
-    return Comparison(kind, *means, *interval, p_value, len(a), "paired t", confidence, noise)
+    return Comparison(kind, *means, low, high, p_value, len(a), "paired t", confidence, noise)
 
 
 def compare_flips(first: Scores, second: Scores, confidence: float = CONFIDENCE, seed: int = 0) -> Comparison:
