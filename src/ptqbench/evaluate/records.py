@@ -72,7 +72,7 @@ def read_records(path: Path, run_id: str) -> list[dict[str, Any]]:
         return []
 
 
-def window_scores(folder: RunFolder, label: str, column: str = "nll") -> tuple[dict[tuple[int, str], float], int]:
+def window_scores(folder: RunFolder, label: str, column: str = "nll") -> tuple[dict[Hashable, float], int]:
     """Read a column of a text, such as its losses in nats, and the predicted tokens per window.
 
     Returns:

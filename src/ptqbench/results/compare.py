@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, cast
 
 from ptqbench.errors import ConfigError
 from ptqbench.evaluate.records import example_rows, example_scores, window_scores
@@ -111,10 +111,11 @@ def furthest_apart(first: RunFolder, second: RunFolder, metric: str, n: int) -> 
 
 def _windows_apart(first: RunFolder, second: RunFolder, metric: str) -> list[Apart]:
     (a, n_tokens), (b, _) = (_windows(folder, metric) for folder in (first, second))
-    n = (
-        n_tokens if kind(metric) == "perplexity" else 1
-    )  # losses are sums over the tokens of a window, the others are means
-    return [Apart(f"window {key[0]}", a[key] / n, b[key] / n) for key in a if a[key] != b[key]]
+    # Losses are sums over the tokens of a window, the other figures are means.
+    n = n_tokens if kind(metric) == "perplexity" else 1
+    numbers = [cast("tuple[int, str]", key)[0] for key in a]
+    pairs = [(a[key] / n, b[key] / n) for key in a]
+    return [Apart(f"window {i}", *pair) for i, pair in zip(numbers, pairs, strict=True) if pair[0] != pair[1]]
 
 
 def _examples_apart(first: RunFolder, second: RunFolder, metric: str) -> list[Apart]:
@@ -159,8 +160,8 @@ def _compare(first: RunFolder, second: RunFolder, metric: str, noise: float) -> 
     word, of_text = kind(metric), known(metric).of_text
     try:
         if not of_text:
-            scores = [example_scores(folder, metric, known(metric).column) for folder in (first, second)]
-            return (stats.compare_flips if word == "flips" else stats.compare_accuracy)(*scores)
+            a, b = (example_scores(folder, metric, known(metric).column) for folder in (first, second))
+            return stats.compare_flips(a, b) if word == "flips" else stats.compare_accuracy(a, b)
         (a, n_tokens), (b, _) = (_windows(folder, metric) for folder in (first, second))
         if word == "perplexity":
             return stats.compare_perplexity(a, b, n_tokens)
@@ -169,6 +170,6 @@ def _compare(first: RunFolder, second: RunFolder, metric: str, noise: float) -> 
         raise ConfigError(f"{metric}: {error}") from None
 
 
-def _windows(folder: RunFolder, metric: str) -> tuple[dict[tuple[int, str], float], int]:
+def _windows(folder: RunFolder, metric: str) -> tuple[dict[Hashable, float], int]:
     """The values of the windows behind a metric, and the predicted tokens per window."""
     return window_scores(folder, metric.rpartition("/")[0], known(metric).column or kind(metric))
