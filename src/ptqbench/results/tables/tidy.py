@@ -271,7 +271,10 @@ def protocol(spec: RunSpec, name: str, metric: dict[str, Any]) -> str:
         portion = "" if tuple(text.portion) == (0.0, 1.0) else f" portion {text.portion[0]:g}-{text.portion[1]:g}"
         digest = (text.digest or "").removeprefix("sha256:")[:12]
         named = f" ({text.protocol})" if text.protocol not in (None, text.dataset) else ""
-        windows = f"windows of {text.seq_len}, {spec.evaluation.ppl_dtype} loss"
+        loss = (
+            "" if about.relative else f", {spec.evaluation.ppl_dtype} loss"
+        )  # divergences are those of unrounded logits
+        windows = f"windows of {text.seq_len}{loss}"
         top = f" by its {metric['top']} likeliest tokens and the rest" if "top" in metric else ""
         return f"{text.dataset} {text.split or ''}{named}{portion}, {windows}, {digest}{against}{top}"
     # A task: library and version, and what its harness was told.
