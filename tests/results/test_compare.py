@@ -13,7 +13,7 @@ from ptqbench.cli import main
 from ptqbench.errors import ConfigError
 from ptqbench.evaluate.records import window_scores, write_records
 from ptqbench.results import compare, stats
-from ptqbench.results.named import run_named
+from ptqbench.results.named import label_of, run_named
 from ptqbench.runs.folder import RunFolder, write_json
 
 
@@ -165,6 +165,20 @@ def test_command_prints_every_metric_in_80_columns(cells, root, judged, capsys, 
     assert "margin: log-likelihood of the right choice" in flat
 
 
+def test_an_average_over_tasks_has_a_short_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "average(arc_easy/acc, arc_easy/acc)"
+    for method in ("rtn", "gptq"):
+        folder = fidelity_cell(tmp_path, method)
+        average = {"value": 0.5, "stderr": 0.1, "tasks": ["arc_easy/acc", "arc_easy/acc"]}
+        write_json(folder.result_path, folder.result() | {"averages": {name: average}})
+    status, out, _ = run(capsys, tmp_path, "rtn", "gptq", "--examples", "1")
+    flat = " ".join(out.split())
+    assert status == 0
+    assert "average of 2 35.0 55.0 +20.00" in flat, "the rest of its name is on the next line"
+    assert f"average of 2 tasks: {name}." in flat
+
+
 def test_command_says_where_protocols_differ(cells, tmp_path, capsys):
     other = fidelity_cell(tmp_path, "gptq")
     result = other.result()
@@ -187,6 +201,7 @@ def test_command_says_where_protocols_differ(cells, tmp_path, capsys):
         (("rtn", "gtpq"), "no cell in {root} is called 'gtpq'; there are 3 labels, the nearest: toy-1b gptq w3 seed 0; "),
         (("w3", "gptq"), "'w3' names 2 cells: toy-1b gptq w3 seed 0 ("),
         (("rtn", "rtn w3"), "twice ('rtn' and 'rtn w3')"),
+        (("x" * 5000, "gptq"), "there are 3 labels, the nearest"),
         (("rtn",), "compare: the following arguments are required: B"),
         (("rtn", "gptq", "--examples", "-1"), "expected a whole number of at least 0, got '-1'"),
     ],
@@ -227,6 +242,10 @@ def test_names_of_cells(cells, root, tmp_path):
         str(gptq.path),
     ):
         assert run_named(name, root).path.name == gptq.path.name, name
+    copied = fidelity_cell(tmp_path / "edited", "gptq")
+    write_json(copied.spec_path, {"no": "cell"})
+    assert run_named(copied.path.name, copied.path.parent) == copied
+    assert label_of(copied) == copied.path.name
     with pytest.raises(ConfigError, match="it has no run folder"):
         run_named("gptq", tmp_path)
 

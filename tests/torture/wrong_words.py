@@ -6,7 +6,20 @@ from random import Random
 
 from torture.requests import Place, Request, typo
 
-COMMANDS = ("plan", "sweep", "retry", "cancel", "status", "table", "report", "sync", "prefetch", "gc", "doctor")
+COMMANDS = (
+    "plan",
+    "sweep",
+    "retry",
+    "cancel",
+    "status",
+    "table",
+    "compare",
+    "report",
+    "sync",
+    "prefetch",
+    "gc",
+    "doctor",
+)
 NEED_SWEEP = ("plan", "sweep", "retry", "cancel")
 SWEEPS = ("demo", "composition", "gptq_llama", "resq_table1", "coquant_table1", "q2n_weight_only")
 NO_FILES = ("nosuch.yaml", "/nosuch/x.yml", "a" * 300 + ".yaml", "", " ", ".yaml")

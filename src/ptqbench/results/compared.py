@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from ptqbench.cell import labels
 from ptqbench.errors import ConfigError
 from ptqbench.results.compare import Judged, compare_cells, furthest_apart
 from ptqbench.results.metrics import MISSING, format_value, kind, known, order
-from ptqbench.results.named import run_named
+from ptqbench.results.named import label_of, run_named
 from ptqbench.results.stats import in_unit
 from ptqbench.results.tables import Column, Entry, Sheet, records, tidy
 from ptqbench.results.terminal import print_sheet
@@ -68,13 +67,21 @@ def _overview(cells: tuple[RunFolder, RunFolder], judged: list[Judged]) -> Sheet
         difference, low, high = (in_unit(found, value) for value in (found.difference, found.low, found.high))
         p_value = f"{one.adjusted:.3f}" if one.adjusted >= 0.001 else f"{one.adjusted:.0e}"
         texts = [*values, difference, f"{low} to {high}", p_value]
-        sheet.rows.append([Entry(one.metric, note=note), *map(Entry, texts), Entry(one.word, one.word != "undecided")])
-    sheet.remarks = [UNITS, TESTS, *_noise(judged)]
+        sheet.rows.append(
+            [Entry(_short(one.metric), note=note), *map(Entry, texts), Entry(one.word, one.word != "undecided")]
+        )
+    averages = [f"{_short(one.metric)}: {one.metric}." for one in judged if _short(one.metric) != one.metric]
+    sheet.remarks = [UNITS, TESTS, *averages, *_noise(judged)]
     return sheet
 
 
 def _called(folder: RunFolder) -> str:
-    return f"{labels.name(folder.read_spec())} ({folder.run_id})"
+    return f"{label_of(folder)} ({folder.run_id})"
+
+
+def _short(metric: str) -> str:
+    """A metric; an average over tasks says how many there are, because their names fill a column."""
+    return f"average of {metric.count(',') + 1} tasks" if "(" in metric else metric
 
 
 def _noise(judged: list[Judged]) -> Iterator[str]:

@@ -37,17 +37,17 @@ KINDS = {
     "perplexity": Kind(of_text=True, column="nll"),
     "kl": Kind(
         of_text=True, relative=True, place=1,
-        meaning="mean KL divergence of a position from the unquantized model, in nats",
+        meaning="mean KL divergence from the unquantized model, in nats per token",
     ),
     "top1": Kind(
         higher=True, share=True, of_text=True, relative=True, place=2,
-        meaning="positions at which the unquantized model ranks the same token first, %",
+        meaning="share of positions at which the unquantized model ranks the same token first, %",
     ),
     "acc": Kind(higher=True, share=True),
     "exact_match": Kind(higher=True, share=True),
     "acc_norm": Kind(higher=True, share=True, place=1),
     "flips": Kind(
-        share=True, relative=True, place=2, column="flipped", meaning="answers that are not the unquantized model's, %"
+        share=True, relative=True, place=2, column="flipped", meaning="share of answers that are not the unquantized model's, %"
     ),
 }  # fmt: skip
 OTHER = Kind()

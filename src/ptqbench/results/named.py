@@ -33,10 +33,10 @@ def run_named(name: str, root: Path) -> RunFolder:
     Raises:
         ConfigError: No cell has this name, or several have it.
     """
-    if (Path(name) / "spec.json").is_file():
+    if os.path.isfile(os.path.join(name, "spec.json")):  # False, not an error, for what cannot be a name of a file
         return RunFolder(Path(os.path.abspath(name)))
     folders = list(all_runs(root))
-    label = functools.partial(_label, SpecReader())
+    label = functools.partial(label_of, reader=SpecReader())
     found = [one for one in folders if len(name) >= SHORTEST_ID and one.run_id.startswith(name)]
     called: dict[str, list[RunFolder]] = {}
     if not found:
@@ -56,10 +56,10 @@ def run_named(name: str, root: Path) -> RunFolder:
     return found[0]
 
 
-def _label(reader: SpecReader, folder: RunFolder) -> str:
+def label_of(folder: RunFolder, reader: SpecReader | None = None) -> str:
     """The label of a cell; the name of its folder where its spec cannot be read."""
     try:
-        return labels.name(reader.read(folder)[0])
+        return labels.name((reader or SpecReader()).read(folder)[0])
     except PtqbenchError:
         return folder.path.name
 

@@ -226,8 +226,8 @@ def _noise_floors(found: Pivot, metrics: list[str]) -> list[str]:
         steps = groups.diff().fillna(found.mean[metric]).reindex(floor.index)
         if ((steps <= floor) & (floor > 0)).any():
             lines.append(
-                f"{metric}: differences of up to {format_nats(floor.max())} nats are noise: so far is the unquantized model from "
-                "itself in other batches."
+                f"{metric}: differences of up to {format_nats(floor.max())} nats are noise: the unquantized model "
+                "differs from itself by as much in other batches."
             )
     return lines
 
