@@ -1,11 +1,14 @@
 """A small sweep on a random model, as users run it: separate processes and the real command line."""
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 import warm
 
@@ -53,6 +56,15 @@ class Small:
             "".join(f"The {a} cat saw {b} red birds near house {a * b}.|" for a in range(30) for b in range(30))
         )
         self.grids("{method: [rtn, gptq], bitwidth: [w4, w3]}")
+
+    def damaged_model(self) -> Path:
+        """A copy of the model with one weight that is no number: its cells fail when they run."""
+        folder = self.folder / "nan-model"
+        shutil.copytree(self.model, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
 
     def grids(self, *lines: str) -> None:
         body = "\n".join(f"  - {line}" for line in lines)

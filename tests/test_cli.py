@@ -95,6 +95,7 @@ BAD = [
     (["+method=gptq", "calibration=file", "calibration.path=nowhere.txt"], ["nowhere.txt", "does not exist"]),
     (["+method=fp16", "bitwidth=w4"], ["skipped", "rounds nothing"]),
     (["model=tiny"], ["no method given", "gptq"]),
+    (["+method=gptq", "model=tiny", "model.outlier_channels=129"], ["expected 0 to 128", "hidden size"]),
     (["gptq"], ["unknown command 'gptq'", "+method=NAME"]),
     (["swep", "demo"], ["unknown command 'swep'", "did you mean 'sweep'"]),
     (["sweep", "demoo"], ["no sweep 'demoo'", "did you mean 'demo'"]),
@@ -147,6 +148,17 @@ def test_bad_requests_give_one_line_and_status_2(words, expected, tmp_path, monk
     assert not (tmp_path / "runs").exists()
 
 
+def after_an_interruption(error):
+    """What a library raises while it cleans up after a signal."""
+    try:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise error
+    except type(error) as raised:
+        return raised
+
+
 WRONG = [
     (OSError(28, "No space left on device", "runs/x"), 1, ["No space left on device (runs/x)", "free space"]),
     (OSError(5, "Input/output error", "runs/x"), 1, ["Input/output error (runs/x)"]),
@@ -158,6 +170,8 @@ WRONG = [
     (RunFailed("it failed"), 1, ["it failed"]),
     (ConfigError("wrong"), 2, ["wrong"]),
     (CalibrationError("too short"), 2, ["too short"]),
+    (KeyboardInterrupt(), 130, ["interrupted"]),
+    (after_an_interruption(UnboundLocalError("cleaning up")), 130, ["interrupted"]),
 ]
 
 

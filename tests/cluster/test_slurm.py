@@ -109,13 +109,14 @@ def test_chunks_no_larger_than_the_cluster_allows(slurm, monkeypatch):
 
 
 def test_a_sweep_with_a_failing_cell_is_honest_on_both_sides(slurm):
-    slurm.grids("{method: [rtn], bitwidth: [w4, w3]}", "{method: [gptq], bitwidth: [w4], calibration.seq_len: [15000]}")
+    damaged = slurm.damaged_model()
+    slurm.grids("{method: [rtn], bitwidth: [w4, w3]}", f"{{method: [gptq], bitwidth: [w4], model.path: ['{damaged}']}}")
     done = slurm.command("sweep", slurm.sweep, "launcher=slurm", "--wait")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 done" in done.stdout
     assert "1 failed" in done.stdout
     (row,) = [line for line in done.stdout.split("failed cells")[1].splitlines() if "gptq" in line]
-    assert "config: " in row
+    assert "numerical: " in row
     assert "log.txt" in re.sub(r"[\s│]", "", done.stdout.split("failed cells")[1])  # a narrow terminal folds the path
     number = re.findall(r"submitted job (\d+)", done.stdout)[0]
 

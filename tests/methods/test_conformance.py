@@ -12,7 +12,6 @@ from ptqbench.engine.blocks_on_disk import stored_weight
 from ptqbench.methods.base import Repaired, Statistic, Statistics
 from ptqbench.methods.solvers import Gptq
 from ptqbench.methods.targets import Weight
-from ptqbench.numerics.affine import code_limits
 from ptqbench.numerics.grid import ColumnRange, code_dtype, uniform_grid
 from ptqbench.numerics.grid_spec import GridSpec
 from ptqbench.numerics.report import relative_output_error
@@ -104,7 +103,7 @@ def test_a_solver_rounds_to_its_grid(role, name, options, grid):
     assert same(before, contents(aim, found)), "nothing that was given is written into"
     assert result.codes.dtype == code_dtype(grid)
     for part in grid:
-        low, high = code_limits(part.spec)
+        low, high = part.spec.code_limits
         codes = result.codes[:, part.start : part.stop]
         assert low <= int(codes.min())
         assert int(codes.max()) <= high

@@ -138,13 +138,11 @@ def test_of_many_processes_at_once_one_gets_it_even_from_a_dead_holder(folder):
 
 
 def test_killed_holder_reads_interrupted(folder):
-    script = RACE.replace('print("mine")', 'folder.new_attempt(); print("mine", flush=True)').replace(
-        "sleep(2)", "sleep(60)"
-    )
+    script = RACE.replace('print("mine"', 'folder.new_attempt(); print("mine"')
     (folder.path / "go").touch()
-    process = subprocess.Popen([sys.executable, "-c", script, folder.path], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "mine"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", script, folder.path], stdin=pipe, stdout=pipe, text=True)
+    assert [process.stdout.readline().strip() for _ in range(2)] == ["ready", "mine"]
     assert folder.state() == RUNNING
     process.kill()
     process.wait()

@@ -117,7 +117,7 @@ BREAKS: Sequence[Break] = (
         "kills",
         "frozen",
         "the holder of a lease counts as gone",
-        "ptqbench.runs.lease.alive",
+        "ptqbench.runs.folder.alive",
         lambda real: lambda *given: False,
     ),
     Break(

@@ -21,8 +21,8 @@ from ptqbench.results.tables import Column, Entry, Sheet
 
 NARROW = 12
 """Width to which a label or a heading may be folded."""
-WORDS, NAMES = re.compile(r"[^ /=,]*[ /=,]?"), re.compile(r"[^_]*_?")
-"""Pieces of a label: behind a space, ``/``, ``=`` or comma; and of a word that is too long, behind an underscore."""
+BREAKS = re.compile(r"[^ ]* ?"), re.compile(r"[^/=,]*[/=,]?"), re.compile(r"[^_]*_?")
+"""Pieces of a label, from coarse to fine: behind a space; behind ``/``, ``=`` or a comma; behind an underscore."""
 GAP, DENSE_GAP = 3, 2
 """Room between two columns: with a line between them, and without."""
 PLAIN = str.maketrans({"±": "~", "↑": "^", "↓": "v", "Δ": "d", "–": "-", "×": "x", "≤": "<", "…": "."})
@@ -121,7 +121,9 @@ def _widths(sheet: Sheet, place: int) -> tuple[int, int]:
     """
     column = sheet.columns[place]
     widest = max((cell_len(_text(row[place])) for row in sheet.rows), default=1)
-    pieces = [piece for word in WORDS.findall(_heading(column)) for piece in NAMES.findall(word)]
+    pieces = [_heading(column)]
+    for break_ in BREAKS:
+        pieces = [part for piece in pieces for part in break_.findall(piece)]
     heads = max(map(cell_len, pieces), default=1)
     least = max(1, widest if column.numeric else min(widest, NARROW), min(heads, NARROW))
     return least, max(least, widest, min(cell_len(column.name), NARROW))
@@ -160,13 +162,13 @@ def _as_lists(sheet: Sheet, width: int) -> list[Text]:
 
 
 def folded(text: str, width: int) -> list[str]:
-    """Break text into lines behind a space, ``/``, ``=`` or comma; behind an underscore only inside a word that is too long.
+    """Break text into lines, at the coarsest of ``BREAKS`` that will do.
 
-    >>> folded("coquant n_samples=128", 14)
-    ['coquant', 'n_samples=128']
+    >>> folded("resq n_samples=128", 15)
+    ['resq', 'n_samples=128']
     """
     lines = [""]
-    for piece in _pieces(text, width, (WORDS, NAMES)):
+    for piece in _pieces(text, width, BREAKS):
         if lines[-1] and cell_len(lines[-1] + piece.rstrip()) > width:
             lines.append("")
         lines[-1] += piece

@@ -118,6 +118,7 @@ def pin(spec: RunSpec, known: Known) -> RunSpec:
         evaluation=dataclasses.replace(spec.evaluation, texts=texts, task_digests=tasks, generation_digest=generation),
         seed=spec.seed if spec.calibrates else 0,
     )
+    _check_width(found.model, known.config(spec.model).get("hidden_size"))
     _check_context(found, known.config(spec.model).get("max_position_embeddings"))
     return found
 
@@ -137,6 +138,14 @@ def _dtype(model: ModelSpec, known: Known) -> Any:
             f"the checkpoint stores {dtype!r}; expected one of {', '.join(DTYPES)}: give model.dtype=..."
         )
     return dtype
+
+
+def _check_width(model: ModelSpec, width: Any) -> None:
+    """Refuse more outlier channels than the residual stream has."""
+    if isinstance(width, int) and model.outlier_channels > width:
+        raise ConfigError(
+            f"model.outlier_channels={model.outlier_channels}: expected 0 to {width}, the hidden size of {model.name!r}"
+        )
 
 
 def _check_context(spec: RunSpec, context: Any) -> None:
