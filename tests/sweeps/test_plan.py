@@ -252,7 +252,7 @@ def test_the_queue_is_asked_once_and_only_if_something_was_submitted(tmp_path, m
     )
     monkeypatch.setattr(squeue.shutil, "which", lambda name: name)
     (cell,) = resolved([("x", ["+method=rtn", f"execution.runs_dir={tmp_path}"])])
-    assert len(squeue.look([cell.folder])) == 0
+    assert not squeue.look([cell.folder]).jobs
     assert not calls
     create(cell.spec)
     write_json(cell.folder.submission_path, {"launcher": "slurm", "token": "t", "task": 0, "time": time.time()})

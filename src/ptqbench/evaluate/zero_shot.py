@@ -54,12 +54,17 @@ class Harness:
             """The lm-eval model without its progress bars, which ignore TQDM_DISABLE."""
 
             def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+                for context, continuation in (request.args for request in requests):
+                    # lm-eval moves the spaces at the end of a context to its continuation.
+                    _check_request((context, continuation), [0], context[len(context.rstrip()) :] + continuation, None)
                 return super().loglikelihood(requests, disable_tqdm=True)
 
             def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
                 return super().generate_until(requests, disable_tqdm=True)
 
             def _loglikelihood_tokens(self, requests: Any, *given: Any, **named: Any) -> Any:
+                for text, context, continuation in requests:
+                    _check_request(text, context, continuation, self.max_length)
                 if score is None:
                     return super()._loglikelihood_tokens(requests, *given, **named)
                 return score([(list(context), list(continuation)) for _, context, continuation in requests])
@@ -121,6 +126,33 @@ class Harness:
             "data": data_of(task, self._spec.task_digests.get(request)),
         }
         return [_record(name, sample) for sample in report["samples"][name]], summary
+
+
+def _check_request(text: tuple[str, str] | None, context: Any, continuation: Any, longest: int | None) -> None:
+    """Refuse a request that lm-eval cannot score.
+
+    Args:
+        text: Context and continuation; None where lm-eval cut a long text into windows.
+        context: Its tokens.
+        continuation: Its tokens, or its text before they are known.
+        longest: Most tokens of a continuation; None if it is not counted.
+
+    Raises:
+        ConfigError: There is no token to predict, or none to predict it from, or the continuation exceeds the context of the model.
+    """
+    problem = None
+    if not continuation:
+        problem = "its continuation has no token"
+    elif not context:
+        problem = "its context has no token"
+    elif longest is not None and len(continuation) > longest:
+        problem = f"its continuation has {len(continuation)} tokens, the context of the model {longest}"
+    if problem is not None:
+        before, after = text or ("", "")
+        raise ConfigError(
+            f"a request of the tasks cannot be scored: {problem} (context ...{before[-60:]!r}, continuation {after[:60]!r}); "
+            f"expected at least one token of each: mend the data of the task"
+        )
 
 
 def metrics_of(request: str, metrics: list[str], summaries: list[dict[str, Any]]) -> dict[str, Any]:
