@@ -78,7 +78,7 @@ def test_every_kind_of_request_is_scored_as_by_lm_eval(folder, engine):
         "merged across the border": merging(folder),
     }
     pairs = [pair for found in kinds.values() for pair in found]
-    # One by one: where two requests are one sequence, divided elsewhere, lm-eval 0.4.13 reads the shorter one at the wrong positions.
+    # One by one, for lm-eval 0.4.13 is wrong where two requests are one sequence that is divided at different places.
     each = lambda model: [model.loglikelihood(instances([pair]), disable_tqdm=True)[0] for pair in pairs]
     expected = each(theirs(folder))
     model = ours(folder, engine)
