@@ -30,13 +30,14 @@ def places(model: PreTrainedModel, device: torch.device) -> dict[str, Place]:
     free = {index: int(FREE_SHARE * torch.cuda.mem_get_info(index)[0]) for index in range(count)}
     whole = list(model._no_split_modules or ())
     model.tie_weights()
-    found: dict[str, Place] = infer_auto_device_map(model, max_memory=free, no_split_module_classes=whole)
+    found: dict[str, int] = infer_auto_device_map(model, max_memory=free, no_split_module_classes=whole)
     if not set(found.values()) <= set(free):
         raise torch.OutOfMemoryError(
             f"the weights do not fit into {FREE_SHARE:.0%} of the free memory of {count} GPUs "
             f"({sum(free.values()) / 2**30:.0f} GiB): give the cell more or larger ones (resources.gpus, resources.gpu_mem_gib)"
         )
-    return found if len(set(found.values())) > 1 else {"": torch.device("cuda", next(iter(found.values())))}
+    used = sorted(set(found.values()))
+    return dict(found) if len(used) > 1 else {"": torch.device("cuda", used[0])}
 
 
 def place_of(part: str, chosen: dict[str, Place]) -> Place:
