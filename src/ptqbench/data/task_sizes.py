@@ -64,8 +64,9 @@ class TaskSize:
         own, prefix = self._share(limit) * self.trees, self._prefix(shots)
         repeated = float(self.measured(limit))
         if self.subjects and prefix:
-            # A row is four times as long as its longest sequence, so behind the shots there is room for three times as much.
-            repeated = self.subjects * math.ceil(own / self.subjects / (3 * prefix))
+            # A row is four times as long as its longest sequence, so it has this much room behind the shots of its subject.
+            room = 3 * prefix + 4 * self.trees / self.examples
+            repeated = self.subjects * math.ceil(own / self.subjects / room)
         return round(own + repeated * prefix)
 
     def _prefix(self, shots: int | None) -> float:

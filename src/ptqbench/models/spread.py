@@ -25,7 +25,7 @@ def places(model: PreTrainedModel, device: torch.device) -> dict[str, Place]:
         torch.OutOfMemoryError: All visible GPUs together do not hold the model.
     """
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if count == 1:
+    if count <= 1:
         return {"": device}
     free = {index: int(FREE_SHARE * torch.cuda.mem_get_info(index)[0]) for index in range(count)}
     whole = list(model._no_split_modules or ())
