@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from ptqbench.cell.spec import EvaluationSpec
 from ptqbench.data.tasks import TASKS, task_digests
 from ptqbench.errors import ConfigError
+from ptqbench.evaluate import definitions
 from ptqbench.evaluate.definitions import load_task, prepare
 from ptqbench.evaluate.loglikelihood import log_likelihoods
 from ptqbench.evaluate.zero_shot import Harness, metrics_of
@@ -158,3 +159,8 @@ def test_a_branch_is_pinned_when_a_cell_is_composed(task):
     assert digests == {task: f"hub:{TASKS[task].repository}@{'0' * 40}"}
     assert asked == [(TASKS[task].repository, "main")]
     assert re.fullmatch(r"[\w-]+/[\w-]+", TASKS[task].repository)
+
+
+@pytest.mark.parametrize("path", [None, "/nowhere/utils.process_docs", "/somewhere/lm_eval.tasks.noreval.utils.filter"])
+def test_what_lm_eval_finds_elsewhere_is_left_to_it(path):
+    assert definitions._processed_once(path) == {}

@@ -61,6 +61,7 @@ class TaskSize:
         """
         if not shared:
             return self.requested(shots, limit) // self.at_once
+        # Questions once, and the shots before them as often as they begin a row or differ.
         own, prefix = self._share(limit) * self.trees, self._prefix(shots)
         repeated = float(self.measured(limit))
         if self.subjects and prefix:

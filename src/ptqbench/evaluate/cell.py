@@ -88,6 +88,7 @@ class CellEvaluation:
 
         windows = self.ready.windows[label]
         dtype: torch.dtype = getattr(torch, self.spec.ppl_dtype)
+        # The reference comes first, so that one pass of the model gives its loss and its divergence.
         compared = fidelity.Divergence(self._reference(label, windows)) if self.spec.fidelity else None
         self.observer.stage(f"perplexity {label}", self.model.n_blocks)
         with self.measure("perplexity_s"):
@@ -107,6 +108,7 @@ class CellEvaluation:
             "batch_size": self.spec.batch_size,
             "ppl_dtype": self.spec.ppl_dtype,
         }
+        # What is known per window goes to the records, the rest to the summary.
         columns = {"nll": found.window_nll}
         if compared is not None:
             judged = fidelity.summarise(compared, len(windows))

@@ -207,18 +207,19 @@ def _hub_folder(known: Task, name: str, identity: str | None) -> str:
         raise DataNotHereError(f"task {name!r}: {error}, or give {LOCAL_DATA.format(name)}", known.repository) from None
 
 
-def _processed_once(path: str | None) -> dict[str, Any]:
+def _processed_once(path: Any) -> dict[str, Any]:
     """Change ``process_docs`` of a definition so that every split is processed once, and its result kept.
 
     Args:
-        path: The function, as lm-eval names it: the path of its module without suffix, a dot, its name. None if there is none.
+        path: The function, as lm-eval names it: the path of its module without suffix, a dot, its name. Nothing is changed where
+            there is none, or where its module is no file there.
     """
-    if path is None:
+    module_path, _, name = str(path).rpartition(".")
+    file = Path(f"{module_path}.py")
+    spec = importlib.util.spec_from_file_location(file.stem, file) if file.is_file() else None
+    if spec is None or spec.loader is None:
         return {}
-    module_path, _, name = path.rpartition(".")
-    spec = importlib.util.spec_from_file_location(Path(module_path).name, f"{module_path}.py")
-    assert spec is not None
-    assert spec.loader is not None
+    # Import the module of the function, as lm-eval does.
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     process = getattr(module, name)

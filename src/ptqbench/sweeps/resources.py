@@ -85,11 +85,13 @@ def needs(spec: RunSpec, architecture: Architecture) -> Needs:
     given = spec.resources
     params = sum(math.prod(shape) for shape in architecture.tensor_shapes().values())
     gpu_mem, whole, host_mem = _memory(spec, architecture, params)
+    # As many GPUs as hold the whole model, where a task needs it; one for everything else.
     gpus = given.gpus
     if gpus is None:
         spread = math.ceil(whole * MARGIN / (given.gpu_mem_gib or SPREAD_SIZE))
         gpus = max(1, spread) if spec.execution.device != "cpu" and params > SMALL_PARAMS else 0
     gpu_mem = max(gpu_mem, whole / max(gpus, 1))
+    # On the CPU both are host memory.
     if not gpus:
         gpu_mem, host_mem = 0.0, host_mem + gpu_mem
     cpus = given.cpus or (8 if gpus else spec.execution.threads or 4)
