@@ -46,7 +46,8 @@ def five_shot(vocabulary: int) -> list[Request]:
 def of_task(name: str, data: Path, limit: int | None, model: Any, tokenizer: Any) -> list[Request]:
     """The requests that lm-eval makes of a task."""
     from ptqbench.cell.spec import EvaluationSpec
-    from ptqbench.evaluate.zero_shot import Harness, prepare
+    from ptqbench.evaluate.definitions import prepare
+    from ptqbench.evaluate.zero_shot import Harness
 
     seen: list[Request] = []
 

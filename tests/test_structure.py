@@ -34,7 +34,7 @@ ORDER = """
 """
 RANK = {room: rank for rank, line in enumerate(ORDER.strip().splitlines()) for room in line.split()}
 ONLY_IMPORTER = {
-    "lm_eval": "evaluate/zero_shot.py",
+    "lm_eval": ("evaluate/definitions.py", "evaluate/zero_shot.py"),
     "hydra": ("sweeps/hydra_compose.py", "hydra_app.py"),
     "wandb": "tracking",
     "submitit": "launch",

@@ -260,3 +260,11 @@ def test_cells_that_round_weights_to_sym_gptq_are_revised(monkeypatch, scheme, w
     now = fingerprint.run_id(build(RunSpec, data))
     monkeypatch.delitem(fingerprint.REVISIONS, "sym_gptq_ties")
     assert (now != fingerprint.run_id(build(RunSpec, data))) == revised
+
+
+@pytest.mark.parametrize(("task", "revised"), [("gpqa_main_zeroshot/acc", True), ("piqa/acc", False)])
+def test_cells_whose_task_shuffles_choices_are_revised(monkeypatch, task, revised):
+    data = cell("evaluation.tasks", [task])
+    now = fingerprint.run_id(build(RunSpec, data))
+    monkeypatch.delitem(fingerprint.REVISIONS, "shuffled_choices")
+    assert (now != fingerprint.run_id(build(RunSpec, data))) == revised

@@ -125,7 +125,7 @@ def test_pinned_texts_are_read_from_the_snapshot_of_their_commit(cache, dataset,
 def test_a_task_is_read_at_the_commit_of_the_cell_whatever_the_branch_names_later(cache, tmp_path, monkeypatch):
     import datasets
 
-    from ptqbench.evaluate.zero_shot import data_of, load_task
+    from ptqbench.evaluate.definitions import data_of, load_task
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "tables"))
     write_cache(cache, RACE, OLD, race_files("old"))
@@ -218,7 +218,7 @@ def test_what_lm_eval_loads_unpinned_is_recorded_with_its_commit(tmp_path):
     import datasets
 
     from ptqbench.data.tasks import UNPINNED
-    from ptqbench.evaluate.zero_shot import data_of
+    from ptqbench.evaluate.definitions import data_of
 
     def task(rows):
         return type("Task", (), {"dataset": datasets.DatasetDict(test=rows), "DATASET_PATH": "some/set"})()

@@ -17,6 +17,10 @@ FOLDERS = {
     "race": ("race/race.yaml", "test"),
     "gsm8k": ("gsm8k/gsm8k.yaml", "test"),
     "mmlu_anatomy": ("mmlu/default/mmlu_anatomy.yaml", "test"),
+    "lambada_openai": ("lambada/lambada_openai.yaml", "test"),
+    "gpqa_diamond_zeroshot": ("gpqa/zeroshot/gpqa_diamond_zeroshot.yaml", "train"),
+    "mmlu_pro_math": ("mmlu_pro/mmlu_pro_math.yaml", "test"),
+    "hendrycks_math500": ("hendrycks_math/hendrycks_math500.yaml", "test"),
 }
 
 
@@ -53,7 +57,7 @@ def task_file(folder, task, rows, **changes):
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: str(data)}},
         "training_split": None,
-        "validation_split": split if split == "validation" else None,
+        "validation_split": split if split in ("validation", "train") else None,
         "test_split": split if split == "test" else None,
         **changes,
     }

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import random_checkpoint
 from ptqbench.evaluate.loglikelihood import log_likelihoods
-from ptqbench.evaluate.trees import Row, batches, pack
+from ptqbench.evaluate.trees import Row, attended, batches, pack
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
 
@@ -35,7 +35,7 @@ def test_every_sequence_is_a_path_of_one_row(seed):
 def test_a_token_attends_to_its_ancestors_and_itself(seed):
     for row in pack(sequences(seed)):
         length = len(row.tokens) + 3
-        seen = row.mask(length)
+        seen = attended(torch.tensor([row.stop + [0] * 3]))[0, 0]
         for _, path in row.ends:
             for i, node in enumerate(path):
                 assert seen[node].nonzero().flatten().tolist() == sorted(path[: i + 1])

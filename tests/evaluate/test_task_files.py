@@ -10,7 +10,7 @@ import yaml
 
 from ptqbench.data.tasks import TASKS
 from ptqbench.errors import ConfigError
-from ptqbench.evaluate import task_files, zero_shot
+from ptqbench.evaluate import definitions, task_files
 from ptqbench.evaluate.task_files import check_tasks
 from ptqbench.sweeps.compose import compose_cell
 
@@ -119,10 +119,10 @@ def test_the_index_of_one_folder_has_the_same_definition_as_that_of_all(few, nam
     from lm_eval.tasks import TaskManager
 
     everything = TaskManager(include_path=str(few), include_defaults=False).task_index
-    only = zero_shot._manager(name).task_index
+    only = definitions._manager(name).task_index
     assert only[name] == everything[name]
     assert len(only) < len(everything)
-    assert zero_shot.members(name) == [name]
+    assert definitions.members(name) == [name]
 
 
 def test_neither_lm_eval_nor_torch_is_imported(few):

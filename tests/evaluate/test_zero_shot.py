@@ -14,8 +14,9 @@ from fake_hub import card, commit, table, write_cache
 from ptqbench.cell.spec import EvaluationSpec
 from ptqbench.data.tasks import TASKS, local_rows
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.evaluate import task_files, zero_shot
-from ptqbench.evaluate.zero_shot import Harness, load_task, members, metrics_of, prepare
+from ptqbench.evaluate import definitions, task_files
+from ptqbench.evaluate.definitions import load_task, members, prepare
+from ptqbench.evaluate.zero_shot import Harness, metrics_of
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource
 
@@ -195,7 +196,7 @@ def test_group_is_the_share_of_all_examples(checkpoint, tmp_path):
 
     names = members("mmlu")
     assert len(names) == 57
-    assert len(zero_shot._manager("mmlu").all_tasks) < 100  # only its folder is indexed
+    assert len(definitions._manager("mmlu").all_tasks) < 100  # only its folder is indexed
     write_rows(tmp_path, "mmlu.test", questions(7, "anatomy") + questions(4, "astronomy"))
     write_rows(tmp_path, "mmlu.dev", questions(5, "astronomy"))
     write_rows(tmp_path, "mmlu_anatomy.dev", questions(5))
@@ -270,7 +271,7 @@ def test_table_of_tasks_agrees_with_the_installed_lm_eval():
     for request, known in TASKS.items():
         if known.folder is None:
             continue
-        index = zero_shot._manager(request).task_index
+        index = definitions._manager(request).task_index
         for name in members(request):
             config = index[name].cfg
             assert config["dataset_path"] == known.repository, name
@@ -281,8 +282,8 @@ def test_table_of_tasks_agrees_with_the_installed_lm_eval():
 
 
 def test_unknown_names_are_one_line(monkeypatch):
-    known = zero_shot._manager("arc_easy")
-    monkeypatch.setattr(zero_shot, "_manager", lambda task: known)  # indexing all of lm-eval takes seconds
+    known = definitions._manager("arc_easy")
+    monkeypatch.setattr(definitions, "_manager", lambda task: known)  # indexing all of lm-eval takes seconds
     monkeypatch.setattr(task_files, "tasks_folder", lambda: None)
     with pytest.raises(ConfigError, match=r"lm-eval .* has no task 'arc_esay'; did you mean 'arc_easy'"):
         members("arc_esay")
@@ -316,11 +317,11 @@ def tokenizer_with(**tokens):
     ],
 )
 def test_what_is_wrong_with_a_task_is_found_when_it_is_loaded(tmp_path, monkeypatch, task, tokens, error, words):
-    index = zero_shot._manager
-    monkeypatch.setattr(zero_shot, "_manager", lambda name: index(name if name in TASKS else "race"))
+    index = definitions._manager
+    monkeypatch.setattr(definitions, "_manager", lambda name: index(name if name in TASKS else "race"))
     monkeypatch.setattr(task_files, "_remembered", lambda folder: {})
     monkeypatch.setattr(
-        zero_shot, "requested", lambda words: {word.split("/")[0]: [word.split("/")[1]] for word in words}
+        definitions, "requested", lambda words: {word.split("/")[0]: [word.split("/")[1]] for word in words}
     )
     write_rows(tmp_path, "race", RACE)
     with pytest.raises(error, match=words):

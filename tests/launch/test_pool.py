@@ -17,7 +17,7 @@ import pytest
 import ptqbench
 import warm
 from ptqbench.launch.local import Pool, Task, Worker
-from ptqbench.runs.folder import RunFolder
+from ptqbench.runs.folder import PENDING, RunFolder
 from small_sweep import wait_for
 
 KILLS = int(os.environ.get("PTQBENCH_TEST_KILLS", "20"))
@@ -247,3 +247,18 @@ def test_a_worker_that_said_why_it_could_not_begin_did_not_die(tmp_path, status,
     pool._ended(Worker(Task(SimpleNamespace(name="cell"), folder), None, Ended(status), log))
     assert failed == ([] if kind is None else [(kind, said.rpartition("ptqbench: ")[2])])
     assert len(pool._waiting) == (kind is None)
+
+
+@pytest.mark.parametrize(
+    ("needed", "workers", "expected"),
+    [([1, 1], None, ["0", "1", "2", "3", "4"]), ([1, 2], None, ["0,1", "2,3"]), ([3, 0], 2, ["0,1,2"]), ([9], None, ["0,1,2,3,4"])],
+)  # fmt: skip
+def test_a_worker_gets_as_many_gpus_as_the_largest_cell_needs(monkeypatch, needed, workers, expected):
+    from ptqbench.launch.local import slots
+    from ptqbench.sweeps.cells import Cell
+    from ptqbench.sweeps.plan import Row
+    from ptqbench.sweeps.resources import Needs
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    rows = [Row(Cell("x", None), PENDING, Needs(gpus, 80.0, 16.0, 8, 30, 1.0)) for gpus in needed]
+    assert [slot.gpu for slot in slots(rows, workers)] == expected

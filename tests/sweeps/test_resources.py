@@ -6,6 +6,9 @@ from itertools import pairwise
 import pytest
 
 from ptqbench.cell.spec import ResourcesSpec
+from ptqbench.data.task_sizes import SIZES
+from ptqbench.data.tasks import TASKS
+from ptqbench.errors import ConfigError
 from ptqbench.models.architecture import published
 from ptqbench.sweeps.compose import compose_cell
 from ptqbench.sweeps.resources import doubled, duration, needs
@@ -54,19 +57,81 @@ def test_another_try_has_more_memory(cell):
     assert more.host_mem_gib == 2 * amount.host_mem_gib
 
 
-def test_zero_shot_tasks_hold_the_whole_model(cell):
-    tasks = dataclasses.replace(cell.evaluation, tasks=("piqa",))
-    shape, cell = published()["llama-3-8b"], with_model(cell, dtype="bfloat16")
-    assert needs(dataclasses.replace(cell, evaluation=tasks), shape).gpu_mem_gib * 2**30 > 2 * 8.03e9
-    assert needs(dataclasses.replace(cell, evaluation=tasks), shape).estimate_min > needs(cell, shape).estimate_min
+def evaluated(cell, *tasks, engine="blocks", **changes):
+    evaluation = dataclasses.replace(cell.evaluation, tasks=tasks, engine=engine, **changes)
+    return dataclasses.replace(with_model(cell, dtype="bfloat16"), evaluation=evaluation)
 
 
-def test_tasks_block_by_block_hold_one_block(cell):
-    shape, cell = published()["llama-3-70b"], with_model(cell, dtype="bfloat16")
-    streamed = dataclasses.replace(cell.evaluation, tasks=("hellaswag/acc",), engine="blocks")
-    generating = dataclasses.replace(streamed, tasks=("gsm8k/exact_match:strict-match",))
-    assert needs(dataclasses.replace(cell, evaluation=streamed), shape).gpu_mem_gib <= 80
-    assert needs(dataclasses.replace(cell, evaluation=generating), shape).gpu_mem_gib * 2**30 > 2 * 70e9
+def test_lm_evals_class_holds_the_whole_model(cell):
+    shape = published()["llama-3-8b"]
+    tasks = evaluated(cell, "piqa/acc", engine="whole")
+    assert needs(tasks, shape).gpu_mem_gib * 2**30 > 2 * 8.03e9
+    assert needs(tasks, shape).estimate_min > needs(evaluated(cell, "piqa/acc"), shape).estimate_min
+    assert needs(evaluated(cell, "piqa/acc"), shape).estimate_min > needs(evaluated(cell), shape).estimate_min
+
+
+def test_tasks_of_a_70b_model_are_scored_on_one_80_gb_gpu(cell):
+    tasks = evaluated(cell, "hellaswag/acc", "mmlu/acc", few_shot={"mmlu": 5}, fidelity=True)
+    found = needs(tasks, published()["llama-3-70b"])
+    assert (found.gpus, found.gpu_mem_gib <= 80) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "gpus"),
+    [("llama-3-8b", {}, 1), ("llama-3-70b", {}, 3), ("llama-3-70b", {"gpu_mem_gib": 141.0}, 2), ("llama-3-70b", {"gpus": 1}, 1)],
+)  # fmt: skip
+def test_a_model_that_writes_is_spread_over_as_many_gpus_as_hold_it(cell, model, given, gpus):
+    writing = dataclasses.replace(evaluated(cell, "gsm8k/exact_match:strict-match"), resources=ResourcesSpec(**given))
+    found = needs(writing, published()[model])
+    assert found.gpus == gpus
+    assert gpus * found.gpu_mem_gib * 2**30 > 2 * published()[model].linear_params
+
+
+def test_what_is_written_takes_its_time_token_by_token(cell):
+    shape, word = published()["llama-3-8b"], "gsm8k/exact_match:strict-match"
+    one, eight = (needs(evaluated(cell, word, batch_size=size), shape).estimate_min for size in (1, 8))
+    assert one > 5 * eight
+
+
+def test_fidelity_adds_two_passes_of_every_text_and_one_of_the_tasks(cell):
+    shape = published()["llama-3-8b"]
+    plain, more = (
+        needs(evaluated(cell, "hellaswag/acc", fidelity=fidelity), shape).estimate_min for fidelity in (False, True)
+    )
+    without = needs(evaluated(cell), shape).estimate_min
+    assert more - plain > plain - without > 0
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_of_tasks_obey_their_laws(name):
+    size = SIZES[name]
+    assert size.trees <= size.whole
+    assert size.examples <= size.requests
+    assert size.read(True) <= size.read(False)
+    assert size.read(True, shots=5) > size.read(True, shots=0)
+    assert size.read(False, shots=5, limit=1) < size.read(False, shots=5)
+    assert size.measured(10**9) == size.examples
+    assert bool(size.written) == TASKS[name].generates == bool(size.most_written)
+
+
+def test_every_known_task_has_its_size_and_shots_of_a_subject_are_read_few_times():
+    assert set(SIZES) == set(TASKS)
+    mmlu = SIZES["mmlu"]
+    assert mmlu.measured(3) == 3 * 57
+    assert mmlu.read(False, shots=5) > 4 * mmlu.read(True, shots=5)
+
+
+def test_a_task_whose_answers_fill_the_context_is_refused(tmp_path, checkpoint):
+    folder = checkpoint("llama", max_position_embeddings=2048)
+    words = ["+method=rtn", "bitwidth=w4", "model=local", f"model.path={folder}", f"evaluation.data_dir={tmp_path}"]
+    for task in ("gsm8k", "mmlu_pro"):
+        (tmp_path / f"{task}.test.jsonl").write_text('{"question": "2?"}\n')
+    gsm8k, mmlu_pro = "gsm8k/exact_match:strict-match", "mmlu_pro/exact_match:custom-extract"
+    compose_cell([*words, "evaluation=gsm8k", f"evaluation.tasks=[{gsm8k}]"])
+    with pytest.raises(
+        ConfigError, match=r"'mmlu_pro' leaves room for 2048 written tokens.*max_position_embeddings=2048"
+    ):
+        compose_cell([*words, "evaluation=mmlu", "evaluation.few_shot={}", f"evaluation.tasks=[{mmlu_pro}]"])
 
 
 def test_durations_for_people():

@@ -29,9 +29,14 @@ def _refines_towards_working_copy(spec: RunSpec) -> bool:
     return refine.name == "null_space" and refine.options.get("reference") == "working"
 
 
+def _shuffles_choices(spec: RunSpec) -> bool:
+    return any(word in task for task in spec.evaluation.tasks for word in ("gpqa", "metabench", "arabic_mt_sciq"))
+
+
 REVISIONS: dict[str, tuple[int, Callable[[RunSpec], bool]]] = {
     "sym_gptq_ties": (1, _rounds_to_sym_gptq),  # a weight half a step between two codes goes to the even one
     "null_space_working": (1, _refines_towards_working_copy),  # the working copy of the column loop, not the target
+    "shuffled_choices": (1, _shuffles_choices),  # shuffled once, with lm-eval's seed
 }
 """Parts of the code whose numbers have changed since ``FORMAT`` was last raised: name -> (revision, whether a cell uses the part).
 

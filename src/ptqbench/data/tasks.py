@@ -27,7 +27,7 @@ Row = dict[str, Any]
 TINY_QUESTIONS = "tiny_questions"
 UNPINNED = "hub:as lm-eval says"
 ACC, BOTH = ("acc",), ("acc", "acc_norm")
-"""Metrics of tasks that score given answers; a task with other metrics lets the model write."""
+"""Metrics of tasks that score given answers; a task outside the table with other metrics is taken to let the model write."""
 LETTERS = "ABCDEFGHIJ"
 LOCAL_DATA = "evaluation.data_dir=FOLDER with {}.SPLIT.jsonl"
 
@@ -53,6 +53,7 @@ class Task:
             composed.
         adapt: Turns a row in the flat form into one with the columns of the hub.
         processed: Whether a row has already been through ``process_docs`` of the task.
+        generates: Whether the model writes text.
     """
 
     folder: str | None
@@ -61,6 +62,7 @@ class Task:
     revision: str = "main"
     adapt: Callable[[Row], Row] = lambda row: row
     processed: Callable[[Row], bool] = lambda row: False
+    generates: bool = False
 
 
 ARC = "210d026faf9955653af8916fad021475a3f00453"
@@ -83,8 +85,12 @@ TASKS = {
     "mmlu": Task("mmlu/default", ACC, "cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe"),
     "gsm8k": Task(
         "gsm8k", ("exact_match:strict-match", "exact_match:flexible-extract"),
-        "openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee",
+        "openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", generates=True,
     ),
+    "lambada_openai": Task("lambada", ACC, "EleutherAI/lambada_openai"),
+    "gpqa_diamond_zeroshot": Task("gpqa/zeroshot", BOTH, "Idavidrein/gpqa"),
+    "mmlu_pro": Task("mmlu_pro", ("exact_match:custom-extract",), "TIGER-Lab/MMLU-Pro", generates=True),
+    "hendrycks_math500": Task("hendrycks_math", ("exact_match",), "HuggingFaceH4/MATH-500", generates=True),
 }  # fmt: skip
 
 
@@ -137,7 +143,10 @@ def task_digests(spec: EvaluationSpec, commit_of: Callable[[str, str], str] = hu
 
 def writes(tasks: tuple[str, ...]) -> bool:
     """Whether the model writes text in a task, for which its ``generation_config.json`` counts."""
-    return any(metric not in BOTH for metrics in requested(tasks).values() for metric in metrics)
+    return any(
+        TASKS[task].generates if task in TASKS else not set(metrics) <= set(BOTH)
+        for task, metrics in requested(tasks).items()
+    )
 
 
 def hub_commit(task: Task, identity: str | None) -> str:

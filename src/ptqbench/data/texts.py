@@ -158,6 +158,7 @@ def _prose(path: Path, content: bytes, separator: str | None) -> list[Document]:
         raise ConfigError(f"text file {path} holds JSON, expected prose: write the texts out, or {JSON_LINES}")
     if not separator:
         return [(0, len(text), text)] if text.strip() else []
+    # Remember where each document lies in the file, so that overlaps of texts can be found.
     found: list[tuple[int, int, str]] = []
     begin = 0
     for piece in text.split(separator):

@@ -37,6 +37,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not file.is_file():
         return _read(folder, lambda: AutoTokenizer.from_pretrained(folder))
     expected = _read(folder, lambda: _ids_of_file(file))
+    # Take the class that transformers chooses, if it gives the ids of the file.
     found: Any = None
     try:
         found = _read(folder, lambda: AutoTokenizer.from_pretrained(folder))
@@ -44,6 +45,7 @@ def load_tokenizer(folder: Path) -> Any:
             return found
     except ConfigError:  # the class that the configuration names may be unable to read or use a sound file
         pass
+    # Else the file itself is the tokenizer.
     plain = _read(folder, lambda: PreTrainedTokenizerFast.from_pretrained(folder))
     if _ids(plain) != expected:
         raise ConfigError(

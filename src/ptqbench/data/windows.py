@@ -170,6 +170,7 @@ def evaluation_windows(spec: PerplexitySpec, tokenizer: Any, vocab_size: int) ->
     spec = complete(spec)
     protocol, text = PROTOCOLS[str(spec.protocol)], load_text(spec)
     documents = text.documents[: protocol.first_documents]
+    # Random crops, each of one document.
     if protocol.sampled:
         rng = random.Random(0)  # the seed and the draws of GPTQ's get_c4
         windows = _crops(
@@ -181,6 +182,7 @@ def evaluation_windows(spec: PerplexitySpec, tokenizer: Any, vocab_size: int) ->
         )
         _check(windows.tolist(), vocab_size)
         return windows
+    # Or all tokens in a row, cut without overlap; the remainder is dropped.
     tokens = _row(Text(documents, protocol.join), tokenizer, vocab_size)
     n_windows = len(tokens) // spec.seq_len
     if n_windows == 0:

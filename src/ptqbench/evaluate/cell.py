@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from ptqbench.data.tasks import requested
+from ptqbench.evaluate.definitions import Prepared, generates, prepare
 from ptqbench.evaluate.records import DIGEST_LENGTH, read_summary, write_records
 from ptqbench.evaluate.scores import RunStore
-from ptqbench.evaluate.zero_shot import Harness, Prepared, flips, generates, metrics_of, prepare
+from ptqbench.evaluate.zero_shot import Harness, flips, metrics_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +36,7 @@ class Ready:
 
     Attributes:
         windows: Label -> (n_windows, seq_len) int64 token ids, of the texts that are not measured yet.
-        tasks: All tasks, as ``zero_shot.prepare`` returns them.
+        tasks: All tasks, as ``definitions.prepare`` returns them.
     """
 
     windows: dict[str, Tensor]
@@ -87,6 +88,7 @@ class CellEvaluation:
 
         windows = self.ready.windows[label]
         dtype: torch.dtype = getattr(torch, self.spec.ppl_dtype)
+        # The reference comes first, so that one pass of the model gives its loss and its divergence.
         compared = fidelity.Divergence(self._reference(label, windows)) if self.spec.fidelity else None
         self.observer.stage(f"perplexity {label}", self.model.n_blocks)
         with self.measure("perplexity_s"):
@@ -106,6 +108,7 @@ class CellEvaluation:
             "batch_size": self.spec.batch_size,
             "ppl_dtype": self.spec.ppl_dtype,
         }
+        # What is known per window goes to the records, the rest to the summary.
         columns = {"nll": found.window_nll}
         if compared is not None:
             judged = fidelity.summarise(compared, len(windows))

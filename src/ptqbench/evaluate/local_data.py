@@ -38,7 +38,8 @@ def local_changes(name: str, request: str, config: dict[str, Any], shots: int, f
             rows[split], changes[field] = [known.adapt(row) for row in found], split
     tested = config.get("test_split") or config.get("validation_split")
     if tested not in rows:
-        raise ConfigError(f"evaluation.data_dir={str(folder)!r} has no {name}.{tested}.jsonl (nor {name}.jsonl)")
+        other = f" (nor {name}.jsonl)" if tested in ("validation", "test") else ""
+        raise ConfigError(f"evaluation.data_dir={str(folder)!r} has no {name}.{tested}.jsonl{other}")
     shown = config.get("fewshot_split") or config.get("training_split")
     if shots and shown not in rows:
         raise ConfigError(

@@ -21,7 +21,7 @@ from ptqbench.errors import NumericalError
 from ptqbench.evaluate.passes import through_blocks
 from ptqbench.evaluate.perplexity import CHUNK_ELEMENTS
 from ptqbench.evaluate.scores import CHUNK_BYTES, Request, Score, Scores, Store
-from ptqbench.evaluate.trees import Row, batches, pack
+from ptqbench.evaluate.trees import Row, attended, batches, pack
 from ptqbench.models.blockwise import BlockwiseModel, Overlay
 from ptqbench.models.stages import Positions
 
@@ -99,10 +99,11 @@ def _through_blocks(
     """Residual stream after the last block, (rows, tokens, hidden_size) per group."""
     tokens = [_padded([torch.tensor(row.tokens) for row in group]) for group in groups]
     depths = [_padded([torch.tensor(row.depth) for row in group]) for group in groups]
+    stops = [_padded([torch.tensor(row.stop) for row in group]) for group in groups]
 
     def positions(i: int) -> Positions:
-        mask = torch.stack([row.mask(tokens[i].shape[1]) for row in groups[i]])[:, None]
-        return model.tree_positions(depths[i], mask)
+        # Masks of all groups together would be large, so they are made anew for every block, on the device.
+        return model.tree_positions(depths[i], attended(stops[i].to(model.device)))
 
     return through_blocks(model, tokens, positions, overlay, on_block)
 

@@ -85,6 +85,15 @@ def folder_of(task: str) -> Path | None:
     return path.parent if path is not None and _definition(task, path) else None
 
 
+def generates(task: str) -> bool:
+    """Whether the model writes text in a task. A group outside our own table is taken not to, since its file does not say."""
+    if task in TASKS:
+        return TASKS[task].generates
+    folder = tasks_folder()
+    path = _file(task, folder) if folder is not None else None
+    return path is not None and _definition(task, path).get("output_type") == "generate_until"
+
+
 @functools.lru_cache(maxsize=128)
 def unknown_task(name: str) -> str:
     """The error message for a task that lm-eval does not have."""

@@ -4,7 +4,12 @@ A row holds several sequences as a tree of tokens. A token attends to its ancest
 So it sees exactly what it would see in its own sequence, and one forward over the row computes the states of every sequence.
 Quantizers that work per token give the same result.
 
-Legend: T tokens of a row; ``parent`` of a token is the index of the token before it in its sequence.
+Sequences are added in lexicographic order, so the tokens of a row stand in preorder: those that continue token j are the ones
+from j up to ``stop[j]``. Token i therefore attends to j if
+
+    j <= i < stop[j].
+
+Legend: T tokens of a row, padding included where rows form a batch.
 """
 
 from __future__ import annotations
@@ -28,35 +33,44 @@ class Row:
     Attributes:
         tokens: Token ids.
         depth: Position of each token in its sequence.
-        runs: Pieces that were added: index of the first token, and indices of its ancestors in the row.
+        stop: Index behind the last token that continues each token; 0 while it may get more (``close``).
         ends: Per sequence, its number and the indices of its tokens in the row.
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     depth: list[int] = dataclasses.field(default_factory=list)
-    runs: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
+    stop: list[int] = dataclasses.field(default_factory=list)
     ends: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
 
     def add(self, number: int, sequence: Sequence[int], path: list[int], shared: int) -> list[int]:
-        """Add a sequence below the first ``shared`` tokens of ``path``; return its own path."""
+        """Add a sequence below the first ``shared`` tokens of ``path``, the one added last; return its own path."""
         first = len(self.tokens)
+        self.close(path[shared:])
         path = path[:shared] + list(range(first, first + len(sequence) - shared))
-        if len(sequence) > shared:
-            self.runs.append((first, path[:shared]))
-            self.tokens += sequence[shared:]
-            self.depth += range(shared, len(sequence))
+        self.tokens += sequence[shared:]
+        self.depth += range(shared, len(sequence))
+        self.stop += [0] * (len(sequence) - shared)
         self.ends.append((number, path))
         return path
 
-    def mask(self, length: int) -> Tensor:
-        """Which tokens (second axis) each token attends to, (length, length) bool; padding attends to itself."""
-        seen = torch.eye(length, dtype=torch.bool)
-        stops = [first for first, _ in self.runs[1:]] + [len(self.tokens)]
-        # A piece sees the tokens before it in its sequence, and itself causally.
-        for (first, ancestors), stop in zip(self.runs, stops, strict=True):
-            seen[first:stop, ancestors] = True
-            seen[first:stop, first:stop] = torch.ones(stop - first, stop - first, dtype=torch.bool).tril()
-        return seen
+    def close(self, tokens: list[int]) -> None:
+        """Say that nothing more continues these tokens."""
+        for token in tokens:
+            self.stop[token] = len(self.tokens)
+
+
+def attended(stops: Tensor) -> Tensor:
+    """Which tokens (last axis) each token attends to.
+
+    Args:
+        stops: ``Row.stop`` of rows, (rows, T) int64; padding has 0.
+
+    Returns:
+        (rows, 1, T, T) bool on the same device; padding attends to itself.
+    """
+    at = torch.arange(stops.shape[1], device=stops.device)
+    stops = stops.maximum(at + 1)
+    return ((at <= at[:, None]) & (at[:, None] < stops[:, None]))[:, None]
 
 
 def pack(sequences: Sequence[list[int]]) -> list[Row]:
@@ -80,10 +94,14 @@ def pack(sequences: Sequence[list[int]]) -> list[Row]:
         shared = _common(before, sequence)
         # Only the tokens behind the shared prefix are new to the row.
         if not rows or len(rows[-1].tokens) + len(sequence) - shared > limit:
+            if rows:
+                rows[-1].close(path)
             rows.append(Row())
-            shared = 0
+            path, shared = [], 0
         path = rows[-1].add(number, sequence, path, shared)
         before = sequence
+    if rows:
+        rows[-1].close(path)
     return sorted(rows, key=lambda row: -len(row.tokens))
 
 

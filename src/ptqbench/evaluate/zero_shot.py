@@ -1,4 +1,4 @@
-"""Tasks through lm-eval. The only importer of lm_eval.
+"""Tasks through lm-eval.
 
 Prompts, splits, metrics and filters are lm-eval's own task definitions. lm-eval scores each choice of a question by its
 log-likelihood given the context; ``acc`` takes the largest, ``acc_norm`` the largest per byte of the choice. lm-eval's caches are
@@ -10,118 +10,23 @@ mean over all its examples (``weight_by_size``), as lm-eval aggregates accuracie
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptqbench.data import hub
-from ptqbench.data.tasks import (
-    LOCAL_DATA,
-    TASKS,
-    TINY_QUESTIONS,
-    UNPINNED,
-    Task,
-    hub_commit,
-    local_rows,
-    requested,
-    tiny_questions_path,
-)
-from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError
-from ptqbench.evaluate.local_data import dataset, local_changes
+from ptqbench.errors import ConfigError
+from ptqbench.evaluate.definitions import data_of, seed_generators
 from ptqbench.evaluate.records import DIGEST_LENGTH
-from ptqbench.evaluate.task_files import check_metric, filtered, folder_of, unknown_task
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import EvaluationSpec
     from ptqbench.evaluate.scores import Request, Score
 
-Prepared = dict[str, dict[str, Any]]
-"""Request -> task -> the loaded lm-eval task; None for a task that is measured already."""
 FEWSHOT_SEED = 1234  # lm-eval's default
 BOOTSTRAP_ITERATIONS = 1000
 ALL_AT_ONCE = 1 << 30  # requests per call of lm-eval, where ``evaluate.loglikelihood`` makes the batches
-
-
-def embedded_task() -> dict[str, Any]:
-    """The packaged question set as an lm-eval task configuration: 4 choices, chance 25 %, zero shots.
-
-    Texts are named by their field, not by a template: lm-eval would compile one per question, which is slower than the model.
-    """
-    return {
-        "task": TINY_QUESTIONS,
-        "custom_dataset": lambda **_: dataset(
-            {"test": local_rows(tiny_questions_path().parent, ("questions",), "test")}
-        ),
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "num_fewshot": 0,
-        "metric_list": [
-            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in TASKS[TINY_QUESTIONS].metrics
-        ],
-        "metadata": {"version": 1},
-    }
-
-
-def members(task: str) -> list[str]:
-    """Names of the tasks that a requested name stands for, sorted: itself, or the tasks of a group and of its subgroups.
-
-    Raises:
-        ConfigError: lm-eval does not know the name, or does not weight the tasks of the group by size.
-    """
-    return [TINY_QUESTIONS] if task == TINY_QUESTIONS else sorted(set(_leaves(task)))
-
-
-def prepare(spec: EvaluationSpec, tokenizer: Any, done: Callable[[str], bool] = lambda name: False) -> Prepared:
-    """Load every task of a cell, so that what is wrong with one is found before the model is quantized.
-
-    Args:
-        spec: Tasks, shots and local data.
-        tokenizer: The tokenizer of the model.
-        done: Whether a task (not a group) is measured already; such a task is not loaded.
-
-    Returns:
-        Request -> task -> the loaded lm-eval task, or None for a finished one.
-
-    Raises:
-        ConfigError: lm-eval does not know a task or its metric, or the data cannot be read.
-        UnsupportedError: The tokenizer has no token that a task needs.
-    """
-    found: Prepared = {}
-    for request, metrics in requested(spec.tasks).items():
-        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            raise UnsupportedError(
-                f"evaluation.tasks: lm-eval needs a BOS or EOS token to score {request!r}, the tokenizer of the model has "
-                f"neither: name one in its tokenizer_config.json, or measure perplexities alone with evaluation.tasks=[]"
-            )
-        found[request] = {name: None if done(name) else load_task(name, request, spec) for name in members(request)}
-        for task in found[request].values():
-            if task is not None:
-                _check_task(task, request, metrics, tokenizer)
-    return found
-
-
-def _check_task(task: Any, request: str, metrics: list[str], tokenizer: Any) -> None:
-    if generates(task) and tokenizer.eos_token_id is None:
-        raise UnsupportedError(
-            f"task {request!r} generates text, but the tokenizer of the model has no end-of-text token"
-        )
-    known = filtered(task.aggregation(), [chosen.name for chosen in task._filters])
-    for metric in metrics:
-        check_metric(request, metric, known)
-
-
-def generates(task: Any) -> bool:
-    """Whether a task writes text, for which the whole model must be in memory."""
-    return bool(task.OUTPUT_TYPE == "generate_until")
 
 
 class Harness:
@@ -149,12 +54,17 @@ class Harness:
             """The lm-eval model without its progress bars, which ignore TQDM_DISABLE."""
 
             def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+                for context, continuation in (request.args for request in requests):
+                    # lm-eval moves the spaces at the end of a context to its continuation.
+                    _check_request((context, continuation), [0], context[len(context.rstrip()) :] + continuation, None)
                 return super().loglikelihood(requests, disable_tqdm=True)
 
             def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
                 return super().generate_until(requests, disable_tqdm=True)
 
             def _loglikelihood_tokens(self, requests: Any, *given: Any, **named: Any) -> Any:
+                for text, context, continuation in requests:
+                    _check_request(text, context, continuation, self.max_length)
                 if score is None:
                     return super()._loglikelihood_tokens(requests, *given, **named)
                 return score([(list(context), list(continuation)) for _, context, continuation in requests])
@@ -185,7 +95,7 @@ class Harness:
         Args:
             name: The task, not a group.
             request: The requested name: the task itself or a group that contains it.
-            task: The task as ``prepare`` loaded it.
+            task: The task as ``definitions.prepare`` loaded it.
 
         Returns:
             One record per example (and filter of generated text), and the metrics of the task.
@@ -193,6 +103,7 @@ class Harness:
         import lm_eval
         from lm_eval import evaluator
 
+        seed_generators()  # a task whose text is drawn gets the same text wherever it stands among the tasks
         task.set_fewshot_seed(FEWSHOT_SEED)
         # With ``score``, the requests were scored by ``score_all`` before, and lm-eval only computes the metrics.
         report = evaluator.evaluate(
@@ -215,6 +126,33 @@ class Harness:
             "data": data_of(task, self._spec.task_digests.get(request)),
         }
         return [_record(name, sample) for sample in report["samples"][name]], summary
+
+
+def _check_request(text: tuple[str, str] | None, context: Any, continuation: Any, longest: int | None) -> None:
+    """Refuse a request that lm-eval cannot score.
+
+    Args:
+        text: Context and continuation; None where lm-eval cut a long text into windows.
+        context: Its tokens.
+        continuation: Its tokens, or its text before they are known.
+        longest: Most tokens of a continuation; None if it is not counted.
+
+    Raises:
+        ConfigError: There is no token to predict, or none to predict it from, or the continuation exceeds the context of the model.
+    """
+    problem = None
+    if not continuation:
+        problem = "its continuation has no token"
+    elif not context:
+        problem = "its context has no token"
+    elif longest is not None and len(continuation) > longest:
+        problem = f"its continuation has {len(continuation)} tokens, the context of the model {longest}"
+    if problem is not None:
+        before, after = text or ("", "")
+        raise ConfigError(
+            f"a request of the tasks cannot be scored: {problem} (context ...{before[-60:]!r}, continuation {after[:60]!r}); "
+            f"expected at least one token of each: mend the data of the task"
+        )
 
 
 def metrics_of(request: str, metrics: list[str], summaries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -326,96 +264,3 @@ def _record(name: str, sample: dict[str, Any]) -> dict[str, Any]:
         "response": None if scored else str(sample["resps"][0][0]),
         **{metric: float(sample[metric]) for metric in sample["metrics"]},
     }
-
-
-def _manager(task: str) -> Any:
-    """lm-eval's index of the folder that defines a task; for a group or tag that of all folders, which takes a minute."""
-    return _indexed(folder_of(task))
-
-
-@functools.lru_cache(maxsize=32)
-def _indexed(folder: Path | None) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
-
-
-def _leaves(task: str, root: str | None = None) -> list[str]:
-    index = _manager(root or task).task_index
-    if task not in index:
-        raise ConfigError(unknown_task(task))
-    entry = index[task]
-    # A tag is a set of tasks; a group is a list of tasks and groups with rules of its own.
-    if entry.kind.name == "TAG":
-        return [name for member in sorted(entry.tags) for name in _leaves(member, root or task)]
-    if entry.kind.name != "GROUP":
-        return [task]
-    # Only the mean over all examples is computed here, on the tasks as they are.
-    rules = (entry.cfg or {}).get("aggregate_metric_list") or []
-    if any(not rule.get("weight_by_size", True) for rule in rules):
-        raise ConfigError(
-            f"evaluation.tasks: group {task!r} does not weight its tasks by size; request its tasks one by one"
-        )
-    listed = (entry.cfg or {}).get("task") or []
-    if not all(isinstance(member, str) for member in listed):
-        raise ConfigError(f"evaluation.tasks: group {task!r} changes its members; request its tasks one by one")
-    return [name for member in listed for name in _leaves(member, root or task)]
-
-
-def load_task(name: str, request: str, spec: EvaluationSpec) -> Any:
-    """Build an lm-eval task: its installed definition, of which only the data and the number of shots are changed."""
-    from lm_eval.tasks import TaskManager
-
-    if name == TINY_QUESTIONS:
-        return TaskManager(include_defaults=False).load([embedded_task()])["tasks"][name]
-    manager, known = _manager(request), TASKS.get(request)
-    config: dict[str, Any] = manager.task_index[name].cfg or {}
-    # Shots, then the data: local files, or the hub data set at its commit. Tasks outside the table load what lm-eval says.
-    changes: dict[str, Any] = {}
-    if request in spec.few_shot:
-        changes["num_fewshot"] = spec.few_shot[request]
-    if spec.data_dir is not None:
-        shots = changes.get("num_fewshot", config.get("num_fewshot") or 0)
-        changes |= local_changes(name, request, config, shots, Path(spec.data_dir).expanduser())
-    elif known is not None and known.repository is not None:
-        changes["dataset_path"] = _hub_folder(known, name, spec.task_digests.get(request))
-    try:  # lm-eval changes fields of one of its tasks where the task is a member of an inline group
-        return manager.load([{"group": "ptqbench", "task": [{"task": name, **changes}]}])["tasks"][name]
-    except ConfigError:
-        raise
-    except Exception as error:  # the libraries raise many types where data cannot be loaded
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        source = spec.data_dir or changes.get("dataset_path") or config.get("dataset_path")
-        raise ConfigError(
-            f"task {name!r}: its data ({source}) cannot be loaded: {reason}; load it once where there is network "
-            f"(python -m ptqbench prefetch), or give {LOCAL_DATA.format(name)}"
-        ) from error
-
-
-def _hub_folder(known: Task, name: str, identity: str | None) -> str:
-    """The data of a task at its commit, as a folder that ``datasets`` reads like the repository itself."""
-    assert known.repository is not None
-    try:
-        return str(hub.folder_at(known.repository, hub_commit(known, identity)))
-    except DataNotHereError as error:
-        raise DataNotHereError(f"task {name!r}: {error}, or give {LOCAL_DATA.format(name)}", known.repository) from None
-
-
-def data_of(task: Any, identity: str | None) -> str | None:
-    """Identify the data that a task was measured on.
-
-    Args:
-        task: The lm-eval task, with its data loaded.
-        identity: What the cell says of them.
-
-    Returns:
-        The same; for a task that the cell does not pin, the commits that its tables were made from, as ``datasets`` recorded.
-    """
-    if identity != UNPINNED:
-        return identity
-    commits: set[str] = set()
-    for split in task.dataset.values() if isinstance(task.dataset, dict) else []:
-        sources = re.findall(r"@([0-9a-f]{40})/", " ".join(split.info.download_checksums or {}))
-        prepared = [Path(file["filename"]).parent.name for file in getattr(split, "cache_files", [])]
-        commits |= set(sources) or {name for name in prepared if hub.COMMIT.fullmatch(name)}
-    return hub.digest(str(task.DATASET_PATH), "+".join(sorted(commits))) if commits else UNPINNED

@@ -72,7 +72,8 @@ def run_pool(rows: Sequence[Row], summary: Summary, workers: int | None = None) 
     Args:
         rows: Cells to run; their folders exist.
         summary: Prints what happens.
-        workers: Processes at once. None is one per GPU; without GPUs, as many as cores and memory allow.
+        workers: Processes at once. None is one per GPU, or per group of GPUs if a cell needs several; without GPUs, as many as
+            cores and memory allow.
     """
     Pool([Task(row.cell, row.cell.folder) for row in rows if row.cell.folder], slots(rows, workers), summary).run()
 
@@ -87,8 +88,11 @@ def slots(rows: Sequence[Row], workers: int | None) -> list[Slot]:
     cores = provenance.cores()
     gpus = visible_gpus() if any(row.needs is not None and row.needs.gpus for row in rows) else []
     if gpus:
-        chosen = gpus[: workers or len(gpus)]
-        return [Slot(gpu, max(1, cores // len(chosen))) for gpu in chosen]
+        # Each worker gets as many GPUs as the largest cell needs; a cell that needs more than there are gets all of them.
+        each = min(len(gpus), max(row.needs.gpus for row in rows if row.needs is not None))
+        together = [",".join(gpus[at : at + each]) for at in range(0, len(gpus) - each + 1, each)]
+        chosen = together[: workers or len(together)]
+        return [Slot(devices, max(1, cores // len(chosen))) for devices in chosen]
     # On CPU: as many of the largest cell as fit into the free memory, each with the cores that a cell asks for.
     threads = [row.cell.spec.execution.threads for row in rows if row.cell.spec is not None]
     share = max([t for t in threads if t is not None] or [min(CPU_SHARE, cores)])

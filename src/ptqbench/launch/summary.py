@@ -85,7 +85,11 @@ class Summary:
         self.say(f"{total} of {len(self.rows)} cells to run, {how}")
         for amount, rows in todo.items():
             estimate = sum(row.needs.estimate_min for row in rows if row.needs is not None)
-            kind = f"about {estimate / 60:.1f} GPU-hours" if amount.gpus else f"about {duration(estimate)} of work"
+            kind = (
+                f"about {estimate / 60 * amount.gpus:.1f} GPU-hours"
+                if amount.gpus
+                else f"about {duration(estimate)} of work"
+            )
             self.say(f"  {len(rows)} x {amount.describe()} ({kind}, estimated)")
 
     def finished(self, cell: Cell, state: str = DONE) -> None:
@@ -237,7 +241,7 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
     # What there is to do, by resources, and what cannot be done here yet.
     todo, absent = groups(rows), groups(rows, absent=True)
     for amount, members in [*todo.items(), *absent.items()]:
-        hours = sum(row.needs.estimate_min for row in members if row.needs is not None) / 60
+        hours = sum(row.needs.estimate_min for row in members if row.needs is not None) / 60 * max(amount.gpus, 1)
         missing = ", ".join(sorted({_missing(row.cell) for row in members if row.absent}))
         where = f" whose models or data are not on this machine ({missing})" if missing else ""
         unit = "GPU-hours" if amount.gpus else "hours"

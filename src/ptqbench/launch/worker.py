@@ -32,7 +32,7 @@ class Slot:
     """What one worker may use.
 
     Attributes:
-        gpu: Index of its GPU; None for a worker on CPU.
+        gpu: Index of its GPU, or indices of its GPUs with commas; None for a worker on CPU.
         threads: Number of cores.
     """
 

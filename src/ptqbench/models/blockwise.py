@@ -26,6 +26,7 @@ from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.models.architecture import Architecture
 from ptqbench.models.fuse import Basis
 from ptqbench.models.source import ModelSource
+from ptqbench.models.spread import place_of, places, spread
 from ptqbench.models.stages import Positions
 
 Overlay = Callable[[int, nn.Module], None]
@@ -187,7 +188,11 @@ class BlockwiseModel:
             output.to("meta")
 
     def materialise(self, overlay: Overlay | None = None) -> PreTrainedModel:
-        """Load the whole model on its device. Afterwards this object cannot load single blocks any more."""
+        """Load the whole model on its device, or on all visible GPUs if one does not hold it.
+
+        Afterwards this object cannot load single blocks any more.
+        """
+        chosen = places(self._skeleton, self.device)
         table = self._read_module("model.embed_tokens")["weight"]
         self._fill(self._skeleton.get_submodule("model.embed_tokens"), {"weight": self._embedding(table)})
         head = self._head_tensors()
@@ -195,12 +200,15 @@ class BlockwiseModel:
         if not self._tied:
             self._fill(self._skeleton.get_submodule("lm_head"), {"weight": head["lm_head.weight"]})
         for index in range(self.n_blocks):
-            self._skeleton.set_submodule(f"model.layers.{index}", self._load_block(index, overlay))
+            name, block = f"model.layers.{index}", self._load_block(index, overlay)
+            # A block leaves the first GPU at once, which would not hold all of them. What is offloaded moves at the end.
+            place = place_of(name, chosen)
+            self._skeleton.set_submodule(name, block if place == "disk" else block.to(place))  # type: ignore[arg-type]
         self._skeleton.tie_weights()
         # End tokens, repetition penalty and so on of a model that writes; as in from_pretrained, a file that is no JSON is ignored.
         with suppress(OSError):
             self._skeleton.generation_config = GenerationConfig.from_pretrained(self.source.folder)
-        return self._skeleton.to(self.device)  # type: ignore[arg-type, return-value]
+        return spread(self._skeleton, chosen)
 
     def _load_block(self, index: int, overlay: Overlay | None) -> nn.Module:
         """Fill a copy of a block of the skeleton; the skeleton is not modified."""

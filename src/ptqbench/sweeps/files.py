@@ -74,6 +74,7 @@ def load_sweep(name: str) -> Sweep:
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping with name and grids, got {type(data).__name__}")
+    # What the file says is checked before any cell is composed.
     sweep: Sweep = build(strict(Sweep), data, path.name)
     _check_size(sweep, str(path))
     _check_exclusions(sweep, str(path))
@@ -127,6 +128,7 @@ def _axes(grid: Mapping[str, Any], where: str) -> tuple[dict[str, list[Any]], bo
         raise ConfigError(
             f"sweep {where}: expected a grid such as {{method: [rtn, gptq]}} or {{zip: {{...}}}}, got {_brief(grid)}"
         )
+    # Each axis by itself: its name and its values.
     lists = {axis: values if isinstance(values, list) else [values] for axis, values in axes.items()}
     for axis, values in lists.items():
         if not is_axis(axis) or re.match(r"hydra\b", key_of(axis)):
@@ -140,6 +142,7 @@ def _axes(grid: Mapping[str, Any], where: str) -> tuple[dict[str, list[Any]], bo
                 literal(value)
             except ConfigError as error:
                 raise ConfigError(f"sweep {where}: axis {axis}: {error}") from None
+    # Then the axes together.
     for first, second in itertools.combinations(lists, 2):
         if _overwrites(second, lists[second], first):
             raise ConfigError(

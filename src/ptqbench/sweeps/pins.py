@@ -16,7 +16,8 @@ from ptqbench.cell.spec import ROLES, CalibrationSpec, ModelSpec, PerplexitySpec
 from ptqbench.data import hub
 from ptqbench.data.overlap import check_disjoint
 from ptqbench.data.protocols import complete as complete_text
-from ptqbench.data.tasks import task_digest, task_digests, writes
+from ptqbench.data.task_sizes import size_of
+from ptqbench.data.tasks import requested, task_digest, task_digests, writes
 from ptqbench.data.texts import check_options, check_text, text_digest
 from ptqbench.data.window_files import pin_windows
 from ptqbench.errors import ConfigError, PtqbenchError, UnsupportedError, unreadable
@@ -151,6 +152,8 @@ def _check_width(model: ModelSpec, width: Any) -> None:
 def _check_context(spec: RunSpec, context: Any) -> None:
     """Refuse evaluation windows that are longer than the context of the model, unless ``execution.beyond_context`` permits them.
 
+    A task whose answers may fill the context is always refused, since lm-eval refuses it.
+
     Longer calibration windows are the default of some methods and no measurement; the result notes them (``engine.work``).
     """
     lengths = {f"evaluation.texts.{label}.seq_len": text.seq_len for label, text in spec.evaluation.texts.items()}
@@ -159,6 +162,13 @@ def _check_context(spec: RunSpec, context: Any) -> None:
             raise ConfigError(
                 f"{place}={length} is longer than the context of model {spec.model.name!r} (max_position_embeddings="
                 f"{context}): give {place}={context} or less, or say execution.beyond_context=true to measure there anyway"
+            )
+    for task in requested(spec.evaluation.tasks):
+        room = size_of(task).most_written
+        if isinstance(context, int) and room >= context:
+            raise ConfigError(
+                f"evaluation.tasks: {task!r} leaves room for {room} written tokens, expected fewer than the context of model "
+                f"{spec.model.name!r} (max_position_embeddings={context}): leave the task out, or take another model"
             )
 
 

@@ -114,7 +114,7 @@ def _text(spec: TextSpec) -> str:
 
 def _task(name: str, spec: EvaluationSpec) -> str:
     from ptqbench.data.tasks import task_digests
-    from ptqbench.evaluate.zero_shot import data_of, load_task, members
+    from ptqbench.evaluate.definitions import data_of, load_task, members
 
     only = dataclasses.replace(
         spec, tasks=tuple(word for word in spec.tasks if word.partition("/")[0] == name), few_shot={}

@@ -5,11 +5,12 @@ Shape legend: d hidden size, f FFN size, V vocabulary, L blocks, T tokens of a p
 Memory follows the block pipeline (``docs/architecture.md``). The device holds one block in the checkpoint's type, and in float32
 while it is rounded; a second moment (float32) with its factors for each input of linears; the activations of one window; and, up to
 a limit, what all windows hold between two stages of a block. The host holds the residual streams of all windows, twice where the
-cell is quantized (unquantized and quantized stream). Tasks need the whole model on the device, unless they are scored block by
-block (``evaluation.engine=blocks``). A task that generates text always needs it.
+cell is quantized (unquantized and quantized stream). A task that generates text needs the whole model on the device, and so do all
+tasks with ``evaluation.engine=whole``. Where one GPU does not hold it, the model is spread over several of one node.
 
 Time is the work of a cell (``engine.cost``) over a rate. The rates below say how they are known; ``plan`` corrects them by what the
-finished cells of the same sweep took (``plan.calibrated``).
+finished cells of the same sweep took (``plan.calibrated``). The tokens of tasks are counted requests (``data.task_sizes``). What
+``evaluation.fidelity`` adds is shared by all cells of a model, but every cell is planned as if it came first.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from ptqbench.data.task_sizes import size_of
 from ptqbench.engine.cost import work
 from ptqbench.evaluate.scores import CHUNK_BYTES
+from ptqbench.evaluate.task_files import generates
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -28,29 +31,18 @@ if TYPE_CHECKING:
 GIB = 2**30
 GPU_RATE = 60e12  # operations per second in 16-bit products on an 80 GB data-centre GPU: assumed, not measured
 CPU_RATE = 20e9  # per core, float32, of whole cells of the embedded model: measured; a model of width 1024 reaches 63e9
+MEMORY_RATE, CPU_MEMORY_RATE = 1.5e12, 2e10  # bytes of weights per second that a written token reads: assumed
+BLOCK_S = 5e-4  # seconds per block and written token, whatever its size: assumed
 READ_RATE = 1e9  # bytes per second from the checkpoint's file system: assumed
 START_S = 10.0  # interpreter and imports
 MARGIN = 1.3  # of memory
 TIME_MARGIN = 3.0  # between the estimate and the time that is asked for
 WAITING_BYTES = 20 * GIB  # of windows between the stages of a block; if they hold more, they wait on the host
 GPU_SIZES = (24.0, 40.0, 48.0, 80.0, 141.0)
+SPREAD_SIZE = 80.0  # of the GPUs over which a model is spread, unless resources.gpu_mem_gib says otherwise
 SMALL_PARAMS = 50_000_000  # below this a GPU is not worth its queue
 TEXT_TOKENS = {"wikitext2": 350_000, "ptb": 120_000, "c4": 530_000}
-TASK_TOKENS = {  # of all choices with their contexts, rounded up; other tasks have DEFAULT_TASK_TOKENS
-    "tiny_questions": 200_000,
-    "piqa": 300_000,
-    "arc_easy": 500_000,
-    "arc_challenge": 300_000,
-    "winogrande": 100_000,
-    "boolq": 1_000_000,
-    "social_iqa": 300_000,
-    "openbookqa": 100_000,
-    "hellaswag": 5_000_000,
-    "race": 2_000_000,
-    "mmlu": 50_000_000,
-}
-DEFAULT_TASK_TOKENS = 1_000_000
-GENERATING = {"gsm8k"}
+WRITTEN_TOKENS = 256  # per example of a task of unknown size: lm-eval's default
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -59,8 +51,8 @@ class Needs:
     """What a cell asks of the scheduler. Cells with equal needs, apart from the estimate, share a job array.
 
     Attributes:
-        gpus: Number of GPUs, 0 or 1.
-        gpu_mem_gib: Peak GPU memory, GiB, 0 on the CPU.
+        gpus: Number of GPUs: 0, 1, or as many as hold the whole model where it must be in memory.
+        gpu_mem_gib: Peak memory of a GPU, GiB, 0 on the CPU.
         host_mem_gib: Peak host memory, GiB.
         cpus: CPU cores.
         time_min: Time limit, minutes: the estimate times a margin.
@@ -92,12 +84,19 @@ def needs(spec: RunSpec, architecture: Architecture) -> Needs:
     """
     given = spec.resources
     params = sum(math.prod(shape) for shape in architecture.tensor_shapes().values())
-    gpus = given.gpus if given.gpus is not None else int(spec.execution.device != "cpu" and params > SMALL_PARAMS)
-    gpu_mem, host_mem = _memory(spec, architecture, params)
+    gpu_mem, whole, host_mem = _memory(spec, architecture, params)
+    # As many GPUs as hold the whole model, where a task needs it; one for everything else.
+    gpus = given.gpus
+    if gpus is None:
+        spread = math.ceil(whole * MARGIN / (given.gpu_mem_gib or SPREAD_SIZE))
+        gpus = max(1, spread) if spec.execution.device != "cpu" and params > SMALL_PARAMS else 0
+    gpu_mem = max(gpu_mem, whole / max(gpus, 1))
+    # On the CPU both are host memory.
     if not gpus:
         gpu_mem, host_mem = 0.0, host_mem + gpu_mem
     cpus = given.cpus or (8 if gpus else spec.execution.threads or 4)
-    minutes = _seconds(spec, architecture, params, GPU_RATE if gpus else CPU_RATE * cpus) / 60
+    rates = (GPU_RATE, MEMORY_RATE) if gpus else (CPU_RATE * cpus, CPU_MEMORY_RATE)
+    minutes = _seconds(spec, architecture, params, *rates) / 60
     return Needs(
         gpus=gpus,
         gpu_mem_gib=given.gpu_mem_gib or (_step(gpu_mem * MARGIN, GPU_SIZES) if gpus else 0.0),
@@ -124,8 +123,8 @@ def duration(minutes: float) -> str:
     return f"{hours} h {rest:02d}" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
-def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[float, float]:
-    """Peak (device, host) memory in GiB."""
+def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[float, float, float]:
+    """Peak memory in GiB: of the device block by block, of the whole model where a task needs it (else 0), of the host."""
     d, f, vocabulary = architecture.hidden_size, architecture.intermediate_size, architecture.vocab_size
     stored = BYTES[spec.model.dtype]
     # One block (stored and float32), the head's weights, and the float32 logits of a batch, of which 8192 rows are held at most.
@@ -143,30 +142,51 @@ def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[flo
         device += min(waiting, WAITING_BYTES)
         device += 3 * sum(width * width * 4 for width in (d, architecture.q_dim, d, f)) + length * (d * 6 + f * 3) * 4
         streams = max(streams, 2 * spec.calibration.n_samples * length * d * stored)
-    tasks = _tasks(spec)
-    if spec.evaluation.engine == "blocks":
-        streams = max(streams, min(_task_tokens(spec) * d * stored, CHUNK_BYTES))
-        tasks &= GENERATING
-    if tasks:  # the whole model
-        device = max(device, params * stored + head)
-        host += params * stored
-    return device / GIB, (host + streams) / GIB
+    # The residual streams of a chunk of task tokens.
+    streamed = sum(_read(spec, task) for task in _tasks(spec) if not _needs_whole(spec, task))
+    streams = max(streams, min(streamed * d * stored, CHUNK_BYTES))
+    whole = params * stored + head if any(_needs_whole(spec, task) for task in _tasks(spec)) else 0
+    return device / GIB, whole / GIB, (host + streams) / GIB
 
 
-def _seconds(spec: RunSpec, architecture: Architecture, params: int, rate: float) -> float:
-    texts = {label: text_tokens(text.dataset) for label, text in spec.evaluation.texts.items()}
-    operations = sum(work(spec, architecture, texts).flop.values()) + 2.0 * params * _task_tokens(spec)
-    # Passes that read the checkpoint: each text is one, quantization two.
-    reads = 1 + len(texts) + 2 * spec.quantizes
-    return START_S + operations / rate + reads * params * BYTES[spec.model.dtype] / READ_RATE
+def _seconds(spec: RunSpec, architecture: Architecture, params: int, rate: float, memory_rate: float) -> float:
+    evaluation, stored = spec.evaluation, BYTES[spec.model.dtype]
+    texts = {label: text_tokens(text.dataset) for label, text in evaluation.texts.items()}
+    flop = work(spec, architecture, texts).flop
+    # The unquantized model is run twice over every text (reference, noise) and once over the tasks.
+    more = int(evaluation.fidelity)
+    operations = sum(flop.values()) + 2 * more * flop.get("perplexity", 0.0)
+    # Passes that read the checkpoint: each text is one, quantization two, each chunk of task tokens one.
+    reads = 1.0 + (1 + 2 * more) * len(texts) + 2 * spec.quantizes
+    chunks, writing = 0.0, 0.0
+    for task in _tasks(spec):
+        size, shots = size_of(task), evaluation.few_shot.get(task)
+        if _needs_whole(spec, task):
+            operations += 2.0 * params * _read(spec, task)
+            # All examples of a batch are written together, one token a step.
+            written = (size.written or WRITTEN_TOKENS) * generates(task)
+            steps = written * math.ceil(size.measured(evaluation.limit) / evaluation.batch_size)
+            writing += steps * (params * stored / memory_rate + architecture.n_blocks * BLOCK_S)
+        else:
+            operations += 2.0 * params * (1 + more) * _read(spec, task)
+            chunks += size.requested(shots, evaluation.limit) * architecture.hidden_size * stored / CHUNK_BYTES
+    reads += (1 + more) * math.ceil(chunks) + any(_needs_whole(spec, task) for task in _tasks(spec))
+    return START_S + operations / rate + writing + reads * params * stored / READ_RATE
 
 
-def _tasks(spec: RunSpec) -> set[str]:
-    return {task.partition("/")[0] for task in spec.evaluation.tasks}
+def _tasks(spec: RunSpec) -> list[str]:
+    return sorted({task.partition("/")[0] for task in spec.evaluation.tasks})
 
 
-def _task_tokens(spec: RunSpec) -> int:
-    return sum(TASK_TOKENS.get(task, DEFAULT_TASK_TOKENS) for task in _tasks(spec))
+def _needs_whole(spec: RunSpec, task: str) -> bool:
+    return spec.evaluation.engine == "whole" or generates(task)
+
+
+def _read(spec: RunSpec, task: str) -> int:
+    """Tokens of a task that pass through the model, without those that it writes."""
+    evaluation = spec.evaluation
+    shared = not _needs_whole(spec, task)
+    return size_of(task).read(shared, evaluation.few_shot.get(task), evaluation.limit)
 
 
 def text_tokens(dataset: str) -> int:

@@ -138,6 +138,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("-"):
             words.append(word)
             continue
+        # A flag: --flag=value, or --flag value in two words.
         flag, joined, value = word.partition("=")
         if flag not in FLAGS:
             raise ConfigError(f"unknown flag {flag!r}; {nearest(flag, FLAGS)}")
