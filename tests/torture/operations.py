@@ -6,6 +6,7 @@ Promised: as for kills at random moments. The cache of the command is in the sam
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 from torture import cells, shim
@@ -13,6 +14,8 @@ from torture.kit import Outcome, Running, World, command
 
 SHARE, LIMIT = 60.0, None
 METHODS = ("gptq", "coquant")
+DRAWN = re.compile(r"[0-9a-f]{8}-\d+\.|(?<=\.tmp)\w{6,}|\w+(?=\.tmp/)|(?<=block_)\d+|[0-9a-f]{24}")
+"""Parts of a file's name that differ between files of one kind: its writer, random letters, the block, a hash."""
 
 
 def absent(world: World) -> str | None:
@@ -81,14 +84,17 @@ def _words(method: str, here: Path) -> list[str]:
 
 @functools.cache
 def _plan(folder: Path, seed: int) -> list[tuple[str, int, int, str]]:
-    """Every operation with every way to strike it, in an order drawn from the seed."""
+    """Every operation with every way to strike it, in an order drawn from the seed; the first of every kind come first."""
     import random
 
-    plan = []
+    first, again = [], []
     for method in METHODS:
-        lines = (folder / "operations-of" / f"{method}.txt").read_text().splitlines()
-        for number, line in enumerate(lines, 1):
+        seen: set[str] = set()
+        for number, line in enumerate((folder / "operations-of" / f"{method}.txt").read_text().splitlines(), 1):
             ways = (shim.BEFORE, shim.WITHIN, shim.AFTER) if line.startswith("write") else (shim.BEFORE, shim.AFTER)
-            plan += [(method, number, how, line.replace("\t", " ")) for how in ways]
-    random.Random(f"{seed}/operations").shuffle(plan)
-    return plan
+            kind = DRAWN.sub("", line)
+            (again if kind in seen else first).extend((method, number, how, line.replace("\t", " ")) for how in ways)
+            seen.add(kind)
+    random.Random(f"{seed}/operations").shuffle(first)
+    random.Random(f"{seed}/operations").shuffle(again)
+    return first + again
