@@ -322,7 +322,7 @@ COMMANDS = {
         ), existing_runs_folder,
     ),
     "compare": Command(
-        _compare, "two finished cells, metric by metric: paired tests on the same windows and examples", "",
+        _compare, "two finished cells, metric by metric, by paired tests", "",
         (
             _option("a", metavar="A", help="a run folder, a run id, or words of a label, such as 'gptq w3'"),
             _option("b", metavar="B", help="another; differences are B - A"),

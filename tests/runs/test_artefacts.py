@@ -204,6 +204,8 @@ def test_what_is_in_use_makes_no_room_for_another(tmp_path):
 def test_cells_share_calibration_windows_and_an_empty_folder_gives_the_same(tmp_path, monkeypatch):
     import json
 
+    from safetensors import safe_open
+
     from ptqbench.data import windows
     from ptqbench.run import run_cell
     from ptqbench.runs.folder import create
@@ -212,7 +214,7 @@ def test_cells_share_calibration_windows_and_an_empty_folder_gives_the_same(tmp_
     drawn, real = [], windows.calibration_windows
     monkeypatch.setattr(windows, "calibration_windows", lambda *a: drawn.append(1) or real(*a))
     words = ["bitwidth=w3", "calibration.n_samples=2", "calibration.seq_len=32", "evaluation.tasks=[]"]
-    words += ["+evaluation.texts.tiny.portion=[0,0.02]"]
+    words += ["+evaluation.texts.tiny.portion=[0,0.02]", "evaluation.fidelity=true"]
     found = {}
     for runs, methods in (("shared", ["gptq", "rtn"]), ("alone", ["rtn"])):
         for method in methods:
@@ -221,8 +223,17 @@ def test_cells_share_calibration_windows_and_an_empty_folder_gives_the_same(tmp_
             run_cell(spec, folder)
             result = json.loads(folder.result_path.read_text())
             found[runs, method] = {key: result[key] for key in ("metrics", "bits")}
-            assert result["shared"]["found"] == ({"calibration": 1} if (runs, method) == ("shared", "rtn") else {})
-            assert (result["shared"]["spared_s"] > 0) == bool(result["shared"]["found"])
+            second = (runs, method) == ("shared", "rtn")
+            # The noise floor is measured against the reference, so a cell finds its own too.
+            all_found = {"calibration": 1, "reference": 1, "noise": 1} if second else {"reference": 1}
+            assert result["shared"]["found"] == all_found
+            (path,) = (tmp_path / runs / ".artefacts").glob("calibration-*.safetensors")
+            with safe_open(path, "pt") as stored:
+                seconds = float(stored.metadata()["seconds"])
+            spared = seconds if second else 0.0
+            assert result["shared"]["spared_s"] == pytest.approx(spared, abs=1e-4), (
+                "what the evaluation found is no part of it"
+            )
             assert "windows_s" in result["timings"], "who draws them pays for them"
     assert len(drawn) == 2, "once per folder of runs"
     assert found["shared", "rtn"] == found["alone", "rtn"]

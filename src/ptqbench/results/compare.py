@@ -14,6 +14,8 @@ from ptqbench.results.metrics import kind, known, part
 from ptqbench.runs.files import number
 from ptqbench.runs.folder import DONE, RunFolder
 
+UNDECIDED = "undecided"
+
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
@@ -35,8 +37,8 @@ class Judged:
     def word(self) -> str:
         """What the second cell is: ``better``, ``worse`` or ``undecided``."""
         if self.adjusted >= 1 - self.found.confidence or not self.found.distinguishable:
-            return "undecided"
-        return "better" if self.found.better() else "worse"
+            return UNDECIDED
+        return "better" if self.found.better else "worse"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ptqbench.errors import ConfigError
-from ptqbench.results.compare import Judged, compare_cells, furthest_apart
+from ptqbench.results.compare import UNDECIDED, Judged, compare_cells, furthest_apart
 from ptqbench.results.metrics import MISSING, format_value, kind, known, order
 from ptqbench.results.named import label_of, run_named
 from ptqbench.results.stats import in_unit
@@ -20,7 +20,6 @@ TESTS = (
     "p: paired tests on the same windows and examples, corrected for the number of metrics (Holm). "
     "undecided: not distinguishable at this sample size."
 )
-
 MARGIN = "margin: log-likelihood of the right choice less that of the best other, in nats."
 
 
@@ -53,30 +52,27 @@ def _overview(cells: tuple[RunFolder, RunFolder], judged: list[Judged]) -> Sheet
     """One row per metric: both values, the difference with its interval and p-value, and what B is."""
     heads = [Column("metric", numeric=False), *map(Column, ("A", "B", "difference"))]
     heads += [Column(f"{100 * judged[0].found.confidence:.0f} % interval"), Column("p"), Column("B is", numeric=False)]
-    sheet = Sheet(
-        heads, title="\n".join(f"{word}: {_called(folder)}" for word, folder in zip("AB", cells, strict=True))
-    )
+    called = [f"{word}: {label_of(folder)} ({folder.run_id})" for word, folder in zip("AB", cells, strict=True)]
+    sheet = Sheet(heads, title="\n".join(called))
     measured_on = [{row["metric"]: row["protocol"] for row in records(tidy([(folder, None)]))} for folder in cells]
+    # In the order of tables.
     for one in sorted(judged, key=lambda one: order(one.metric)):
-        found, ways = one.found, [said.get(one.metric) for said in measured_on]
-        note = sheet.note(f"measured differently: A {ways[0]}; B {ways[1]}") if ways[0] != ways[1] else None
-        values = [
-            format_value(found.kind if found.kind != "accuracy" else "acc", value)
-            for value in (found.first, found.second)
-        ]
-        difference, low, high = (in_unit(found, value) for value in (found.difference, found.low, found.high))
-        p_value = f"{one.adjusted:.3f}" if one.adjusted >= 0.001 else f"{one.adjusted:.0e}"
-        texts = [*values, difference, f"{low} to {high}", p_value]
-        sheet.rows.append(
-            [Entry(_short(one.metric), note=note), *map(Entry, texts), Entry(one.word, one.word != "undecided")]
-        )
+        a, b = (said.get(one.metric) for said in measured_on)
+        note = None if a == b else sheet.note(f"measured differently: A {a}; B {b}")
+        sheet.rows.append([Entry(_short(one.metric), note=note), *_row(one)])
     averages = [f"{_short(one.metric)}: {one.metric}." for one in judged if _short(one.metric) != one.metric]
     sheet.remarks = [UNITS, TESTS, *averages, *_noise(judged)]
     return sheet
 
 
-def _called(folder: RunFolder) -> str:
-    return f"{label_of(folder)} ({folder.run_id})"
+def _row(one: Judged) -> list[Entry]:
+    """The entries of a metric behind its name."""
+    found = one.found
+    shown = "acc" if found.kind == "accuracy" else found.kind
+    values = [format_value(shown, value) for value in (found.first, found.second)]
+    difference, low, high = (in_unit(found, value) for value in (found.difference, found.low, found.high))
+    p_value = f"{one.adjusted:.3f}" if one.adjusted >= 0.001 else f"{one.adjusted:.0e}"
+    return [*map(Entry, [*values, difference, f"{low} to {high}", p_value]), Entry(one.word, one.word != UNDECIDED)]
 
 
 def _short(metric: str) -> str:

@@ -68,6 +68,7 @@ class Comparison:
         """Whether the interval excludes zero, and the difference is not within the noise of the measurement."""
         return not self.low <= 0 <= self.high and abs(self.difference) > self.noise
 
+    @property
     def better(self) -> bool:
         """Whether the second cell has the better value."""
         return (self.difference > 0) == (self.kind == "accuracy" or known(self.kind).higher)
@@ -334,7 +335,7 @@ def verdict(found: Comparison, first: str, second: str, p_value: float | None = 
         within = abs(found.difference) <= found.noise and found.noise > 0
         why = f"within the noise floor of {found.noise:.2g} nats" if within else "at this sample size"
         return f"{second} and {first} are not distinguishable {why} ({facts})"
-    return f"{second} is {'better' if found.better() else 'worse'} than {first} ({facts})"
+    return f"{second} is {'better' if found.better else 'worse'} than {first} ({facts})"
 
 
 def in_unit(found: Comparison, value: float) -> str:
