@@ -146,3 +146,14 @@ def test_the_noise_floor_is_a_line_where_it_hides_nothing(frame, noise, drawn, m
     assert words == ("noise floor 0.0100" if drawn else "noise floor 2e-07, below this axis")
     low, _ = axis.get_ylim()
     assert (low < 0.01) == drawn
+
+
+def test_directions_of_lm_evals_metrics_are_lm_evals_own():
+    from lm_eval.api import metrics as defined  # fills the registry
+    from lm_eval.api import registry
+
+    assert defined
+    known = [name for name in registry.higher_is_better_registry if name not in ("perplexity", "bypass")]
+    assert len(known) > 10
+    for name in known:  # "perplexity" is the name of a text's metric
+        assert metrics.higher_is_better(f"task/{name}") == registry.is_higher_better(name), name

@@ -50,8 +50,9 @@ KINDS = {
         share=True, relative=True, place=2, column="flipped", meaning="share of answers that are not the unquantized model's, %"
     ),
 }  # fmt: skip
-OTHER = Kind()
-"""What is taken of a kind that is not listed, such as another metric of lm-eval."""
+KINDS |= dict.fromkeys(("word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"), Kind())
+OTHER = Kind(higher=True)
+"""What is taken of a kind that is not listed, as of most metrics of lm-eval (f1, bleu, mcc)."""
 MISSING = "-"
 AVERAGE = "average_"
 PLUS_MINUS = " ± "
