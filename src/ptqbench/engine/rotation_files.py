@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ptqbench.engine.bases import StoredBases
-from ptqbench.errors import ConfigError
+from ptqbench.errors import ConfigError, first_line
 from ptqbench.models.source import file_digest
 from ptqbench.numerics.orthogonal import nearest_orthogonal
 
@@ -80,8 +80,7 @@ def _read_file(given: str | None, digest: str) -> dict[str, Any]:
             f"can run code; save a mapping of names to tensors, best with safetensors"
         ) from None
     except Exception as error:  # both readers raise many types for one fact
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"rotation_file {path} cannot be read: {reason}") from None
+        raise ConfigError(f"rotation_file {path} cannot be read: {first_line(error)}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"rotation_file {path}: expected a mapping of names to matrices, got {type(loaded).__name__}")
     return loaded

@@ -92,9 +92,7 @@ class CellEvaluation:
         compared = fidelity.Divergence(self._reference(label, windows)) if self.spec.fidelity else None
         self.observer.stage(f"perplexity {label}", self.model.n_blocks)
         with self.measure("perplexity_s"):
-            found = perplexity(
-                self.model, windows, self.overlay, self.spec.batch_size, self._advance, dtype, compared or _nobody
-            )
+            found = perplexity(self.model, windows, self.overlay, self.spec.batch_size, self._advance, dtype, compared)
         bos = self.tokenizer.bos_token_id
         summary: dict[str, Any] = {
             "value": found.perplexity,
@@ -261,10 +259,6 @@ def averages(tasks: tuple[str, ...], metrics: dict[str, Any]) -> dict[str, Any]:
             "tasks": list(tasks),
         }
     }
-
-
-def _nobody(logits: Tensor, wanted: Tensor) -> None:
-    """Observe nothing."""
 
 
 def _digest(window: Tensor) -> str:

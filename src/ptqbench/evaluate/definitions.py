@@ -27,7 +27,7 @@ from ptqbench.data.tasks import (
     requested,
     tiny_questions_path,
 )
-from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError
+from ptqbench.errors import ConfigError, DataNotHereError, UnsupportedError, first_line
 from ptqbench.evaluate.local_data import dataset, local_changes
 from ptqbench.evaluate.task_files import check_metric, filtered, folder_of, unknown_task
 
@@ -178,6 +178,7 @@ def load_task(name: str, request: str, spec: EvaluationSpec) -> Any:
         changes |= local_changes(name, request, config, shots, Path(spec.data_dir).expanduser())
     elif known is not None and known.repository is not None:
         changes["dataset_path"] = _hub_folder(known, name, spec.task_digests.get(request))
+    source = spec.data_dir or changes.get("dataset_path") or config.get("dataset_path")
     seed_generators()
     try:  # lm-eval changes fields of one of its tasks where the task is a member of an inline group
         changes = _processed_once(config.get("process_docs")) | changes
@@ -185,15 +186,12 @@ def load_task(name: str, request: str, spec: EvaluationSpec) -> Any:
     except ConfigError:
         raise
     except IndexError as error:  # lm-eval looks at the first example
-        source = spec.data_dir or changes.get("dataset_path") or config.get("dataset_path")
         raise ConfigError(
             f"task {name!r}: its data ({source}) hold no example of it; expected at least one in the split that is measured"
         ) from error
     except Exception as error:  # the libraries raise many types where data cannot be loaded
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        source = spec.data_dir or changes.get("dataset_path") or config.get("dataset_path")
         raise ConfigError(
-            f"task {name!r}: its data ({source}) cannot be loaded: {reason}; load it once where there is network "
+            f"task {name!r}: its data ({source}) cannot be loaded: {first_line(error)}; load it once where there is network "
             f"(python -m ptqbench prefetch), or give {LOCAL_DATA.format(name)}"
         ) from error
 

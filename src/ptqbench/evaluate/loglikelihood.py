@@ -76,6 +76,7 @@ def log_likelihoods(
     rows = pack([tokens[:-1] for tokens in whole])
     groups = batches(rows, token_budget or TOKEN_BUDGET[model.device.type])
     states = _through_blocks(model, groups, overlay, on_block)
+    step = max(1, CHUNK_ELEMENTS // model.architecture.vocab_size)
     scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
     with model.head() as head:
         for group, hidden in zip(groups, states, strict=True):
@@ -83,7 +84,7 @@ def log_likelihoods(
                 # A request reads the states of its last len(continuation) inputs.
                 at = {n: path[-len(requests[n][1]) :] for n, path in row.ends}
                 targets = {n: whole[n][-len(nodes) :] for n, nodes in at.items()}
-                for n, score in _scores(head, h.to(model.device), at, targets).items():
+                for n, score in _scores(head, step, h.to(model.device), at, targets).items():
                     scores[n] = score
     bad = next((n for n, (value, _) in enumerate(scores) if not value > -torch.inf), None)
     if bad is not None:
@@ -113,12 +114,13 @@ def _padded(rows: list[Tensor]) -> Tensor:
 
 
 def _scores(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, at: dict[int, list[int]], targets: dict[int, list[int]]
+    head: Callable[[Tensor], Tensor], step: int, hidden: Tensor, at: dict[int, list[int]], targets: dict[int, list[int]]
 ) -> dict[int, tuple[float, bool]]:
     """Score the requests of a row.
 
     Args:
         head: Hidden states -> float32 logits.
+        step: Positions whose logits are held at once.
         hidden: States of the row, (tokens, hidden_size).
         at: Request -> the tokens of the row whose states it reads.
         targets: Request -> the tokens that are to be predicted there.
@@ -129,10 +131,9 @@ def _scores(
     where = torch.tensor([place[node] for path in at.values() for node in path], device=hidden.device)
     wanted = torch.tensor([token for row in targets.values() for token in row], device=hidden.device)
     states = hidden[nodes]
-    step = max(1, CHUNK_ELEMENTS // head(states[:1]).shape[-1])
     value = torch.empty(len(where), dtype=torch.float64, device=hidden.device)
     greedy = torch.empty(len(where), dtype=torch.bool, device=hidden.device)
-    # Logits of a chunk of positions at a time, so that (tokens, vocabulary) never exists as a whole.
+    # Logits of ``step`` positions at a time, so that (tokens, vocabulary) never exists as a whole.
     for first in range(0, len(nodes), step):
         logits = head(states[first : first + step])
         here = (where >= first) & (where < first + step)

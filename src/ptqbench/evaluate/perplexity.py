@@ -71,7 +71,7 @@ def perplexity(
     batch_size: int = 8,
     on_block: Callable[[int], None] = lambda index: None,
     dtype: torch.dtype = torch.float32,
-    observe: Observer = lambda logits, wanted: None,
+    observe: Observer | None = None,
 ) -> Perplexity:
     """Measure perplexity block by block.
 
@@ -90,10 +90,11 @@ def perplexity(
     batches, positions = windows.split(batch_size), model.positions(windows.shape[1])
     hidden = through_blocks(model, batches, lambda batch: positions, overlay, on_block)
     # nll of a window = -sum_t log p(x_t | x_<t), from the stream behind the last block.
+    step = max(1, CHUNK_ELEMENTS // model.architecture.vocab_size)
     with model.head() as head:
         nll = torch.cat(
             [
-                _window_nll(head, h.to(model.device), w.to(model.device), dtype, observe)
+                _window_nll(head, step, h.to(model.device), w.to(model.device), dtype, observe)
                 for h, w in zip(hidden, batches, strict=True)
             ]
         ).cpu()
@@ -108,18 +109,22 @@ def perplexity(
 
 
 def _window_nll(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, dtype: torch.dtype, observe: Observer
+    head: Callable[[Tensor], Tensor],
+    step: int,
+    hidden: Tensor,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    observe: Observer | None,
 ) -> Tensor:
     """Sum the negative log-likelihood of tokens 1.. of each window: (batch,) float64."""
     # Position t predicts token t + 1.
     states, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    # Logits of a chunk of positions at a time, so that (tokens, vocabulary) never exists as a whole.
-    vocabulary = head(states[:1]).shape[-1]
-    step = max(1, CHUNK_ELEMENTS // vocabulary)
+    # Logits of ``step`` positions at a time, so that (tokens, vocabulary) never exists as a whole.
     losses = []
     for chunk, wanted in zip(states.split(step), labels.split(step), strict=True):
         logits = head(chunk)
-        observe(logits, wanted)
+        if observe is not None:
+            observe(logits, wanted)
         losses.append(functional.cross_entropy(_as(logits, dtype), wanted, reduction="none"))
     return torch.cat(losses).view(tokens.shape[0], -1).double().sum(1)
 

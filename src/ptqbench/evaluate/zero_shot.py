@@ -81,7 +81,7 @@ class Harness:
         """Score the requests of several tasks together; ``evaluate`` then finds every score."""
         instances: dict[str, list[Any]] = {"loglikelihood": [], "loglikelihood_rolling": []}
         for task in tasks:
-            task.set_fewshot_seed(FEWSHOT_SEED)
+            _seed(task)
             task.build_all_requests(limit=self._spec.limit, rank=0, world_size=1)
             for instance in task.instances:
                 instances[instance.request_type].append(instance)
@@ -103,8 +103,7 @@ class Harness:
         import lm_eval
         from lm_eval import evaluator
 
-        seed_generators()  # a task whose text is drawn gets the same text wherever it stands among the tasks
-        task.set_fewshot_seed(FEWSHOT_SEED)
+        _seed(task)
         # With ``score``, the requests were scored by ``score_all`` before, and lm-eval only computes the metrics.
         report = evaluator.evaluate(
             lm=self._model,
@@ -126,6 +125,12 @@ class Harness:
             "data": data_of(task, self._spec.task_digests.get(request)),
         }
         return [_record(name, sample) for sample in report["samples"][name]], summary
+
+
+def _seed(task: Any) -> None:
+    """Seed everything that the requests of a task draw on, so that they are the same each time and wherever the task stands."""
+    seed_generators()
+    task.set_fewshot_seed(FEWSHOT_SEED)
 
 
 def _check_request(text: tuple[str, str] | None, context: Any, continuation: Any, longest: int | None) -> None:

@@ -66,11 +66,6 @@ class Artefacts:
         self._paid: set[Path] = set()
         self._written: set[Path] = set()
 
-    @property
-    def hits(self) -> int:
-        """Number of artefacts found, of all kinds."""
-        return self.found.total()
-
     def clock(self) -> float:
         """A clock, in seconds. Its differences are full costs: as if artefacts found had been made here, and without waiting."""
         return time.perf_counter() + self.spared_s - self.waited_s
