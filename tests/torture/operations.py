@@ -1,5 +1,6 @@
-"""A kill before, within and after every file operation of a cell; within a write, half of it is on the disk.
+"""A kill before every file operation of a cell, within every write (half of it is on the disk), and after the last one.
 
+The disk after an operation is the disk before the next one, so that one of the two kills is enough.
 Promised: as for kills at random moments. The cache of the command is in the same folder, so that it is struck too.
 """
 
@@ -90,8 +91,11 @@ def _plan(folder: Path, seed: int) -> list[tuple[str, int, int, str]]:
     first, again = [], []
     for method in METHODS:
         seen: set[str] = set()
-        for number, line in enumerate((folder / "operations-of" / f"{method}.txt").read_text().splitlines(), 1):
-            ways = (shim.BEFORE, shim.WITHIN, shim.AFTER) if line.startswith("write") else (shim.BEFORE, shim.AFTER)
+        lines = (folder / "operations-of" / f"{method}.txt").read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            ways = [shim.BEFORE]
+            ways += [shim.WITHIN] if line.startswith("write") else []
+            ways += [shim.AFTER] if number == len(lines) else []
             kind = DRAWN.sub("", line)
             (again if kind in seen else first).extend((method, number, how, line.replace("\t", " ")) for how in ways)
             seen.add(kind)
