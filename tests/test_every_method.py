@@ -36,3 +36,19 @@ def test_a_cell_of_every_method(words, method):
     assert math.isfinite(result["metrics"]["file/perplexity"]["value"])
     assert (result["bits"]["effective_w_bits"] < 16) == (method != "fp16")
     assert create(spec).layers_path.exists() == (method != "fp16")
+
+
+@pytest.mark.parametrize("method", ["gptq", "coquant"])
+def test_replicates_of_a_cell_differ_and_are_measured_on_the_same_stream(words, method):
+    """Other codes and bases from a stream that is moved in its last place; an unquantized cell measures what it measured."""
+    short = [*words, "model.dtype=bfloat16", *(["method.transform.n_samples=4"] if method == "coquant" else [])]
+    cells = [compose_cell([f"+method={method}", *short, f"replicate={number}"]) for number in (0, 1, 2)]
+    results = [run_cell(spec, create(spec)) for spec in cells]
+    losses = [result["metrics"]["file/perplexity"]["value"] for result in results]
+    assert len({result["run_id"] for result in results}) == 3
+    assert [r["replicate"] for r in results] == [0, 1, 2]
+    assert len(set(losses)) == 3
+    assert max(losses) / min(losses) < 1.1
+    unquantized = [compose_cell(["+method=fp16", *words, f"replicate={number}"]) for number in (0, 1)]
+    plain, moved = (run_cell(spec, create(spec))["metrics"] for spec in unquantized)
+    assert plain == moved

@@ -37,6 +37,7 @@ def test_bits_are_named_by_their_values(values, name):
         (["method=rtn", "bitwidth=w4", "bitwidth.w_bits=5"], "tiny rtn w5 seed 0"),
         (["method=rtn", "bitwidth=w4g128", "bitwidth.group_size=32", "bitwidth.k_bits=4"], "tiny rtn w4k4v16g32 seed 0"),
         (["method=gptq", "method.solver.damping=0.1", "seed=7"], "tiny gptq damping=0.1 w4 seed 7"),
+        (["method=gptq", "seed=7", "replicate=2"], "tiny gptq w4 seed 7 replicate 2"),
         (["method=gptq", "method.solver.damping=0.01"], "tiny gptq w4 seed 0"),
         (["method=gptq", "method/solver=gptq_act_order"], "tiny gptq act_order=true static_groups=true w4 seed 0"),
         (["method=gptq", "method/solver=gptaq"], "tiny gptq solver=gptaq w4 seed 0"),

@@ -132,6 +132,9 @@ def test_identity_fields_change_the_id_and_execution_fields_do_not():
     assert {"seed", "method.solver.options.damping", "calibration.n_samples", "evaluation.texts.t.seq_len"} <= seen
     assert fingerprint.run_id(build(RunSpec, cell("execution", {"device": "cuda", "runs_dir": "elsewhere"}))) == base
     assert fingerprint.run_id(build(RunSpec, cell("model.path", "/moved"))) == base
+    replicates = [fingerprint.run_id(build(RunSpec, CELL | {"replicate": number})) for number in (0, 1, 2)]
+    assert replicates[0] == base
+    assert len(set(replicates)) == 3
 
 
 def test_id_does_not_depend_on_key_order_or_int_for_float():

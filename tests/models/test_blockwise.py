@@ -145,3 +145,20 @@ def test_weight_beyond_the_range_of_float16_is_refused(checkpoint, name):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match=r"7e\+04 does not fit float16.*model.dtype=bfloat16"):
         open_model(folder, torch.float16).materialise()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_replicate_moves_embedded_tokens_by_one_unit_in_the_last_place_or_two(checkpoint, dtype):
+    source, tokens = ModelSource(checkpoint("llama")), torch.arange(40).reshape(2, 20)
+    plain = BlockwiseModel(source, dtype, torch.device("cpu"))
+    first, again, second = (BlockwiseModel(source, dtype, torch.device("cpu"), replicate=n) for n in (1, 1, 2))
+    embedded, moved = plain.embed(tokens), first.embed(tokens)
+    integers = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}[dtype]
+    normal = embedded.abs() >= torch.finfo(dtype).tiny * 1e3
+    steps = (moved.view(integers).int() - embedded.view(integers).int())[normal].abs()
+    assert steps.min() == 1
+    assert steps.max() == 2
+    assert torch.equal(again.embed(tokens), moved)
+    assert not torch.equal(second.embed(tokens), moved)
+    assert torch.equal(first.reopened(None).embed(tokens), moved)
+    assert torch.equal(first.measured().embed(tokens), embedded)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ptqbench.results import tables
 from ptqbench.runs import folder as store
 
 
-def make_cell(root, method="gptq", bitwidth="w4", seed=0, perplexity=None, acc=0.5, model="m"):
+def make_cell(root, method="gptq", bitwidth="w4", seed=0, perplexity=None, acc=0.5, model="m", replicate=0):
     role = {"name": "none", "options": {"label": method}}
     data = {
         "model": {"name": model, "digest": "d", "dtype": "float32"},
@@ -27,7 +28,7 @@ def make_cell(root, method="gptq", bitwidth="w4", seed=0, perplexity=None, acc=0
         "bitwidth": {"name": bitwidth, "w_bits": int(bitwidth[1]), "a_bits": 16, "k_bits": 16, "v_bits": 16},
         "calibration": {"dataset": "tiny"},
         "evaluation": {"name": "e"},
-        "seed": seed,
+        "seed": seed, "replicate": replicate,
         "execution": {"runs_dir": str(root)},
     }  # fmt: skip
     folder = store.create(build(RunSpec, data))
@@ -121,6 +122,18 @@ def test_mean_over_seeds_never_hides_a_missing_seed(tmp_path):
     assert math.isnan(found.mean["t/perplexity"].iloc[0])
     assert found.bits["n_seeds"].tolist() == [3]
     assert found.reasons == {("m", "gptq", "w4"): "seed 2 pending"}
+
+
+def test_replicates_are_draws_of_one_row_as_seeds_are(tmp_path):
+    for replicate, perplexity in enumerate((4.0, 6.0, 5.0)):
+        make_cell(tmp_path, replicate=replicate, perplexity=perplexity)
+    make_cell(tmp_path, seed=1, perplexity=7.0)
+    found = tables.pivot(frame_of(tmp_path))
+    assert found.mean["t/perplexity"].tolist() == [5.5]
+    assert found.bits["n_seeds"].tolist() == [4]
+    assert found.spread["t/perplexity"].tolist() == pytest.approx([statistics.stdev([4, 6, 5, 7])])
+    make_cell(tmp_path, replicate=3)
+    assert tables.pivot(frame_of(tmp_path)).reasons == {("m", "gptq", "w4"): "seed 0r3 pending"}
 
 
 def test_spread_and_number_of_seeds_are_printed(tmp_path):

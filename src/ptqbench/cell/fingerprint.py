@@ -80,7 +80,8 @@ def canonical_json(value: Any) -> str:
 
 def identity_texts(spec: RunSpec) -> dict[str, str]:
     """Serialise every identity field of a cell by itself, so that cells with an equal field can share its text."""
-    texts = {f.name: canonical_json(identity_fields(getattr(spec, f.name))) for f in _identity_of(RunSpec) or ()}
+    given = ((field, getattr(spec, field.name)) for field in _identity_of(RunSpec) or ())
+    texts = {f.name: canonical_json(identity_fields(value)) for f, value in given if not left_at_default(f, value)}
     return texts | revision_texts(spec)
 
 

@@ -102,12 +102,13 @@ def bitwidth(spec: RunSpec) -> str:
 
 def name(spec: RunSpec) -> str:
     """Name a cell for people, on one line."""
-    return f"{' '.join(_parts(spec))} seed {spec.seed}"
+    replicate = f" replicate {spec.replicate}" if spec.replicate else ""
+    return f"{' '.join(_parts(spec))} seed {spec.seed}{replicate}"
 
 
 def slug(spec: RunSpec) -> str:
-    """Name a cell in file names: ``model-method-bitwidth-sSEED``. It need not be unique; the run id that follows it is."""
-    parts = [*_parts(spec), f"s{spec.seed}"]
+    """Name a cell in file names: ``model-method-bitwidth-sSEED[rREPLICATE]``. It need not be unique; the run id behind it is."""
+    parts = [*_parts(spec), f"s{spec.seed}" + (f"r{spec.replicate}" if spec.replicate else "")]
     whole = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)
     return whole.encode()[:SLUG_LENGTH].decode(errors="ignore")
 

@@ -305,6 +305,8 @@ class TrackingSpec:
 class RunSpec:
     """One cell: model x method x bitwidth x calibration x evaluation x seed.
 
+    ``replicate`` > 0 repeats the cell with the calibration stream moved in its last place, by signs drawn from that number. The
+    replicates of a cell differ as its results differ between processors, whose sums run in another order.
     ``changed`` lists the paths of values that differ from the files that its parts are named after (see ``cell.labels``).
     """
 
@@ -317,6 +319,7 @@ class RunSpec:
     resources: ResourcesSpec = execution(default_factory=ResourcesSpec)
     launcher: LauncherSpec = execution(default_factory=LauncherSpec)
     tracking: TrackingSpec = execution(default_factory=TrackingSpec)
+    replicate: Annotated[int, Field(ge=0, le=2**31 - 1)] = added(0)
     changed: tuple[str, ...] = execution(default=())
     execution: ExecutionSpec = execution(default_factory=ExecutionSpec)  # last: from here on the name means the field
 

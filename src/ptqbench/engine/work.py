@@ -58,7 +58,7 @@ def _open(spec: RunSpec, source: Any) -> BlockwiseModel:
         return rescale_block(tensors, width, channels, spec.model.outlier_factor)
 
     dtype: torch.dtype = getattr(torch, spec.model.dtype)
-    return BlockwiseModel(source, dtype, device_of(spec), with_outliers if channels else None)
+    return BlockwiseModel(source, dtype, device_of(spec), with_outliers if channels else None, replicate=spec.replicate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Calibration:
             "calibration": identity_fields(self._text(n_samples)),
             "seed": self.spec.seed,
             "device": self.model.device.type,
+            **({"replicate": self.spec.replicate} if self.spec.replicate else {}),
         }
         return Shelf(self.artefacts, key)
 
@@ -200,8 +201,9 @@ class Work:
 
         overlay = self.state.overlay if self.spec.bitwidth.w_bits < UNTOUCHED_BITS else None
         key = {"model": identity_fields(self.spec.model), "device": self.model.device.type}
-        unquantized = Unquantized(self.model, key, self.calibration.artefacts)
-        measured = (self.model, overlay, self.tokenizer, self.observer, self.timings.measure, self.ready, unquantized)
+        model = self.model.measured()
+        unquantized = Unquantized(model, key, self.calibration.artefacts)
+        measured = (model, overlay, self.tokenizer, self.observer, self.timings.measure, self.ready, unquantized)
         with self.calibration.artefacts.beside():
             return CellEvaluation(self.spec.evaluation, self.folder, *measured).run()
 
@@ -261,6 +263,7 @@ class Work:
             "method": labels.method(spec),
             "bitwidth": labels.bitwidth(spec),
             "seed": spec.seed,
+            "replicate": spec.replicate,
             "metrics": metrics,
             "averages": averages(spec.evaluation.tasks, metrics),
             "bits": bits,

@@ -28,6 +28,7 @@ from ptqbench.models.fuse import Basis
 from ptqbench.models.source import ModelSource
 from ptqbench.models.spread import place_of, places, spread
 from ptqbench.models.stages import Positions
+from ptqbench.numerics.orthogonal import generator
 
 Overlay = Callable[[int, nn.Module], None]
 TensorEdit = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
@@ -46,6 +47,7 @@ class BlockwiseModel:
         dtype: Floating-point type of all weights and of the residual stream.
         device: Where parts are materialised.
         basis: The equivalent form in which the checkpoint is loaded; None for the form in which it is stored.
+        replicate: If not 0, embedded tokens are moved in their last place by signs drawn from this number.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class BlockwiseModel:
         device: torch.device,
         edit: TensorEdit | None = None,
         basis: Basis | None = None,
+        replicate: int = 0,
     ) -> None:
         """Build the skeleton; no weight is read yet.
 
@@ -65,8 +68,10 @@ class BlockwiseModel:
             edit: Function-preserving change of the tensors of a block (``tensors, block index -> tensors``), made before
                 anything else, as if the edited tensors were stored.
             basis: Form in which the checkpoint is loaded; its embeddings are untied if the basis says so.
+            replicate: 0, or the number of a replicate, for a model that calibrates.
         """
         self.source, self.dtype, self.device, self._edit, self.basis = source, dtype, device, edit, basis
+        self.replicate = replicate
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self.architecture: Architecture = source.architecture
@@ -75,7 +80,13 @@ class BlockwiseModel:
 
     def reopened(self, basis: Basis | None, dtype: torch.dtype | None = None) -> BlockwiseModel:
         """Open the same checkpoint with the same edit in another basis, and in another data type if one is given."""
-        return BlockwiseModel(self.source, dtype or self.dtype, self.device, self._edit, basis)
+        return BlockwiseModel(self.source, dtype or self.dtype, self.device, self._edit, basis, self.replicate)
+
+    def measured(self) -> BlockwiseModel:
+        """The same model for evaluation, which sees the tokens as they are embedded."""
+        if self.replicate == 0:
+            return self
+        return BlockwiseModel(self.source, self.dtype, self.device, self._edit, self.basis)
 
     @property
     def skeleton(self) -> PreTrainedModel:
@@ -92,7 +103,13 @@ class BlockwiseModel:
         # Only rows of tokens that occur are moved to the basis and cast.
         used, places = tokens.unique(return_inverse=True)
         table = self._read_module("model.embed_tokens")["weight"]
-        return self._embedding(table[used]).cpu()[places]
+        hidden = self._embedding(table[used]).cpu()[places]
+        if self.replicate == 0:
+            return hidden
+        # x (1 + s eps) with signs s, which all windows share: one unit in the last place, or two.
+        draws = torch.rand(hidden.shape[1:], generator=generator(self.replicate, "replicate"))
+        eps = torch.finfo(hidden.dtype).eps
+        return hidden * torch.where(draws < 0.5, 1 - eps, 1 + eps).to(hidden.dtype)
 
     def positions(self, n_tokens: int) -> Positions:
         """Build the RoPE tables and the causal mask for windows of ``n_tokens``."""

@@ -19,7 +19,7 @@ from ptqbench.results import tables
 from ptqbench.results.metrics import AVERAGE, MISSING, format_bits, format_value, higher_is_better, known, part
 from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet
 from ptqbench.results.tables.pivot import draw, in_order
-from ptqbench.results.tables.tidy import EVALUATION_TIMINGS, quantize_seconds, spared_seconds
+from ptqbench.results.tables.tidy import DRAW, EVALUATION_TIMINGS, quantize_seconds, spared_seconds
 from ptqbench.runs.files import number, read_record
 from ptqbench.runs.folder import DONE, RunFolder
 
@@ -37,7 +37,7 @@ class PageCell:
 
     Attributes:
         names: Model, method, bitwidth, as the table calls them.
-        seed: Its seed in words; ``?`` where it is unknown.
+        seed: Its seed in words, with its replicate if it has one; ``?`` where it is unknown.
         rotation_seed: The seed of its random rotations; empty where it has none.
         run_id: None for a cell without a run folder.
         state: As the run folder says, or why there is no folder.
@@ -65,13 +65,14 @@ def read_cells(frame: pd.DataFrame, folders: Mapping[str, RunFolder]) -> list[Pa
         frame: As ``tables.tidy`` returns it, not modified; cells whose model is unknown are left out.
         folders: Run folders by run id.
     """
-    known = frame.dropna(subset=["model"]).drop_duplicates([*KEYS, "seed", "rotation_seed", "run_id", "state"])
+    known = frame.dropna(subset=["model"]).drop_duplicates([*KEYS, *DRAW, "run_id", "state"])
     return [_cell(row, folders.get(str(row["run_id"]))) for row in tables.records(known)]
 
 
 def _cell(row: Mapping[str, Any], folder: RunFolder | None) -> PageCell:
     names, state = cast("Names", tuple(str(row[key]) for key in KEYS)), str(row["state"])
-    seed, _, rotation = draw(row["seed"], row["rotation_seed"]).partition("/")
+    seed = draw(row["seed"], None, row["replicate"])
+    rotation = "" if pd.isna(row["rotation_seed"]) else draw(row["rotation_seed"], None, None)
     if folder is None:
         return PageCell(names, seed, rotation, None, state, {}, [], 0, None)
     result = folder.result() if state == DONE else None

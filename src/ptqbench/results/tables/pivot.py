@@ -17,7 +17,7 @@ from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.results.metrics import AVERAGE, higher_is_better, kind, order
 from ptqbench.results.tables.names import KEYS
-from ptqbench.results.tables.tidy import NOISE
+from ptqbench.results.tables.tidy import DRAW, NOISE
 
 BITS = ["nominal_w_bits", "effective_w_bits"]
 NEVER_RUN = ("excluded", "skipped")
@@ -58,11 +58,11 @@ def pivot(frame: pd.DataFrame) -> Pivot:
     Returns:
         Rows model by model, the unquantized one first, bitwidths together, else in order of first appearance.
     """
-    # A draw is a seed together with a rotation seed; a cell that stands in the frame twice counts once.
+    # A draw is a seed together with a rotation seed and a replicate; a cell that stands in the frame twice counts once.
     known = frame.dropna(subset=["model"])
-    known = known.assign(draw=[draw(*seeds) for seeds in zip(known["seed"], known["rotation_seed"], strict=True)])
+    known = known.assign(draw=[draw(*seeds) for seeds in known[DRAW].itertuples(index=False)])
     done, protocols = _by_protocol(known.dropna(subset=["metric"]))
-    done = done.drop_duplicates([*KEYS, "metric", "seed", "rotation_seed"])
+    done = done.drop_duplicates([*KEYS, "metric", *DRAW])
     rows = pd.MultiIndex.from_frame(_row_order(known))
     cells = known.drop_duplicates([*KEYS, "draw", "run_id", "state"])
     wanted = cells[~cells["state"].isin(NEVER_RUN)]
@@ -231,10 +231,10 @@ def _reasons(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
     }
 
 
-def draw(seed: Any, rotation_seed: Any) -> str:
-    """The seeds of a cell in words: ``0``; ``0/1`` with seed 1 of random rotations; ``?`` where none is known."""
+def draw(seed: Any, rotation_seed: Any, replicate: Any) -> str:
+    """The draw of a cell in words: ``0``; ``0/1`` with seed 1 of random rotations; ``0r2`` for replicate 2; ``?`` if unknown."""
     words = [f"{one:g}" if isinstance(one, float) else str(one) for one in (seed, rotation_seed) if pd.notna(one)]
-    return "/".join(words) or "?"
+    return ("/".join(words) or "?") + (f"r{replicate:g}" if pd.notna(replicate) else "")
 
 
 def in_order(seeds: Iterable[str]) -> list[str]:

@@ -34,14 +34,16 @@ NUMBERS = [
     "nominal_w_bits", "nominal_a_bits", "nominal_kv_bits", "effective_w_bits", "packed_bytes", "quantize_s", "spared_s",
     "value", "stderr",
 ]  # fmt: skip
+DRAW = ["seed", "rotation_seed", "replicate"]
+"""Columns that tell the draws of a row apart. A table averages over them."""
 COLUMNS = [
-    *KEYS, "w_bits", "a_bits", "k_bits", "v_bits", "group_size", *ROLES, *SETTINGS, "seed", "rotation_seed",
+    *KEYS, "w_bits", "a_bits", "k_bits", "v_bits", "group_size", *ROLES, *SETTINGS, *DRAW,
     "run_id", "variant", "evaluation",
     *NUMBERS[:-2], "metric", *NUMBERS[-2:], "protocol", "state", "reason",
 ]  # fmt: skip
 NOISE = "noise"
 """Column of a frame in which any cell has a noise floor: KL divergence of the unquantized model from itself, in nats."""
-BESIDE_VARIANT = ("seed", "evaluation")
+BESIDE_VARIANT = ("seed", "replicate", "evaluation")
 ROTATION_SEED = re.compile(r'"rotation_seed":\d+,?')
 """The seed of random rotations in the canonical JSON of a method. A table averages over it as over the seed of the cell."""
 EVALUATION_TIMINGS = ("perplexity_s", "zero_shot_s", "fidelity_s")
@@ -154,7 +156,8 @@ def _key(spec: RunSpec) -> dict[str, Any]:
     """The columns that every row of a cell has, with its ``spec``, which ``names`` needs."""
     bits = spec.bitwidth
     widths = {name: getattr(bits, name) for name in ("w_bits", "a_bits", "k_bits", "v_bits", "group_size")}
-    seeds = {"seed": spec.seed, "rotation_seed": spec.method.transform.options.get("rotation_seed")}
+    rotation_seed = spec.method.transform.options.get("rotation_seed")
+    seeds = {"seed": spec.seed, "rotation_seed": rotation_seed, "replicate": spec.replicate or None}
     return {
         "spec": spec,
         **widths,
