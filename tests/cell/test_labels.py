@@ -88,6 +88,15 @@ def test_a_file_without_a_name_of_its_own_is_not_taken_for_the_file_that_it_exte
     assert labels.name(compose_cell(["method=soft"])) == "tiny gptq damping=0.2 w4 seed 0"
 
 
+def test_a_model_under_a_name_of_ones_own_keeps_what_else_differs(checkpoint):
+    own = ["model=local", f"model.path={checkpoint('llama')}", "model.name=mine", "evaluation=tiny", "calibration=tiny"]
+    own += ["calibration.seq_len=64", "evaluation.texts.tiny.seq_len=64", "evaluation.tasks=[]"]
+    plain, aimed = (labels.name(compose_cell([*own, "method=gptq", word])) for word in ("seed=0", "method/target=loaq"))
+    assert plain.startswith("mine gptq w4 ")
+    assert aimed == plain.replace("gptq", "gptq target=loaq")
+    assert labels.name(compose_cell([*own, "method=gptq", "model.dtype=bfloat16"])).startswith("mine dtype=bfloat16 gptq")
+
+
 def test_cells_that_share_a_name_are_told_apart_by_their_run_ids():
     assert labels.distinct(["a", "b", "a"], ["1", "2", "3"]) == ["a 1", "b", "a 3"]
 

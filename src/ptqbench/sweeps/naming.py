@@ -12,6 +12,8 @@ from ptqbench.cell.spec import ROLES, RunSpec
 from ptqbench.errors import PtqbenchError
 from ptqbench.sweeps.resolve import validated
 
+OWN = "local"
+"""The file of ``conf/model`` that a model under a name of one's own is compared with."""
 Compose = Callable[[list[str]], dict[str, Any]]
 
 
@@ -35,12 +37,16 @@ class Naming:
         method = next(iter(self._files("method", spec.method.name)), None)
         model = next(iter(self._files("model", spec.model.name)), None)
         spec = self._with_bits_named(spec, method)
-        words = [f"method={method}", f"model={model}"]
-        named = self._from(words) if method and model else None
+        words = [f"method={method}", f"model={model or OWN}"]
+        named = self._from(words) if method else None
         if named is None:
             return spec
         replaced, words = self._replaced(spec, named, words)
-        found = replaced + [path for path in labels.changes(spec, self._from(words) or named) if path not in replaced]
+        named = self._from(words) or named
+        if model is None:  # a name of one's own says which checkpoint it is
+            places = {name: getattr(spec.model, name) for name in labels.PLACES if hasattr(spec.model, name)}
+            named = dataclasses.replace(named, model=dataclasses.replace(named.model, **places))
+        found = replaced + [path for path in labels.changes(spec, named) if path not in replaced]
         found.sort(key=lambda path: labels.SECTIONS.index(path.partition(".")[0]))
         return dataclasses.replace(spec, changed=tuple(found))
 
