@@ -125,6 +125,23 @@ def test_products_on_a_gpu_are_asked_for_in_a_fixed_order(tmp_path, monkeypatch,
     assert torch.are_deterministic_algorithms_enabled()
 
 
+def test_threads_are_as_many_as_the_model_keeps_busy_and_the_process_may_use(checkpoint, tmp_path, monkeypatch):
+    """Narrow models get one thread; a wide one all that are given, and one cell's choice does not bind the next."""
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(run, "_threads_given", lambda: 12)
+    widths = {"tiny": [], 576: ["model=local"], 1024: ["model=local"]}
+    for width, words in widths.items():
+        if words:
+            folder = checkpoint(
+                "llama", hidden_size=width, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256
+            )
+            words += [f"model.path={folder}", "calibration=tiny", "evaluation=tiny"]
+        run._configure(compose_cell(["+method=gptq", *SMALL, *words]))
+    run._configure(compose_cell(["+method=gptq", *SMALL, "execution.threads=5"]))
+    assert asked == [1, 9, 12, 5]
+
+
 def test_a_missing_gpu_is_said_before_there_is_a_run_folder(tmp_path, monkeypatch):
     from ptqbench import foreground
     from ptqbench.launch import dispatch

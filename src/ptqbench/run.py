@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import CellBusy, PtqbenchError, RunFailed, StorageError
+from ptqbench.runs import provenance
 from ptqbench.runs.artefacts import Artefacts
 from ptqbench.runs.attempt import Observer, Silent, attempt, record_failure
 from ptqbench.runs.files import write_json
@@ -116,17 +118,36 @@ def _check_still(spec: RunSpec, folder: RunFolder, artefacts: Artefacts) -> None
 
 
 def _configure(spec: RunSpec) -> None:
-    """Set torch's threads, and ask it for deterministic algorithms."""
+    """Choose torch's threads, and ask it for deterministic algorithms."""
     # cuBLAS reads this when a GPU is first used: it makes the order of its sums fixed.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     from ptqbench.numerics.fused_columns import forbid_fused
 
-    if spec.execution.threads is not None:
-        torch.set_num_threads(spec.execution.threads)
+    torch.set_num_threads(spec.execution.threads or min(_threads_given(), useful_threads(spec)))
     torch.use_deterministic_algorithms(True, warn_only=True)
     forbid_fused(spec.execution.column_loop == "plain")
+
+
+@functools.cache
+def _threads_given() -> int:
+    """Threads that this process may use: those that torch was told or found, but not more than there are cores."""
+    import torch
+
+    return min(torch.get_num_threads(), provenance.cores())
+
+
+def useful_threads(spec: RunSpec) -> int:
+    """How many threads the products of a model keep busy.
+
+    Threads of a small product wait for each other longer than they compute, above all where other processes use the cores. One
+    thread per 192 x 192 weights of the smallest square linear has half a millisecond of work or more with windows of 512 tokens.
+    """
+    from ptqbench.models.source import locate
+
+    width = int(locate(spec.model).config["hidden_size"])
+    return max(1, (width // 192) ** 2)
 
 
 def _drop_codes(spec: RunSpec, folder: RunFolder, packed_bytes: int) -> None:

@@ -94,7 +94,9 @@ def test_a_model_under_a_name_of_ones_own_keeps_what_else_differs(checkpoint):
     plain, aimed = (labels.name(compose_cell([*own, "method=gptq", word])) for word in ("seed=0", "method/target=loaq"))
     assert plain.startswith("mine gptq w4 ")
     assert aimed == plain.replace("gptq", "gptq target=loaq")
-    assert labels.name(compose_cell([*own, "method=gptq", "model.dtype=bfloat16"])).startswith("mine dtype=bfloat16 gptq")
+    assert labels.name(compose_cell([*own, "method=gptq", "model.dtype=bfloat16"])).startswith(
+        "mine dtype=bfloat16 gptq"
+    )
 
 
 def test_cells_that_share_a_name_are_told_apart_by_their_run_ids():

@@ -70,11 +70,12 @@ def direct_scores(checkpoint, folder, tasks, batch_size, **more):
     """Scores of lm-eval itself: task -> its results, and task -> its samples."""
     import lm_eval
     import lm_eval.evaluator
+    import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     wrapped = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(checkpoint), batch_size=batch_size)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     results, samples = {}, {}

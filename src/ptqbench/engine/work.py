@@ -247,6 +247,8 @@ class Work:
 
     def result(self, metrics: dict[str, Any], bits: dict[str, Any]) -> dict[str, Any]:
         """Put together what ``result.json`` holds."""
+        import torch
+
         from ptqbench.engine.cost import work
         from ptqbench.evaluate.cell import averages
         from ptqbench.numerics.fused_columns import engine_on
@@ -271,6 +273,7 @@ class Work:
             "flop": done.flop,
             "n_tokens": done.n_tokens,
             "column_loop": engine_on(self.model.device),
+            "threads": torch.get_num_threads(),
             "peak_host_gib": round(provenance.peak_host_gib(), 4),
             "peak_gpu_gib": provenance.peak_gpu_gib(),
             "attempts": len(self.folder.attempts),

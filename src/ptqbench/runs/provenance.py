@@ -61,9 +61,12 @@ def cpu() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {cores()} cores"
 
 
+@functools.cache
 def cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of cores that this process may use: affinity and the quota of its control group count."""
+    import joblib
+
+    return int(joblib.cpu_count())
 
 
 def peak_host_gib() -> float:
