@@ -1,10 +1,10 @@
 """Peak memory of quantizing a model that does not fit: ``python benchmarks/memory.py [--model-gib 4] [--allowed-gib 1]``.
 
-Writes a random Llama checkpoint of the given size in shards, then quantizes it (RTN and, with ``--method gptq``, GPTQ) and
-measures its perplexity in a child process. A watchdog samples the child's anonymous memory (RssAnon of Linux: everything that no
-file backs) 500 times a second and kills the child when it exceeds the allowance plus what the interpreter and its libraries
-took before any weight was read. A child that loads the whole model is run as the baseline under the same rule: it must be killed,
-or the rule proves nothing.
+Writes a random Llama checkpoint of the given size in shards. A child process quantizes it (RTN and, with ``--method gptq``, GPTQ),
+measures its perplexity and scores multiple-choice questions. A watchdog samples the child's anonymous memory (RssAnon of Linux:
+everything that no file backs) 500 times a second. It kills the child when that exceeds the allowance plus what the interpreter
+and its libraries took before any weight was read. A child that loads the whole model is run as the baseline under the same rule:
+it must be killed, or the rule proves nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import random_model
+from tasks import five_shot
 
 GIB = 2**30
 OVER_LIMIT = 77
@@ -63,6 +64,7 @@ def child(folder: Path, allowed_gib: float, what: str) -> None:
 
     from ptqbench.engine.blocks_on_disk import BlockState
     from ptqbench.engine.pipeline import Method, Timings, quantize
+    from ptqbench.evaluate.loglikelihood import log_likelihoods
     from ptqbench.evaluate.perplexity import perplexity
     from ptqbench.methods.refinements import NoRefinement
     from ptqbench.methods.solvers import Gptq, RoundToNearest
@@ -85,6 +87,8 @@ def child(folder: Path, allowed_gib: float, what: str) -> None:
         state = BlockState(folder.parent / f"state-{what}", "0" * 12)
         quantize(model, Method(Weight(), solver, NoRefinement(), GridSpec(4), True), windows, state, Timings())
         perplexity(model, windows, state.overlay, batch_size=1)
+        questions = five_shot(1024, subjects=1, questions=4)
+        assert all(score < 0 for score, _ in log_likelihoods(model, questions, 2048, state.overlay))
     peak.stop.set()
     print(json.dumps({"peak_gib": peak.value - before, "seconds": time.perf_counter() - start}))
 
@@ -108,15 +112,15 @@ def main() -> int:
         for what in ["whole", *(args.method or ["rtn"])]:
             command = [sys.executable, __file__, "--allowed-gib", str(args.allowed_gib), "--child", str(folder), what]
             done = subprocess.run(command, capture_output=True, text=True)
-            name = "load the whole model" if what == "whole" else f"{what}, then perplexity"
+            name = "load the whole model" if what == "whole" else f"{what}, perplexity, questions"
             if done.returncode:
                 over = done.returncode == OVER_LIMIT
-                print(f"{name:28} {'killed: over the allowance' if over else done.stderr[-500:]}")
+                print(f"{name:30} {'killed: over the allowance' if over else done.stderr[-500:]}")
                 if what != "whole":
                     return 1
                 continue
             figures = json.loads(done.stdout.splitlines()[-1])
-            print(f"{name:28} peak {figures['peak_gib']:.3f} GiB, {figures['seconds']:.0f} s")
+            print(f"{name:30} peak {figures['peak_gib']:.3f} GiB, {figures['seconds']:.0f} s")
             if what == "whole":
                 print("the baseline fitted: the limit proves nothing")
                 return 1

@@ -30,14 +30,14 @@ Request = tuple[list[int], list[int]]
 Scores = list[tuple[float, bool]]
 
 
-def five_shot(vocabulary: int) -> list[Request]:
+def five_shot(vocabulary: int, subjects: int = SUBJECTS, questions: int = QUESTIONS) -> list[Request]:
     """Made-up requests of the form of five-shot MMLU."""
     draw = random.Random(0)
     words = lambda n: [draw.randrange(vocabulary) for _ in range(n)]  # noqa: E731
     found = []
-    for _ in range(SUBJECTS):
+    for _ in range(subjects):
         shots = words(SHOTS)
-        for _ in range(QUESTIONS):
+        for _ in range(questions):
             question = shots + words(QUESTION)
             found += [(question, words(1)) for _ in range(4)]
     return found
