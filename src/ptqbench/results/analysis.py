@@ -318,7 +318,7 @@ def plot_divergence(spread: pd.DataFrame) -> Figure:
     axis.hlines(places, spread["median"], spread["p99"], color="0.55", linewidth=1)
     for name, mark in {"median": "|", "mean": "o", "p90": "D", "p99": ">"}.items():
         axis.plot(spread[name], places, mark, color="black", markersize=4 if mark in "oD" else 6, label=name)
-    set_scale(axis, "x", spread[["median", "p99"]].stack(), 1.0)
+    set_scale(axis, "x", pd.concat([spread["median"], spread["p99"]]), 1.0)
     axis.set_xlabel("KL divergence of a position, nats (lower is better)")
     figure.legend(loc="outside upper right", ncols=4, fontsize=7.5, frameon=False)
     return figure
