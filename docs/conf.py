@@ -46,7 +46,7 @@ def setup(app: Any) -> None:
 
 
 def execute_notebooks(app: Any) -> None:
-    """Write the pages ``notebooks/*.ipynb``: those of ``analysis/``, executed. One that lacks runs is shown without outputs."""
+    """Write the pages ``notebooks/*.ipynb``: those of ``analysis/``, executed as far as there are runs."""
     import nbformat
 
     import notebooks
@@ -59,9 +59,15 @@ def execute_notebooks(app: Any) -> None:
         paths = sorted((ROOT / "analysis").glob("*.ipynb"))
         done = notebooks.execute(paths, PTQBENCH_RUNS=runs, PTQBENCH_FIGURES=figures)
         for path, (page, error) in zip(paths, done, strict=True):
-            if error:
-                page = nbformat.read(path, as_version=4)
-                page.cells.insert(1, nbformat.v4.new_markdown_cell(f"```{{note}}\nNot executed here. {error}.\n```"))
+            kind, _, reason = error.partition(": ")
+            if kind not in ("", "ConfigError"):
+                raise RuntimeError(f"{path}: {error}")
+            for place, cell in enumerate(page.cells):
+                if any(output.output_type == "error" for output in cell.get("outputs", [])):
+                    cell.outputs = []
+                    note = f"```{{note}}\nNot executed from here on: {reason}.\n```"
+                    page.cells.insert(place, nbformat.v4.new_markdown_cell(note))
+                    break
             nbformat.write(page, pages / path.name)
 
 

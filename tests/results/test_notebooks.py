@@ -87,7 +87,8 @@ def test_notebooks_say_what_they_read_and_show_tables(executed, name):
     assert first.text == f"{n} finished cells in {where}\n"
     for one in rest:
         html = one.get("data", {}).get("text/html", "")
-        assert "<tbody></tbody>" not in "".join(html.split()), "an empty table answers nothing"
+        empty = "<tbody></tbody>" in "".join(html.split())
+        assert not empty or "no printed figure belongs to these cells" in html, "an empty table answers nothing"
         assert one.get("name") != "stderr", one.text
 
 
