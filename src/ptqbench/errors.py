@@ -18,6 +18,10 @@ class PtqbenchError(Exception):
 class ConfigError(PtqbenchError):
     """The request itself is wrong: unknown name, wrong type, impossible value, missing file."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows instead of a traceback, as the command line does."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class NotHereError(ConfigError):
     """A model or a data set of the hub is neither on this machine nor can it be downloaded now."""

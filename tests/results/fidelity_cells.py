@@ -46,7 +46,7 @@ def fidelity_cell(root, method, bitwidth="w3", seed=0, finished=True, **changes)
     result["metrics"] = {
         "arc_easy/acc": result["metrics"]["arc_easy/acc"] | figures(right),
         "arc_easy/flips": {**figures(flipped), "n_examples": N_EXAMPLES, "to_wrong": 1, "to_right": 0},
-        "wikitext2/kl": {**figures(kl), "noise": NOISE, "top": 256},
+        "wikitext2/kl": {**figures(kl), **widths(kl), "noise": NOISE, "top": 256},
         "wikitext2/perplexity": {"value": float(np.exp(nll.mean() / N_TOKENS)), "stderr": 0.01},
         "wikitext2/top1": figures(top1),
     }
@@ -58,3 +58,9 @@ def fidelity_cell(root, method, bitwidth="w3", seed=0, finished=True, **changes)
 def figures(values):
     values = np.asarray(values, float)
     return {"value": float(values.mean()), "stderr": float(values.std(ddof=1) / np.sqrt(len(values)))}
+
+
+def widths(values):
+    return {
+        name: float(np.quantile(values, q)) for name, q in {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}.items()
+    }

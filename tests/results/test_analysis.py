@@ -1,28 +1,16 @@
-"""The notebooks run on the golden store, hold calls and no logic, and carry no output; what they call is right."""
+"""What the notebooks call is right."""
 
-import ast
 import itertools
-import json
 import shutil
-import sys
-import types
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 import golden_store
 from ptqbench.errors import ConfigError
 from ptqbench.results import analysis
+from ptqbench.results.drawing import deal_looks
 from ptqbench.runs import folder as store
-
-FOLDER = Path(__file__).parents[2] / "analysis"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-
-
-def code_cells(path):
-    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
 @pytest.fixture(scope="module")
@@ -36,42 +24,6 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cells(runs):
     return analysis.cells(runs)
-
-
-def test_there_are_five_notebooks():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_carry_no_output_and_no_logic(path):
-    for cell in json.loads(path.read_text())["cells"]:
-        assert not cell.get("outputs")
-        assert cell.get("execution_count") is None
-    logic = ast.FunctionDef | ast.ClassDef | ast.For | ast.While | ast.If | ast.Try | ast.ListComp | ast.Lambda
-    for source in code_cells(path):
-        assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, logic)]
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_run(path, runs, tmp_path, monkeypatch):
-    """Executed cell by cell in one namespace; ``display`` collects instead of drawing."""
-    shown = []
-    ipython = types.ModuleType("IPython.display")
-    ipython.display, ipython.HTML = lambda *things: shown.extend(things), str
-    package = types.ModuleType("IPython")
-    package.version_info, package.get_ipython = (9, 0), lambda: None  # matplotlib looks at both
-    monkeypatch.setitem(sys.modules, "IPython", package)
-    monkeypatch.setitem(sys.modules, "IPython.display", ipython)
-    for name, value in {"RUNS": runs, "FIGURES": tmp_path, "MODEL": "toy-1b", "BITWIDTH": "w3"}.items():
-        monkeypatch.setenv(f"PTQBENCH_{name}", str(value))
-    namespace = {}
-    for number, source in enumerate(code_cells(path)):
-        exec(compile(source, f"{path.name}, cell {number}", "exec"), namespace)
-    assert shown or list(tmp_path.iterdir())
-    assert not [one for one in shown if isinstance(one, pd.DataFrame) and one.empty]
-    for picture in tmp_path.glob("*.png"):
-        assert picture.read_bytes().startswith(b"\x89PNG")
-        assert picture.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_layers_are_those_of_the_cells_that_have_a_report(cells):
@@ -116,32 +68,8 @@ def test_front_agrees_with_the_definition(cells):
     assert best["front"]
 
 
-def legend(figure):
-    (axis,) = figure.axes
-    marks, names = axis.get_legend_handles_labels()
-    lines = [mark if hasattr(mark, "get_marker") else mark.lines[0] for mark in marks]
-    return {name: (line.get_marker(), line.get_color()) for name, line in zip(names, lines, strict=True)}
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_a_method_looks_the_same_in_every_plot(cells, given):
-    looks = analysis.deal_looks(cells["method"].dropna()) if given else None
-    rows = analysis.pareto(cells, "wikitext2/perplexity")
-    backwards = rows.iloc[::-1]
-    first, second = (
-        legend(analysis.plot_pareto(each, "wikitext2/perplexity", "x", looks)) for each in (rows, backwards)
-    )
-    assert first == second
-    assert list(first) == [name for name in (looks or sorted(first)) if name in first]
-    assert len({marker for marker, _ in first.values()}) == len(first)
-    report = analysis.layers(cells)
-    curves = legend(analysis.plot_layers(report, "relative_output_error", "mlp.down_proj", looks))
-    assert len(curves) > 3
-    assert given is all(first[name] == curves[name] for name in first.keys() & curves.keys())
-
-
 def test_looks_stay_apart_without_colours():
-    looks = analysis.deal_looks([*map(str, range(48)), "0"])
+    looks = deal_looks([*map(str, range(48)), "0"])
     assert len(looks) == len({(look.marker, look.line) for look in looks.values()}) == 48
 
 
@@ -177,7 +105,7 @@ def test_effects_of_a_role_are_taken_within_a_seed(tmp_path):
     assert np.allclose(effects["error"], 0.0, atol=1e-9), "the spread over seeds cancels"
     assert effects["n"].tolist() == [3, 3]
     table = analysis.role_table(frame, "wikitext2/perplexity", "w3")
-    assert table.loc[("none", "loaq"), "null_space"] == pytest.approx(6.4)
+    assert table.loc[("none", "loaq", "gptq"), "null_space"] == pytest.approx(6.4)
 
 
 def test_seeds_of_rotations_do_not_count_as_seeds_of_an_effect(tmp_path):
@@ -198,7 +126,7 @@ def test_seeds_of_rotations_do_not_count_as_seeds_of_an_effect(tmp_path):
 def test_roles_come_in_one_order_whatever_the_order_of_folders(tmp_path):
     frame = crossed(tmp_path)
     expected = analysis.role_table(frame, "wikitext2/perplexity", "w3")
-    assert list(expected.index) == [("none", "weight"), ("none", "loaq")]
+    assert list(expected.index) == [("none", "weight", "gptq"), ("none", "loaq", "gptq")]
     assert list(expected.columns) == ["none", "null_space"]
     for seed in range(3):
         shuffled = frame.sample(frac=1, random_state=seed)
@@ -219,3 +147,53 @@ def test_role_table_refuses_to_mix_settings(tmp_path):
         analysis.role_table(mixed, "wikitext2/perplexity", "w3")
     with pytest.raises(ConfigError, match="several settings"):
         analysis.role_effects(mixed, "wikitext2/perplexity", "w3", "target", "weight")
+
+
+def test_role_table_keeps_solvers_apart(tmp_path):
+    """Rounding to nearest and GPTQ are the same transform, target and refinement: their mean is nobody's perplexity."""
+    for method, perplexity in {"rtn": 9.0, "gptq": 6.0}.items():
+        spec = golden_store.cell("tiny", method, "w3", 0, execution={"runs_dir": str(tmp_path)})
+        folder = store.create(spec)
+        store.write_json(folder.result_path, golden_store.result(spec, folder, 3.0, perplexity, 0.5))
+    table = analysis.role_table(analysis.cells(tmp_path), "wikitext2/perplexity", "w3")
+    assert table["none"].to_dict() == {("none", "weight", "gptq"): 6.0, ("none", "weight", "rtn"): 9.0}
+
+
+def test_roles_that_were_not_measured_are_named(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"no quantized cell at bitwidth 'w2' with wikitext2/perplexity; there are tiny w3$"
+    ):
+        analysis.role_table(crossed(tmp_path), "wikitext2/perplexity", "w2")
+
+
+def test_a_seed_that_was_evaluated_twice_counts_once(tmp_path):
+    """The same cells with one task more: other cells, the same perplexity."""
+    for tasks in (("arc_easy",), ("arc_easy", "winogrande")):
+        for seed, perplexity in enumerate((6.0, 8.0)):
+            spec = golden_store.cell("tiny", "gptq", "w3", seed, tasks=tasks, execution={"runs_dir": str(tmp_path)})
+            folder = store.create(spec)
+            store.write_json(folder.result_path, golden_store.result(spec, folder, 3.0, perplexity, 0.5))
+    frame = analysis.cells(tmp_path)
+    assert frame["run_id"].nunique() == 4
+    (row,) = analysis.seeds(frame, "wikitext2/perplexity").itertuples(index=False)
+    assert (row.n, row.mean) == (2, 7.0)
+    assert row.std == pytest.approx(2**0.5)
+    one = analysis.seeds(frame[frame["seed"] == 0], "wikitext2/perplexity")
+    assert one[["std", "low", "high"]].isna().all(axis=None)
+
+
+def test_differences_are_drawn_where_the_tests_put_them(cells):
+    tests = analysis.paired_tests(cells[cells["model"] == "toy-1b"], "gptq")
+    (axis,) = analysis.plot_tests(tests, "arc_easy/acc", "gptq").axes
+    real, undecided = axis.lines[:2]
+    drawn = [point for line in (real, undecided) for point in zip(*line.get_data(), strict=True)]
+    rows = tests[tests["metric"] == "arc_easy/acc"]
+    assert sorted(x for x, _ in drawn) == pytest.approx(sorted(100 * rows["difference"]))
+    assert sorted(real.get_xdata()) == pytest.approx(sorted(100 * rows.loc[rows["p_value"] < 0.05, "difference"]))
+    # Several seeds: they are part of the names. The best is on top, which is where an axis that points down begins.
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert {"rtn w3 0", "loaq w3 2"} <= set(names)
+    assert names[0].startswith("q2n")
+    assert min(drawn, key=lambda point: point[1])[0] == max(drawn)[0]
+    with pytest.raises(ConfigError, match="no cell could be compared with x"):
+        analysis.plot_tests(analysis.paired_tests(cells, "x"), "arc_easy/acc", "x")

@@ -1,12 +1,13 @@
 """Functions for the notebooks in ``analysis/``: layer records, Pareto fronts, paired comparisons, effects of a role, plots.
 
-They take frames and return frames. A plot takes a frame and returns a figure that can be read in black and white. No torch.
+They take frames and return frames. A plot takes a frame and returns a figure that can be read in black and white. Quality against
+cost and errors by layer are drawn as on the report page (``report_page.plots``). No torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ import pandas as pd
 
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
+from ptqbench.results.drawing import new_figure, set_scale
+from ptqbench.results.metrics import kind, known, part
 from ptqbench.results.tables import KEYS, higher_is_better, pivot, records, tidy
 from ptqbench.runs.folder import RunFolder, all_runs
 
@@ -22,36 +25,36 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKERS = "osD^vP*X<>hp"
-LINES = ("-", "--", ":", "-.")
-WIDE = 5.0
-"""Ratio of largest to smallest value from which an axis is logarithmic."""
-SHADES = tuple(grey for grey in ("0.0", "0.35", "0.55", "0.7") for _ in LINES)
+RUNS = ("../runs", "../demo/runs")
+"""Where a notebook looks for run folders, from its own folder."""
+LEVEL = 0.05
+"""P-value below which a difference is marked as one."""
+WITH_FIDELITY = '"python -m ptqbench sweep SWEEP evaluation.fidelity=true" measures it'
 
 
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """How a method or bitwidth is drawn in every plot; marker and line tell it apart in black and white too."""
-
-    marker: str
-    line: str
-    colour: str
-
-
-def deal_looks(names: Iterable[str], colours: Sequence[str] = SHADES) -> dict[str, Look]:
-    """Give every name a look of its own. Deal once for all plots that are compared.
+def here(*roots: str) -> pd.DataFrame:
+    """Read the run folders that a notebook is about, and print where they are.
 
     Args:
-        names: Names, perhaps repeated; looks are dealt in the order in which names first appear.
-        colours: Dealt in turn, from the beginning again after the last.
+        roots: Folders of run folders. The first that has a finished cell is read. None is given: ``PTQBENCH_RUNS`` if set, else
+            ``RUNS``.
 
     Returns:
-        Looks by name. 48 names differ in marker or line, so that they can be told apart without colours.
+        As ``cells``.
+
+    Raises:
+        ConfigError: No folder has a finished cell.
     """
-    return {
-        name: Look(MARKERS[i % len(MARKERS)], LINES[(i + i // len(MARKERS)) % len(LINES)], colours[i % len(colours)])
-        for i, name in enumerate(dict.fromkeys(names))
-    }
+    looked = roots or tuple(filter(None, [os.environ.get("PTQBENCH_RUNS")])) or RUNS
+    for root in looked:
+        frame = cells(root)
+        n_done = frame.dropna(subset=["metric"])["run_id"].nunique()
+        if n_done:
+            print(f"{n_done} finished cells in {root}")
+            return frame
+    raise ConfigError(
+        f'no finished cell in {" or ".join(looked)}: run "make demo" in the repository, or set PTQBENCH_RUNS=FOLDER'
+    )
 
 
 def cells(root: str | Path) -> pd.DataFrame:
@@ -184,13 +187,18 @@ def paired_tests(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def seeds(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Spread over seeds: n, mean, standard deviation and t interval per (model, method, bitwidth)."""
+    """Spread over seeds: n, mean, standard deviation and t interval per (model, method, bitwidth).
+
+    A cell that was also measured with another evaluation counts once. What is unknown, as the spread of one seed, is NaN.
+    """
     from ptqbench.results.stats import over_seeds
 
-    values = frame[frame["metric"] == metric].groupby(KEYS, sort=False)["value"]
+    rows = frame[frame["metric"] == metric].drop_duplicates([*KEYS, "seed", "rotation_seed"])
+    values = rows.groupby(KEYS, sort=False)["value"]
     found = {key: dataclasses.astuple(over_seeds(group.tolist())) for key, group in values}
     index = pd.MultiIndex.from_tuples(list(found), names=KEYS) if found else None
-    return pd.DataFrame(list(found.values()), index, ["n", "mean", "std", "low", "high"])
+    table = pd.DataFrame(list(found.values()), index, ["n", "mean", "std", "low", "high"])
+    return table.astype(dict.fromkeys(("std", "low", "high"), float))
 
 
 def member_name(cell: dict[str, Any], role: str) -> str:
@@ -200,13 +208,13 @@ def member_name(cell: dict[str, Any], role: str) -> str:
 
 
 def role_table(frame: pd.DataFrame, metric: str, bitwidth: str) -> pd.DataFrame:
-    """Mean over seeds of a metric by roles: rows transform and target, one column per refinement.
+    """Mean over seeds of a metric by roles: rows transform, target and solver, one column per refinement.
 
     Raises:
-        ConfigError: A combination was measured with other settings too, so that the mean would mix them.
+        ConfigError: There is no such cell, or a combination was measured with other settings too, so that the mean would mix them.
     """
     rows = _combinations(frame, metric, bitwidth)
-    means = rows.groupby(["transform", "target", "refine"], sort=False)["value"].mean()
+    means = rows.groupby([*ROLES], sort=False)["value"].mean()
     return means.unstack("refine", sort=False)[list(rows["refine"].sort_values(key=_plain_first).unique())]
 
 
@@ -242,6 +250,13 @@ def role_effects(frame: pd.DataFrame, metric: str, bitwidth: str, role: str, bas
 def _combinations(frame: pd.DataFrame, metric: str, bitwidth: str) -> pd.DataFrame:
     """Rows of one metric and bitwidth with the names of their members, ordered by members, then by seed."""
     rows = frame[(frame["metric"] == metric) & (frame["bitwidth"] == bitwidth) & (frame["w_bits"] < UNTOUCHED_BITS)]
+    if rows.empty:
+        known = "; ".join(
+            " ".join(names) for names in frame[["model", "bitwidth"]].dropna().drop_duplicates().to_numpy()
+        )
+        raise ConfigError(
+            f"no quantized cell at bitwidth {bitwidth!r} with {metric}; there are {known or 'none at all'}"
+        )
     if rows["model"].nunique() > 1:
         raise ConfigError(f"expected cells of one model, got {', '.join(sorted(set(rows['model'])))}")
     named = rows.assign(**{role: [member_name(cell, role) for cell in records(rows)] for role in ROLES})
@@ -257,109 +272,113 @@ def _plain_first(members: pd.Series[str]) -> pd.Series[str]:
     return members.where(~members.isin(["none", "weight"]), "")
 
 
-def _by_look(rows: pd.DataFrame, looks: Mapping[str, Look] | None) -> Iterator[tuple[str, Look, pd.DataFrame]]:
-    """Rows of one method after another with its look, in the order in which looks were dealt."""
-    for method, look in (looks or deal_looks(sorted(rows["method"]))).items():
-        group = rows[rows["method"] == method]
-        if len(group):
-            yield method, look, group
+def with_fidelity(frame: pd.DataFrame) -> pd.DataFrame:
+    """The cells of a tidy frame that were compared with their unquantized model.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    measured = frame.loc[[isinstance(name, str) and known(name).relative for name in frame["metric"]], "run_id"]
+    if measured.empty:
+        raise ConfigError(f"no cell was compared with its unquantized model; {WITH_FIDELITY}")
+    return frame[frame["run_id"].isin(set(measured))]
 
 
-def plot_pareto(rows: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look] | None = None) -> Figure:
-    """Draw quality against cost: one marker per method, filled where no other row beats it.
+def divergence(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """How the KL divergence from the unquantized model is spread over positions.
 
     Args:
-        rows: As ``pareto`` returns it, not modified.
-        metric: Name of the quality.
-        cost: Name of the cost.
-        looks: Looks by method, dealt once for all plots that are compared; None deals them by name.
+        frame: As ``cells`` returns it, not modified.
+        metric: A metric ``LABEL/kl``.
+
+    Returns:
+        One row per (model, method, bitwidth, seed) with this metric: ``mean``, ``median``, ``p90``, ``p99``, ``max`` and ``noise``
+        in nats.
+
+    Raises:
+        ConfigError: No cell has the metric.
     """
-    figure, (axis,) = new_figure(6.0, 3.6)
-    for method, look, group in _by_look(rows, looks):
-        for on_front, part in group.groupby("front"):
-            label = method if on_front or not group["front"].any() else None
-            face = look.colour if on_front else "white"
-            style: dict[str, Any] = {"fmt": look.marker, "color": look.colour, "mfc": face, "label": label}
-            axis.errorbar(part["cost"], part["quality"], part["spread"].fillna(0.0), **style, capsize=2)
-    set_scale(axis, "y", rows["quality"], WIDE)
-    axis.set_xlabel(f"{cost} (lower is better)")
-    axis.set_ylabel(f"{metric} ({'higher' if higher_is_better(metric) else 'lower'} is better)")
-    axis.legend(fontsize=7, title="filled: not beaten in both", title_fontsize=7)
+    rows = frame[frame["metric"] == metric].drop_duplicates([*KEYS, "seed", "rotation_seed"])
+    if rows.empty:
+        raise ConfigError(f"no finished cell has {metric}; {WITH_FIDELITY}")
+    names = ["median", "p90", "p99", "max", "noise"]
+    recorded = [part((RunFolder(Path(folder)).result() or {})["metrics"], metric) for folder in rows["folder"]]
+    found = pd.DataFrame([[one.get(name) for name in names] for one in recorded], columns=names, dtype=float)
+    index = pd.MultiIndex.from_frame(rows[[*KEYS, "seed"]])
+    return found.set_index(index).assign(mean=rows["value"].to_numpy())[["mean", *names]]
+
+
+def plot_divergence(spread: pd.DataFrame) -> Figure:
+    """Draw what ``divergence`` returns, one row per cell: a line from the median to the 99th percentile, a mark at the mean.
+
+    Cells at the noise floor, such as the unquantized model, are left out.
+    """
+    spread = spread[spread["mean"] > 2 * spread["noise"]].sort_values("mean", kind="stable")
+    figure, axis, places = _rows([f"{method} {bitwidth}" for _, method, bitwidth, _ in spread.index])
+    axis.hlines(places, spread["median"], spread["p99"], color="0.55", linewidth=1)
+    for name, mark in {"median": "|", "mean": "o", "p90": "D", "p99": ">"}.items():
+        axis.plot(spread[name], places, mark, color="black", markersize=4 if mark in "oD" else 6, label=name)
+    set_scale(axis, "x", pd.concat([spread["median"], spread["p99"]]), 1.0)
+    axis.set_xlabel("KL divergence of a position, nats (lower is better)")
+    figure.legend(loc="outside upper right", ncols=4, fontsize=7.5, frameon=False)
     return figure
 
 
-def plot_layers(report: pd.DataFrame, value: str, linear: str, looks: Mapping[str, Look] | None = None) -> Figure:
-    """Draw a layer figure over the blocks, one look per method; mean over seeds.
+def plot_tests(tests: pd.DataFrame, metric: str, reference: str) -> Figure:
+    """Draw the differences of a metric to a reference with their 95 % intervals, the best method on top.
 
     Args:
-        report: As ``layers`` returns it, not modified.
-        value: One of its columns.
-        linear: The kind of linear.
-        looks: Looks by method, dealt once for all plots that are compared; None deals them by name.
+        tests: As ``paired_tests`` returns it, not modified.
+        metric: The metric.
+        reference: The method that the others are compared with.
+
+    Raises:
+        ConfigError: No pair has the metric.
     """
-    rows = report[report["linear"] == linear]
-    figure, (axis,) = new_figure(6.0, 3.6)
-    for method, look, group in _by_look(rows, looks):
-        curve = group.groupby("block")[value].mean()
-        style: dict[str, Any] = {"color": look.colour, "linestyle": look.line, "marker": look.marker, "label": method}
-        axis.plot(curve.index, curve, **style, markersize=3, linewidth=1)
-    axis.set_xlabel("block")
-    axis.set_ylabel(f"{value}, {linear}")
-    axis.set_yscale("log" if (rows[value].dropna() > 0).all() and len(rows) else "linear")
-    axis.legend(fontsize=7)
+    up = higher_is_better(metric)
+    rows = tests[tests["metric"] == metric].dropna(subset=["difference"])
+    if rows.empty:
+        raise ConfigError(f"no cell could be compared with {reference} in {metric}; name another reference or metric")
+    rows = rows.sort_values(["bitwidth", "difference"], ascending=[True, not up], kind="stable")
+    # What differs between rows names them. KL divergences are in nats, all else in percent.
+    keys = [key for key in (*KEYS, "seed") if key in ("method", "bitwidth") or rows[key].nunique() > 1]
+    scale = 1.0 if kind(metric) == "kl" else 100.0
+    figure, axis, places = _rows([" ".join(map(str, names)) for names in rows[keys].to_numpy()])
+    middle, low, high = (scale * rows[name].to_numpy(float) for name in ("difference", "low", "high"))
+    axis.hlines(places, low, high, color="0.35", linewidth=1)
+    real = (rows["p_value"] < LEVEL).to_numpy()
+    for these, face, sign in ((real, "black", "<"), (~real, "white", "≥")):
+        style: dict[str, Any] = {
+            "color": "black",
+            "mfc": face,
+            "markersize": 4.5,
+            "label": f"p {sign} {LEVEL:g}, corrected",
+        }
+        axis.plot(middle[these], np.array(places)[these], "o", **style)
+    axis.axvline(0.0, color="0.4", linewidth=1, linestyle=":")
+    unit = {"perplexity": "%", "kl": "nats"}.get(kind(metric), "points")
+    axis.set_xlabel(f"{metric}: difference to {reference}, {unit} (better: {'right' if up else 'left'})")
+    figure.legend(loc="outside upper right", ncols=2, fontsize=7.5, frameon=False)
     return figure
 
 
 def plot_effects(effects: pd.DataFrame, metric: str) -> Figure:
     """Draw finite differences to a baseline with one standard error, one row per combination."""
     effects = effects[np.isfinite(effects["difference"])]
-    figure, (axis,) = new_figure(6.0, 1.0 + 0.22 * max(len(effects), 4))
-    places = list(range(len(effects)))
+    figure, axis, places = _rows([f"{key[0]}  ({' + '.join(map(str, key[1:]))})" for key in effects.index])
     style: dict[str, Any] = {"fmt": "ko", "markersize": 4, "capsize": 2, "elinewidth": 1}
     axis.errorbar(effects["difference"], places, xerr=effects["error"].fillna(0.0), **style)
     axis.axvline(0.0, color="0.4", linewidth=1, linestyle=":")
-    axis.set_yticks(places, [f"{key[0]}  ({' + '.join(map(str, key[1:]))})" for key in effects.index], fontsize=6)
-    axis.invert_yaxis()
     better = "right" if higher_is_better(metric) else "left"
     axis.set_xlabel(f"change of {metric} (better: {better})")
     return figure
 
 
-def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
-    """Write a figure as PNG and PDF, without the time of day in either."""
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    paths = [root / f"{name}.png", root / f"{name}.pdf"]
-    figure.savefig(paths[0], dpi=150, metadata={"Software": None})
-    figure.savefig(paths[1], metadata={"CreationDate": None})
-    return paths
-
-
-def new_figure(width: float, height: float, panels: int = 1, across: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty figure of this size in inches, its panels on common axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(panels // across, across, sharex=True, sharey=True, squeeze=False).ravel().tolist()
-    for axis in axes:
-        axis.grid(True, linewidth=0.3, color="0.85")
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=7.5, labelbottom=True)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def set_scale(axis: Axes, which: str, values: pd.Series[float], wide: float) -> None:
-    """Make an axis logarithmic if the largest value is more than ``wide`` times the smallest; its ticks are plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    if values.empty or values.min() <= 0 or values.max() <= wide * values.min():
-        return
-    decades = np.log10(values.max() / values.min())  # the fewer, the more ticks within each
-    axis.set(**{f"{which}scale": "log"})
-    line = axis.xaxis if which == "x" else axis.yaxis
-    line.set_major_locator(
-        LogLocator(subs=(1, 2, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2 else (1,))
-    )
-    line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    line.set_minor_locator(NullLocator())
+def _rows(names: list[str]) -> tuple[Figure, Axes, list[int]]:
+    """A figure with one named row after another from top to bottom, and the heights of the rows."""
+    figure, (axis,) = new_figure(6.0, 1.0 + 0.22 * max(len(names), 2))
+    places = list(range(len(names)))
+    axis.set_yticks(places, names, fontsize=7.5)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.locator_params(axis="x", nbins=6)
+    return figure, axis, places

@@ -13,16 +13,15 @@ import pandas as pd
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.results import analysis
-from ptqbench.results.analysis import WIDE, Look, deal_looks, new_figure, set_scale
+from ptqbench.results.drawing import WIDE, Look, deal_looks, new_figure, set_scale
 from ptqbench.results.metrics import kind, known
-from ptqbench.results.report_page.facts import Names, main_metrics, reference_value
-from ptqbench.results.tables import Pivot, format_value, higher_is_better, records
+from ptqbench.results.report_page.facts import Names, main_metrics, reference_value, unquantized
+from ptqbench.results.tables import Pivot, format_value, higher_is_better, pivot, records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0b4f8a", "#c2571a", "#2e7d4f", "#7a3e9d", "#8a6d00", "#444444")
 COSTS = {"effective_w_bits": "true bits per weight", "quantize_s": "time to quantize, s"}
 KL_COST = "effective_w_bits"
 """The cost against which KL divergences are drawn."""
@@ -63,7 +62,7 @@ def trade_offs(frame: pd.DataFrame, found: Pivot, references: set[Names]) -> lis
     """
     # One look per bitwidth for all plots of the page, whatever their rows are sorted by.
     plots = []
-    looks = deal_looks(_quantized(frame)["bitwidth"].dropna(), COLOURS)
+    looks = deal_looks(_quantized(frame)["bitwidth"].dropna())
     drawn_pairs = [(metric, cost) for metric in main_metrics(found) for cost in COSTS]
     drawn_pairs += [(metric, KL_COST) for metric in found.mean.columns if kind(metric) == "kl"][:1]
     compared = {(metric, cost): _compared(frame, metric, cost) for metric, cost in drawn_pairs}
@@ -76,6 +75,24 @@ def trade_offs(frame: pd.DataFrame, found: Pivot, references: set[Names]) -> lis
                 title = f"{model}: {metric} against {COSTS[cost].removesuffix(', s')}"
                 plots.append(Plot(title, _in_words(part, title), _address(drawn)))
     return plots
+
+
+def trade_off(frame: pd.DataFrame, model: str, metric: str, cost: str = KL_COST) -> Figure:
+    """Draw one plot of ``trade_offs``: the quality of the quantized cells of a model against what they cost.
+
+    Args:
+        frame: As ``tables.tidy`` returns it, not modified.
+        model: The model.
+        metric: The quality.
+        cost: One of ``COSTS``.
+
+    Raises:
+        ConfigError: No cell has the metric.
+    """
+    rows, found = _compared(frame, metric, cost), pivot(frame)
+    looks = deal_looks(_quantized(frame)["bitwidth"].dropna())
+    line = _line(found, unquantized(frame), model, metric)
+    return _scatter(rows[rows["model"] == model], looks, metric, COSTS[cost], line)
 
 
 def _line(found: Pivot, references: set[Names], model: str, metric: str) -> tuple[str, float] | None:
@@ -98,7 +115,7 @@ def layers(frame: pd.DataFrame) -> list[Plot]:
     """
     report = analysis.layers(frame[(frame["folder"] != "") & frame["w_bits"].notna()])
     bits = frame.dropna(subset=["w_bits"]).groupby(["model", "bitwidth"], sort=False)["w_bits"].min()
-    plots, looks = [], deal_looks(_quantized(frame)["method"].dropna(), COLOURS)  # one look per method for all models
+    plots, looks = [], deal_looks(_quantized(frame)["method"].dropna())  # one look per method for all models
     for model, rows in report.groupby("model", sort=False):
         present = bits[model].loc[list(rows["bitwidth"].unique())]
         lowest = str(cast("pd.Series[int]", present).astype(int).idxmin())
@@ -107,7 +124,7 @@ def layers(frame: pd.DataFrame) -> list[Plot]:
         means = rows.groupby("method", sort=False)[ERROR].mean()
         words = ", ".join(f"{method} {value:.2g}" for method, value in means.items())
         alt = f"{title} by block and linear. Means over all linears: {words}."
-        plots.append(Plot(title, alt, _address(_panels(rows, looks))))
+        plots.append(Plot(title, alt, _address(panels(rows, looks))))
     return plots
 
 
@@ -227,7 +244,7 @@ def _shifts(boxes: np.ndarray, n_free: int) -> list[float]:
     return shifts
 
 
-def _panels(rows: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
+def panels(rows: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     """One panel per kind of linear over the blocks; mean over seeds."""
     from matplotlib.ticker import MaxNLocator
 
