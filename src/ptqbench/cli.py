@@ -1,7 +1,7 @@
 """The command line. Where the first word is a command, the command parses the rest; all other command lines go to Hydra.
 
 Exit status: 0 done, 1 a cell or the environment failed, 2 the request was wrong (one line on standard error, nothing was run),
-130 interrupted.
+130 interrupted, 141 the reader of the output has closed it.
 """
 
 from __future__ import annotations
@@ -55,9 +55,14 @@ def main(arguments: list[str]) -> int:
     try:
         status = _dispatch(arguments)
         print(end="", flush=True)
-    except BrokenPipeError:  # the reader of the output has closed it, as ``head`` does
+    except (BrokenPipeError, SystemExit) as stop:
+        from ptqbench.runs.outcome import CLOSED
+
+        # The reader of the output has closed it, as ``head`` does; rich then raises SystemExit.
+        if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
+            raise
         _discard_output()
-        return 0
+        return CLOSED
     except (KeyboardInterrupt, Exception) as error:
         from ptqbench.runs.outcome import report
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptqbench.cell.folders import sweep_folder
+from ptqbench.cell.labels import counted
 from ptqbench.errors import ConfigError, DataNotHereError
 from ptqbench.launch.summary import print_plan
 from ptqbench.runs.folder import DONE, FAILED, PENDING, create, write_json
@@ -72,7 +73,7 @@ def test_cells_whose_model_is_not_here_are_estimated_but_not_run(tmp_path, monke
     said = " ".join(capsys.readouterr().out.split())
     for count, row in ((2, rows[0]), (1, rows[1])):
         where = f"whose models or data are not on this machine ({row.cell.draft.model.name})"
-        assert f"{count} cells {where}: {row.needs.describe()}" in said
+        assert f"{counted(count, 'cell')} {where}: {row.needs.describe()}" in said
     assert said.count("python -m ptqbench prefetch") == 1
 
 
@@ -95,7 +96,7 @@ def test_groups_alone_are_printed_with_each_reason_once(tmp_path, monkeypatch, c
         "1 skipped: ",
         "2 cells: CPU",
         "2 cells whose models or data are not on this machine (llama-3-8b): 1 GPU",
-        "1 cells whose models or data are not on this machine (llama-3.2-1b): 1 GPU",
+        "1 cell whose models or data are not on this machine (llama-3.2-1b): 1 GPU",
         "load what is not on this machine with",
     ):
         assert sum(line.startswith(beginning) for line in said) == 1, beginning

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from ptqbench.cell.validation import STRICT
 from ptqbench.cell.validation import build as build
+from ptqbench.cell.validation import may_hold as may_hold
 from ptqbench.cell.validation import nearest as nearest
 from ptqbench.cell.validation import strict as strict
 from ptqbench.errors import ConfigError

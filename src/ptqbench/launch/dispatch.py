@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 
+from ptqbench.cell.labels import counted
 from ptqbench.cell.spec import LauncherSpec
 from ptqbench.errors import CellBusy, RunFailed, StorageError
 from ptqbench.launch import local, slurm
@@ -110,9 +111,9 @@ def cancel(cells: Sequence[Cell]) -> str:
                 os.kill(pid, signal.SIGINT)
     if not asked and not silent and not queue.problem:
         return "no cell runs or waits"
-    said = f"asked {len(asked)} cells to stop ({jobs} jobs taken out of the queue)"
+    said = f"asked {counted(len(asked), 'cell')} to stop ({counted(jobs, 'job')} taken out of the queue)"
     said += f"; {queue.problem}: their jobs stop soon after they start" if queue.problem else ""
-    return f"{said}; {silent} run folders cannot be written" if silent else said
+    return f"{said}; {counted(silent, 'run folder')} cannot be written" if silent else said
 
 
 def choose(launcher: LauncherSpec) -> str:

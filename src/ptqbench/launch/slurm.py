@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptqbench.cell.labels import counted
 from ptqbench.cell.spec import LauncherSpec
 from ptqbench.errors import ConfigError, StorageError
 from ptqbench.launch.job import CellJob
@@ -180,7 +181,7 @@ def _submit_again(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary,
     with submitting(row.cell.folder for row in rows if row.cell.folder is not None):
         todo = [row for row in plan([row.cell for row in rows], known, patient=True) if row.todo]
         if todo:
-            summary.say(f"{len(todo)} cells whose jobs ended without a result", "again", "yellow")
+            summary.say(f"{counted(len(todo), 'cell')} whose jobs ended without a result", "again", "yellow")
             submit(todo, launcher, summary)
 
 
@@ -205,9 +206,7 @@ class _Waiting:
         for reason, count in reasons.items():
             if reason not in self._said:
                 example = next(row.detail for row in rows if row.job is not None and row.job.reason == reason)
-                self._summary.say(
-                    f"{count} {'cell' if count == 1 else 'cells'} in the queue, e.g. {example}", "waiting", "yellow"
-                )
+                self._summary.say(f"{counted(count, 'cell')} in the queue, e.g. {example}", "waiting", "yellow")
         self._said |= reasons.keys()
 
 
@@ -253,9 +252,9 @@ def _submit_array(amount: Needs, members: Sequence[Row], token: str, launcher: L
                 jobs = [executor.submit(task) for task in tasks]
             number = str(jobs[0].job_id).partition("_")[0]
     except (submitit.core.utils.FailedJobError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
-        number = _taken(error, token, folders, f"{len(folders)} cells ({amount.describe()})")
+        number = _taken(error, token, folders, f"{counted(len(folders), 'cell')} ({amount.describe()})")
     _record(folders, token, number, logs)
-    summary.say(f"submitted job {number}: {len(folders)} cells, {amount.describe()}; output in {logs}")
+    summary.say(f"submitted job {number}: {counted(len(folders), 'cell')}, {amount.describe()}; output in {logs}")
     return number
 
 

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ptqbench.cell.labels import counted
 from ptqbench.errors import DataNotHereError, StorageError
 from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE
 from ptqbench.sweeps.cells import INVALID, SKIPPED
@@ -82,7 +83,7 @@ class Summary:
         """
         todo = groups(self.rows)
         total = sum(len(rows) for rows in todo.values())
-        self.say(f"{total} of {len(self.rows)} cells to run, {how}")
+        self.say(f"{total} of {counted(len(self.rows), 'cell')} to run, {how}")
         for amount, rows in todo.items():
             estimate = sum(row.needs.estimate_min for row in rows if row.needs is not None)
             kind = (
@@ -245,7 +246,7 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
         missing = ", ".join(sorted({_missing(row.cell) for row in members if row.absent}))
         where = f" whose models or data are not on this machine ({missing})" if missing else ""
         unit = "GPU-hours" if amount.gpus else "hours"
-        _line(console, f"{len(members)} cells{where}: {amount.describe()}; estimated {hours:.1f} {unit}")
+        _line(console, f"{counted(len(members), 'cell')}{where}: {amount.describe()}; estimated {hours:.1f} {unit}")
     if absent:
         _line(console, "load what is not on this machine with: python -m ptqbench prefetch")
     # How far the estimates above were corrected by finished cells.
@@ -255,8 +256,8 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
         )
         _line(
             console,
-            f"estimates of {model} on {'GPU' if on_gpu else 'CPU'}: x {found.factor:.2f}, what {found.count} finished cells took "
-            f"(median){peak}",
+            f"estimates of {model} on {'GPU' if on_gpu else 'CPU'}: x {found.factor:.2f}, what "
+            f"{counted(found.count, 'finished cell')} took (median){peak}",
         )
     running = [row for row in rows if row.state == RUNNING]
     _line(

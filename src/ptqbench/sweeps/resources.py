@@ -19,6 +19,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from ptqbench.cell.labels import counted
 from ptqbench.data.task_sizes import size_of
 from ptqbench.engine.cost import work
 from ptqbench.evaluate.scores import CHUNK_BYTES
@@ -69,7 +70,7 @@ class Needs:
     def describe(self) -> str:
         """Say it in one line."""
         gpu = f"{self.gpus} GPU ({self.gpu_mem_gib:g} GiB)" if self.gpus else "CPU"
-        return f"{gpu}, {self.cpus} cores, {self.host_mem_gib:g} GiB, {duration(self.time_min)}"
+        return f"{gpu}, {counted(self.cpus, 'core')}, {self.host_mem_gib:g} GiB, {duration(self.time_min)}"
 
 
 def needs(spec: RunSpec, architecture: Architecture) -> Needs:
