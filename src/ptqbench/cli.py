@@ -35,6 +35,7 @@ usage: python -m ptqbench +method=NAME [model=NAME] [bitwidth=NAME] [key=value .
 One cell: quantize a model, measure it, record the result.
   python -m ptqbench +method=gptq model=tiny bitwidth=w3
   python -m ptqbench +method=rtn,gptq model=tiny bitwidth=w4,w3,w2 -m       every combination, on SLURM or this machine
+  python -m ptqbench +method=rtn,gptq model=tiny bitwidth=w4,w3,w2 -m --dry-run          the plan of that, and nothing else
   python -m ptqbench +method=gptq model=local model.path=FOLDER calibration=file calibration.path=FILE ...
   python -m ptqbench +method=gptq --cfg job                                  show the composed configuration
 
@@ -138,8 +139,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace, only_failed: bool = False) -> int:
     from ptqbench.launch.dispatch import launch
+    from ptqbench.sweeps.files import load_sweep
 
-    return launch(_cells(options), wait=options.wait, only_failed=only_failed)
+    name = load_sweep(options.sweep).name
+    return launch(_cells(options), options.wait, only_failed, name, options.dry_run)
 
 
 def _cancel(options: argparse.Namespace) -> int:
@@ -299,7 +302,10 @@ class Command:
     runs_dir: Callable[[str], str] = runs_folder
 
 
-_WAIT = _option("--wait", action="store_true", help="with SLURM: stay until every cell is done")
+_RUN = (
+    _option("--wait", action="store_true", help="with SLURM: stay until every cell is done"),
+    _option("--dry-run", action="store_true", help="print the plan, and run, submit and write nothing"),
+)
 _STYLES = ("terminal", "md", "latex", "html", "csv")
 
 COMMANDS = {
@@ -307,9 +313,9 @@ COMMANDS = {
         _plan, "every cell with its state, resources and estimated time; runs nothing", "SWEEP",
         (_option("--groups", action="store_true", help="only the sums per resource group"),),
     ),
-    "sweep": Command(_sweep, "run (or submit) the cells of a sweep file that are not done yet", "SWEEP", (_WAIT,)),
+    "sweep": Command(_sweep, "run (or submit) the cells of a sweep file that are not done yet", "SWEEP", _RUN),
     "retry": Command(
-        partial(_sweep, only_failed=True), "run the failed cells again, with twice the memory if that was short", "SWEEP", (_WAIT,),
+        partial(_sweep, only_failed=True), "run the failed cells again, with twice the memory if that was short", "SWEEP", _RUN,
     ),
     "cancel": Command(_cancel, "stop the cells that run or wait; finished blocks stay", "SWEEP"),
     "status": Command(

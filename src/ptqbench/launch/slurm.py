@@ -14,6 +14,7 @@ folder of runs take turns. The state of a cell comes from its run folder, never 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -23,7 +24,7 @@ import subprocess
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from ptqbench.cell.labels import counted
 from ptqbench.cell.spec import LauncherSpec
 from ptqbench.errors import ConfigError, StorageError
 from ptqbench.launch.job import CellJob
+from ptqbench.launch.nodes import failing, say_left_out
 from ptqbench.launch.summary import Summary
 from ptqbench.runs.failures import KINDS
 from ptqbench.runs.files import file_lock, write_json
@@ -134,6 +136,7 @@ def submit(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> lis
                 f"launcher=slurm: SLURM replaces % and \\ in the names of output files, got {str(root)!r}; choose another "
                 "execution.runs_dir, or launcher=local"
             )
+    launcher = _without_failing_nodes(rows, launcher, summary)
     # Cells with equal needs share an array, unless it would be larger than the cluster allows.
     size, arrays = _largest_array(), []
     for amount, members in groups(rows).items():
@@ -142,10 +145,25 @@ def submit(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> lis
     return [_submit_array(amount, members, token, launcher, summary) for amount, members, token in arrays]
 
 
-def follow(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> None:
+def _without_failing_nodes(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> LauncherSpec:
+    """Add the nodes that failed cells to those that the request leaves out, and say so."""
+    roots = {row.cell.folder.path.parent for row in rows if row.cell.folder is not None}
+    failed = {node: why for root in sorted(roots) for node, why in failing(root, launcher.forgive_h).items()}
+    if failed:
+        summary.say(say_left_out(failed), "nodes", "yellow")
+    return dataclasses.replace(launcher, exclude=tuple(dict.fromkeys([*launcher.exclude, *failed])))
+
+
+def follow(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary, submitted: Callable[[], None]) -> None:
     """Wait until every cell is done, failed or cancelled, or has a job that can never start.
 
     A cell whose job left the queue without a result is submitted again. While SLURM does not answer, nothing is concluded.
+
+    Args:
+        rows: Cells that were submitted, or run already.
+        launcher: Partition, account and the like.
+        summary: Prints what happens.
+        submitted: Called when cells were submitted again.
     """
     left, deaths, known = [row.cell for row in rows], Counter[str](), Known()
     waiting = _Waiting(summary)
@@ -170,6 +188,7 @@ def follow(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> Non
             _settle(row, folder, summary)
         if again:
             _submit_again(again, launcher, summary, known)
+            submitted()
         waiting.say(now)
         running = [row.cell for row in now if row.state == RUNNING]
         summary.draw(running, len(left) - len(running))
@@ -245,7 +264,7 @@ def _submit_array(amount: Needs, members: Sequence[Row], token: str, launcher: L
     _record(folders, token, None, logs)
     _write_tasks(tasks, logs, amount.time_min, launcher.max_requeues)
     try:
-        with _clean_environment(), contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the exception
+        with clean_environment(), contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the exception
             executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=launcher.max_requeues)
             executor.update_parameters(**_parameters(amount, token, logs, launcher))
             with executor.batch():
@@ -321,9 +340,16 @@ def _parameters(amount: Needs, token: str, logs: Path, launcher: LauncherSpec) -
         "qos": launcher.qos,
         "constraint": launcher.constraint,
         "gpus_per_node": amount.gpus or None,
-        "additional_parameters": {"requeue": True, **launcher.sbatch},
+        "additional_parameters": {"requeue": True, **launcher.sbatch, **_excluded(launcher)},
     }
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _excluded(launcher: LauncherSpec) -> dict[str, str]:
+    """The nodes to leave out, those of ``launcher.sbatch`` among them."""
+    given = launcher.sbatch.get("exclude")
+    names = [*([] if given is None else [str(given)]), *launcher.exclude]
+    return {"exclude": ",".join(names)} if names else {}
 
 
 def _signal_delay_s(amount: Needs, launcher: LauncherSpec) -> int:
@@ -338,7 +364,7 @@ def _largest_array() -> int:
 
 
 @contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
+def clean_environment() -> Iterator[None]:
     """Hide the settings of a surrounding job, which ``sbatch`` would apply to the new one."""
     inherited = {
         key: os.environ.pop(key)

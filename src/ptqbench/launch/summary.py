@@ -134,6 +134,10 @@ class Summary:
         self.counts[state] += 1
         self.say(f"{cell.name}: {message}", state, "yellow")
 
+    def warn(self, text: str) -> None:
+        """Print something that went wrong beside the cells."""
+        self.say(text, "warning", "yellow")
+
     def say(self, text: str, mark: str = "", style: str = "") -> None:
         """Print a line without markup, since names, messages and folders may hold brackets.
 
