@@ -282,6 +282,28 @@ def test_one_mail_and_one_command_when_the_sweep_has_ended(slurm, cluster):
     assert metas[0]["SLURMD_NODENAME"] == "node1"
 
 
+def test_the_last_job_looks_again_after_a_cell_was_killed(slurm, cluster):
+    """A waiting command may submit the cell again: that is not the end, and no mail is sent yet."""
+    log, told = Path(cluster["CLUSTER_DIR"]) / "log" / "mail", slurm.folder / "told"
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    slurm.grids("{method: [gptq], bitwidth: [w4]}")
+    words = ["launcher=slurm", "launcher.mail=me@example.org", f"launcher.on_done='echo $PTQBENCH_SWEEP_LEFT >> {told}'"]
+    process = slurm.start("sweep", slurm.sweep, *words, "--wait")
+    wait_for(slurm.heartbeats)
+    (folder,) = slurm.runs
+    os.kill(json.loads((folder / "lease.json").read_text())["pid"], 9)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, out + err
+    assert "whose jobs ended without a result" in out
+    wait_for(lambda: not queue())
+    assert "not over yet" in (slurm.folder / "runs/.slurm/end-small.log").read_text()
+    assert told.read_text() == "0\n"
+    mails = log.read_text().splitlines()[before:]
+    assert len(mails) == 1
+    assert "Ended" in mails[0]
+    assert "ExitCode 0" in mails[0]
+
+
 def test_a_node_that_failed_two_cells_gets_no_more_of_them(slurm):
     slurm.grids("{method: [rtn], bitwidth: [w8, w4]}", "{method: [gptq], bitwidth: [w4]}")
     plan = slurm.command("sweep", slurm.sweep, "launcher=slurm", "+launcher.sbatch.begin=now+1hour")

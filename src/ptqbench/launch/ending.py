@@ -218,7 +218,10 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         Exit status as ``status_of`` has it, which the mail shows.
     """
-    data = read_record(Path(arguments[0]))
+    data, me = read_record(Path(arguments[0])), os.environ.get("SLURM_JOB_ID", "")
+    if data.get("job") not in (None, me):  # another one was submitted while this one ran, and was put back
+        subprocess.run(["scontrol", "update", f"JobId={me}", "MailType=NONE"], check=False)
+        return 0
     sweep = build(Sweep, {key: value for key, value in data.items() if key != "job"})
     first = not int(os.environ.get("SLURM_RESTART_COUNT", 0))
     counts = conclude(dataclasses.replace(sweep, on_done=None), print)
@@ -228,7 +231,7 @@ def main(arguments: Sequence[str]) -> int:
     # Cells run or wait elsewhere, or were killed a moment ago, so that a waiting command may submit them again.
     if counts[RUNNING] or counts[QUEUED] or (left and first):
         print("not over yet:", dict(counts), flush=True)
-        if subprocess.run(["scontrol", "requeue", os.environ.get("SLURM_JOB_ID", "")]).returncode == 0:
+        if subprocess.run(["scontrol", "requeue", me]).returncode == 0:
             time.sleep(60)  # SLURM ends this process
             return 0
     counts = conclude(sweep, print)
