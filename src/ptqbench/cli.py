@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ptqbench import __version__
 from ptqbench.errors import ConfigError
-from ptqbench.runs.places import existing_runs_folder, gib, natural, output_file, picture_file, runs_folder
+from ptqbench.runs.places import existing_runs_folder, gib, natural, output_file, picture_file, runs_folder, seconds
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -153,6 +153,12 @@ def _cancel(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    if options.watch is not None:
+        from ptqbench.launch.watch import watch, watch_sweep
+
+        if options.sweep is not None:
+            return watch_sweep(_cells(options), options.watch)
+        return watch(lambda: [folder for folder, _ in _chosen(options)], options.watch)
     from ptqbench.results.terminal import print_status
 
     print_status([folder for folder, _ in _chosen(options)], options.all)
@@ -320,7 +326,11 @@ COMMANDS = {
     "cancel": Command(_cancel, "stop the cells that run or wait; finished blocks stay", "SWEEP"),
     "status": Command(
         _status, "state of every cell, from the run folders and the queue", "[SWEEP]",
-        (_option("--all", action="store_true", help="list finished and pending cells too"),), existing_runs_folder,
+        (
+            _option("--all", action="store_true", help="list finished and pending cells too"),
+            _option("--watch", metavar="SECONDS", nargs="?", type=seconds, const=5.0,
+                    help="look again every so many seconds (5) until all cells have ended; the exit status is that of sweep"),
+        ), existing_runs_folder,
     ),
     "table": Command(
         _table, "comparison table of finished cells", "[SWEEP]",

@@ -259,7 +259,12 @@ def test_one_mail_and_one_command_when_the_sweep_has_ended(slurm, cluster):
     """The last job waits for all arrays, also for those that are submitted later."""
     told = slurm.folder / "told"
     command = f"echo $PTQBENCH_SWEEP_NAME $PTQBENCH_SWEEP_DONE $PTQBENCH_SWEEP_FAILED $PTQBENCH_SWEEP_STATUS >> {told}"
-    words = ["launcher=slurm", "launcher.mail=me@example.org", f"launcher.on_done='{command}'", "launcher.exclude=[node2]"]
+    words = [
+        "launcher=slurm",
+        "launcher.mail=me@example.org",
+        f"launcher.on_done='{command}'",
+        "launcher.exclude=[node2]",
+    ]
     slurm.grids("{method: [rtn], bitwidth: [w8]}")
     later = "+launcher.sbatch.begin=now+30"  # seconds: time to submit the other cell
     assert slurm.command("sweep", slurm.sweep, *words, later).returncode == 0
@@ -287,7 +292,11 @@ def test_the_last_job_looks_again_after_a_cell_was_killed(slurm, cluster):
     log, told = Path(cluster["CLUSTER_DIR"]) / "log" / "mail", slurm.folder / "told"
     before = len(log.read_text().splitlines()) if log.exists() else 0
     slurm.grids("{method: [gptq], bitwidth: [w4]}")
-    words = ["launcher=slurm", "launcher.mail=me@example.org", f"launcher.on_done='echo $PTQBENCH_SWEEP_LEFT >> {told}'"]
+    words = [
+        "launcher=slurm",
+        "launcher.mail=me@example.org",
+        f"launcher.on_done='echo $PTQBENCH_SWEEP_LEFT >> {told}'",
+    ]
     process = slurm.start("sweep", slurm.sweep, *words, "--wait")
     wait_for(slurm.heartbeats)
     (folder,) = slurm.runs
