@@ -17,6 +17,7 @@ from ptqbench.cell.labels import counted
 from ptqbench.errors import DataNotHereError, StorageError
 from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE
 from ptqbench.sweeps.cells import INVALID, SKIPPED
+from ptqbench.sweeps.measured import COLUMNS, compared
 from ptqbench.sweeps.plan import Row, calibrated, groups
 from ptqbench.sweeps.resources import duration
 
@@ -30,6 +31,8 @@ ORDER = (DONE, ALREADY, "submitted", RUNNING, SKIPPED, CANCELLED, FAILED)  # of 
 
 LONG_DETAIL = 60
 """Number of characters from which a detail that several cells of a plan share is written once, below the table."""
+COMPARED = 8
+"""Kinds of finished cells whose times a plan shows beside the estimates, for each device."""
 PLAN_COLUMNS = ("cell", "state", "needs", "estimate", "detail")
 
 
@@ -210,6 +213,10 @@ def _print_cells(console: Console, lines: Sequence[tuple[str, ...]]) -> None:
             table.add_row(*map(Text, line))
         console.print(table)
         return
+    _print_aligned(lines)
+
+
+def _print_aligned(lines: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
@@ -253,7 +260,12 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
         _line(console, f"{counted(len(members), 'cell')}{where}: {amount.describe()}; estimated {hours:.1f} {unit}")
     if absent:
         _line(console, "load what is not on this machine with: python -m ptqbench prefetch")
-    # How far the estimates above were corrected by finished cells.
+    # What finished cells took, and how far the estimates above were corrected by that.
+    for device, lines in compared(rows).items():
+        _line(console, f"finished cells on {device}, measured / estimated (median):")
+        _print_aligned([COLUMNS, *lines[:COMPARED]])
+        if len(lines) > COMPARED:
+            _line(console, f"and {len(lines) - COMPARED} more that differ less")
     for (model, on_gpu), found in calibrated(rows).items():
         peak = (
             "" if found.peak_gib is None else f"; peak memory {found.peak_gib:.3g} of {found.asked_gib:g} GiB asked for"
