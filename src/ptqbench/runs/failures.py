@@ -84,7 +84,7 @@ def speaks_of_node(failure: Mapping[str, Any], shared: str) -> bool:
     """
     kind, message = failure.get("kind"), str(failure.get("message"))
     if kind == "disk":
-        named = re.findall(r"/[^\s'\":;,]+", message)
+        named = re.findall(r"(?:^|[\s'\"(])(/[^\s'\":;,)]+)", message)
         full = any(os.strerror(number) in message or f"os error {number})" in message for number in FULL)
         # A full disk that is not named is most likely the shared one, to which a cell writes everything.
         return not any(path.startswith(shared) for path in named) and (bool(named) or not full)
