@@ -276,8 +276,12 @@ def test_nodes_are_left_out_of_the_submission_and_named(programs, tmp_path, caps
         failure = {"kind": "code", "message": "CUDA error: unspecified launch failure"}
         for place in (attempt, cell.folder.path):
             (place / "failure.json").write_text(json.dumps(failure))
+    assert launch(cells, dry=True) == 0
+    assert not (tmp_path / "script").exists()
+    line = capsys.readouterr().out.splitlines()[-1]
     assert launch(cells) == 0
     said = " ".join(capsys.readouterr().out.split())
+    assert line in said
     assert "nodes left out: node2: 2 cells failed there" in said
     assert "CUDA error: unspecified launch failure; launcher.forgive_h=0 forgives" in said
     assert "#SBATCH --exclude=node8,node7,node2\n" in (tmp_path / "script").read_text()

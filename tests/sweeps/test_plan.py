@@ -1,6 +1,7 @@
 """Composing many cells by sections is composing them one by one; a plan says what will be done and changes nothing."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -287,3 +288,32 @@ def test_auto_is_slurm_only_where_there_is_a_cluster(tmp_path, monkeypatch):
     assert choose(LauncherSpec()) == "slurm", "a cluster whose controller is down"
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     assert choose(LauncherSpec()) == "local", "inside a job"
+
+
+def test_a_dry_run_prints_the_plan_and_does_nothing(tmp_path, monkeypatch, capsys):
+    from ptqbench.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text(f"#!/bin/sh\ntouch {tmp_path}/submitted\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\ncommon: [model=tiny]\ngrids:\n  - {method: [rtn, gptq], bitwidth: [w4, w3]}\n"
+    )
+    more = ["launcher=slurm", f"launcher.on_done='touch {tmp_path}/told'"]
+    for words in (["plan", *more], ["sweep", *more, "--dry-run"], ["sweep", "launcher=print"]):
+        assert main([words[0], "mine.yaml", *words[1:]]) == 0
+    planned, *dry = re.split(r"(?=^cell )", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    assert dry == [planned, planned]
+    grid = ["+method=rtn,gptq", "model=tiny", "bitwidth=w4,w3", *more]
+    assert main([*grid, "-m", "--dry-run"]) == 0
+    assert capsys.readouterr().out == planned
+    assert main(["method=rtn", "model=tiny", "bitwidth=w3", "--dry-run"]) == 0
+    (alone,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tiny")]
+    assert alone in [line.split() for line in planned.splitlines()]
+    assert main(["method=rtn", "model=nosuch", "--dry-run"]) == 2
+    assert main(["retry", "mine.yaml", "--dry-run"]) == 0
+    assert "no cells" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "mine.yaml"]

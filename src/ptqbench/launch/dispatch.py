@@ -14,6 +14,7 @@ from ptqbench.cell.spec import LauncherSpec
 from ptqbench.errors import CellBusy, RunFailed, StorageError
 from ptqbench.launch import local, slurm
 from ptqbench.launch.ending import Sweep, conclude, follow_up
+from ptqbench.launch.nodes import say_left_out
 from ptqbench.launch.summary import Summary, print_plan
 from ptqbench.runs.failures import classify
 from ptqbench.runs.files import read_record, write_json
@@ -49,7 +50,10 @@ def launch(
     launcher = next((cell.spec.launcher for cell in cells if cell.spec is not None), LauncherSpec())
     kind, sweep = choose(launcher), Sweep.of(name or "command line", cells, launcher)
     if dry or kind == "print":
-        print_plan(_chosen(plan(cells), only_failed))
+        rows = _chosen(plan(cells), only_failed)
+        print_plan(rows)
+        if kind == "slurm" and (failed := slurm.left_out(rows, launcher)):
+            print(f"nodes {say_left_out(failed)}")
         return 0
     with contextlib.ExitStack() as lock:
         if kind == "slurm":  # other commands for the same cells wait until these are in the queue, and plan then

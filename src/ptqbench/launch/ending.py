@@ -161,15 +161,15 @@ def follow_up(sweep: Sweep, launcher: LauncherSpec, say: Say) -> None:
     record = sweep.root / JOBS_FOLDER / f"end-{slug}.json"
     try:
         before = read_record(record)
-        kept = {key: getattr(sweep, key) or before.get(key) for key in ("on_done", "mail")}
-        if not any(kept.values()):
+        on_done, mail = sweep.on_done or before.get("on_done"), sweep.mail or before.get("mail")
+        if on_done is None and mail is None:
             return
         queue = look([RunFolder(Path(path)) for path in sweep.folders])
         jobs = [queue.job_of(RunFolder(Path(path))) for path in sweep.folders]
         arrays = sorted({job.job_id.partition("_")[0] for job in jobs if job is not None})
         if not arrays:
             return
-        sweep = dataclasses.replace(sweep, **kept)
+        sweep = dataclasses.replace(sweep, on_done=on_done, mail=mail)
         write_json(record, dataclasses.asdict(sweep) | {"job": before.get("job")})
         waits_for = f"afterany:{':'.join(arrays)}"
         if not (before.get("job") and _moved(str(before["job"]), waits_for, sweep.mail)):

@@ -136,7 +136,10 @@ def submit(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> lis
                 f"launcher=slurm: SLURM replaces % and \\ in the names of output files, got {str(root)!r}; choose another "
                 "execution.runs_dir, or launcher=local"
             )
-    launcher = _without_failing_nodes(rows, launcher, summary)
+    failed = left_out(rows, launcher)
+    if failed:
+        summary.say(say_left_out(failed), "nodes", "yellow")
+        launcher = dataclasses.replace(launcher, exclude=(*launcher.exclude, *failed))
     # Cells with equal needs share an array, unless it would be larger than the cluster allows.
     size, arrays = _largest_array(), []
     for amount, members in groups(rows).items():
@@ -145,13 +148,10 @@ def submit(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> lis
     return [_submit_array(amount, members, token, launcher, summary) for amount, members, token in arrays]
 
 
-def _without_failing_nodes(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> LauncherSpec:
-    """Add the nodes that failed cells to those that the request leaves out, and say so."""
+def left_out(rows: Sequence[Row], launcher: LauncherSpec) -> dict[str, str]:
+    """Nodes that a submission of these cells leaves out because cells failed there, with a few words on each."""
     roots = {row.cell.folder.path.parent for row in rows if row.cell.folder is not None}
-    failed = {node: why for root in sorted(roots) for node, why in failing(root, launcher.forgive_h).items()}
-    if failed:
-        summary.say(say_left_out(failed), "nodes", "yellow")
-    return dataclasses.replace(launcher, exclude=tuple(dict.fromkeys([*launcher.exclude, *failed])))
+    return {node: why for root in sorted(roots) for node, why in failing(root, launcher.forgive_h).items()}
 
 
 def follow(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary, submitted: Callable[[], None]) -> None:
