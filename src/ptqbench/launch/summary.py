@@ -261,7 +261,8 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
     if absent:
         _line(console, "load what is not on this machine with: python -m ptqbench prefetch")
     # What finished cells took, and how far the estimates above were corrected by that.
-    for device, lines in compared(rows).items():
+    finished = [(row.cell.spec, row.took) for row in rows if row.cell.spec is not None and row.took is not None]
+    for device, lines in compared(finished).items():
         _line(console, f"finished cells on {device}, measured / estimated (median):")
         _print_aligned([COLUMNS, *lines[:COMPARED]])
         if len(lines) > COMPARED:

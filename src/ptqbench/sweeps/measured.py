@@ -15,7 +15,8 @@ from ptqbench.runs.folder import RunFolder
 from ptqbench.sweeps.resources import STAGES, START_S, Needs
 
 if TYPE_CHECKING:
-    from ptqbench.sweeps.plan import Row
+    from ptqbench.cell.spec import RunSpec
+    from ptqbench.models.architecture import Architecture
 
 USUAL = 1.25
 """Up to this factor, in either direction, a time is as estimated."""
@@ -29,12 +30,14 @@ class Took:
     """What a finished cell took.
 
     Attributes:
+        shape: Shape of its model.
         device: Name of its GPU, else of its processor with the number of cores.
         seconds: Measured seconds of each of ``resources.STAGES``.
         estimated: What was estimated for each of them, seconds.
         peak_gib: Peak memory of the GPU for a cell on one, else of the host, GiB; None if not recorded.
     """
 
+    shape: Architecture
     device: str
     seconds: tuple[float, ...]
     estimated: tuple[float, ...]
@@ -46,7 +49,7 @@ class Took:
         return (START_S + sum(self.seconds)) / (START_S + sum(self.estimated))
 
 
-def taken(folder: RunFolder, needs: Needs) -> Took | None:
+def taken(folder: RunFolder, needs: Needs, shape: Architecture) -> Took | None:
     """Read what a finished cell took; None where that is not recorded, or the cell ran on another kind of device than planned."""
     result = folder.result() or {}
     timings, on_gpu = result.get("timings"), bool(needs.gpus)
@@ -64,36 +67,34 @@ def taken(folder: RunFolder, needs: Needs) -> Took | None:
     gpu = meta.get("gpu")
     device = gpu.get("name") if isinstance(gpu, dict) else meta.get("cpu")
     peak = number(result, "peak_gpu_gib" if on_gpu else "peak_host_gib")
-    return Took(str(device or "unknown device"), tuple(of_stage.values()), needs.stages, peak)
+    return Took(shape, str(device or "unknown device"), tuple(of_stage.values()), needs.stages, peak)
 
 
-def compared(rows: Iterable[Row]) -> dict[str, list[tuple[str, ...]]]:
-    """Compare the times of finished cells with their estimates, by device and by model, method and bits.
+def compared(finished: Iterable[tuple[RunSpec, Took]]) -> dict[str, list[tuple[str, ...]]]:
+    """Compare the times of finished cells with their estimates, by device and by model (name and shape), method and bits.
 
     Args:
-        rows: A plan.
+        finished: Cells with what they took.
 
     Returns:
         Lines by device; ``COLUMNS`` names the parts of a line. The seconds are medians, the words rest on the median ratio of the
         cells. Those that differ most from their estimate come first.
     """
-    groups: dict[tuple[str, str], list[Took]] = {}
-    for row in rows:
-        spec = row.cell.spec
-        if row.took is not None and spec is not None:
-            name = f"{spec.model.name} {spec.method.name} {bits_name(spec.bitwidth)}"
-            groups.setdefault((row.took.device, name), []).append(row.took)
+    groups: dict[tuple[str, str, Architecture], list[Took]] = {}
+    for spec, took in finished:
+        name = f"{spec.model.name} {spec.method.name} {bits_name(spec.bitwidth)}"
+        groups.setdefault((took.device, name, took.shape), []).append(took)
     ratios = {key: statistics.median(took.ratio for took in several) for key, several in groups.items()}
     lines: dict[str, list[tuple[str, ...]]] = {}
-    for device, name in sorted(groups, key=lambda key: -abs(math.log(ratios[key]))):
-        several = groups[device, name]
+    for key in sorted(groups, key=lambda key: -abs(math.log(ratios[key]))):
+        (device, name, _), several = key, groups[key]
         measured = (statistics.median(values) for values in zip(*(took.seconds for took in several), strict=True))
         estimated = (statistics.median(values) for values in zip(*(took.estimated for took in several), strict=True))
         pairs = [
             f"{_short(m)} / {_short(e)} s" if max(m, e) > SMALL_S else ""
             for m, e in zip(measured, estimated, strict=True)
         ]
-        lines.setdefault(device, []).append((name, f"x{len(several)}", *pairs, in_words(ratios[device, name])))
+        lines.setdefault(device, []).append((name, f"x{len(several)}", *pairs, in_words(ratios[key])))
     return lines
 
 

@@ -147,11 +147,12 @@ def _row(cell: Cell, queue: Queue, known: Known) -> Row:
     state, detail = describe(cell.folder, queue)
     if state == UNREADABLE:
         return Row(cell, state, None, detail)
-    amount = needs(cell.spec, from_config(known.config(cell.spec.model)))
+    shape = from_config(known.config(cell.spec.model))
+    amount = needs(cell.spec, shape)
     if state == FAILED and (cell.folder.failure() or {}).get("kind") in MORE_MEMORY:
         amount = doubled(amount)
     if state == DONE:
-        return Row(cell, state, amount, detail, took=taken(cell.folder, amount))
+        return Row(cell, state, amount, detail, took=taken(cell.folder, amount, shape))
     return Row(cell, state, amount, detail, queue.job_of(cell.folder) if state == QUEUED else None)
 
 
