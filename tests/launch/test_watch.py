@@ -6,7 +6,6 @@ import pty
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -48,7 +47,8 @@ def test_a_look_reads_only_what_has_changed_or_runs(folders, monkeypatch):
 
     finish(folders[0])
     write_json(folders[1].lease_path, me())
-    age(folders, 10)
+    monkeypatch.setattr(watching, "RACY_S", 100)
+    age(folders, 1000)
     watcher = Watcher()
     assert [look.state for look in watcher.look(folders)] == [DONE, RUNNING, PENDING, PENDING]
     assert read == folders
@@ -86,25 +86,22 @@ def test_the_queue_is_asked_once_and_only_while_a_submitted_cell_has_not_ended(f
     assert len(asked) == 1
 
 
-def later(*steps):
-    """Do things while a watch goes on."""
-
-    def do():
-        for step in steps:
-            time.sleep(0.3)
-            step()
-
-    threading.Thread(target=do, daemon=True).start()
+def changing(folders, *steps):
+    """Finds the folders, and does one thing before each look."""
+    left = iter(steps)
+    return lambda: [next(left, int)(), folders][1]
 
 
 def test_on_a_pipe_every_change_is_a_line(folders, capsys):
     finish(folders[3])
-    later(
+    find = changing(
+        folders,
+        int,
         lambda: write_json(folders[0].lease_path, me()),
         lambda: [finish(folder) for folder in folders[1:3]],
         lambda: [folders[0].lease_path.unlink(), fail(folders[0])],
     )
-    assert watch(lambda: folders, 0.1) == 1
+    assert watch(find, 0.01) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "1 done, 3 pending; nothing runs or waits now: start what is left with ptqbench sweep"
     names = [folder.path.name for folder in folders]
