@@ -324,6 +324,8 @@ def test_the_end_of_a_sweep_is_one_last_job_that_waits_for_all_others(programs, 
     assert json.loads(record.read_text()) == written
     (tmp_path / "movable").unlink()
     assert launch(cells, name="my sweep") == 0
+    assert (tmp_path / "last").read_text().count("--dependency") == 1, "the words of a sweep that has ended are over"
+    assert launch(asked, name="my sweep") == 0
     assert (tmp_path / "last").read_text().count("--dependency") == 2
     assert launch(cells, name="another") == 0
     assert (tmp_path / "last").read_text().count("--dependency") == 2, "a sweep that asked for no word"

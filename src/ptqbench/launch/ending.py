@@ -150,8 +150,8 @@ def follow_up(sweep: Sweep, launcher: LauncherSpec, say: Say) -> None:
     """See to it that SLURM runs the end of a sweep: submit its last job, or let the one that waits already wait for more jobs.
 
     Args:
-        sweep: The sweep, some of whose cells were submitted. Without a command and without an address, those that an earlier
-            command gave hold on.
+        sweep: The sweep, some of whose cells were submitted. A last job that waits already keeps its command and its address where
+            the sweep has none.
         launcher: Partition, account and the like.
         say: Prints a warning. Nothing that goes wrong here concerns the cells.
     """
@@ -160,19 +160,20 @@ def follow_up(sweep: Sweep, launcher: LauncherSpec, say: Say) -> None:
     slug = re.sub(r"[^\w.-]", "_", sweep.name)[:100]
     record = sweep.root / JOBS_FOLDER / f"end-{slug}.json"
     try:
-        before = read_record(record)
-        on_done, mail = sweep.on_done or before.get("on_done"), sweep.mail or before.get("mail")
-        if on_done is None and mail is None:
+        before, asked = read_record(record), sweep.on_done is not None or sweep.mail is not None
+        if not asked and not before:
             return
         queue = look([RunFolder(Path(path)) for path in sweep.folders])
         jobs = [queue.job_of(RunFolder(Path(path))) for path in sweep.folders]
         arrays = sorted({job.job_id.partition("_")[0] for job in jobs if job is not None})
         if not arrays:
             return
-        sweep = dataclasses.replace(sweep, on_done=on_done, mail=mail)
-        write_json(record, dataclasses.asdict(sweep) | {"job": before.get("job")})
         waits_for = f"afterany:{':'.join(arrays)}"
-        if not (before.get("job") and _moved(str(before["job"]), waits_for, sweep.mail)):
+        kept = {key: getattr(sweep, key) or before.get(key) for key in ("on_done", "mail")}
+        if before.get("job") and _moved(str(before["job"]), waits_for, kept["mail"]):
+            write_json(record, dataclasses.asdict(sweep) | kept | {"job": before["job"]})
+        elif asked:
+            write_json(record, dataclasses.asdict(sweep) | {"job": None})
             number = _submit(sweep, launcher, waits_for, record)
             write_json(record, dataclasses.asdict(sweep) | {"job": number})
     except (OSError, StorageError, subprocess.SubprocessError) as error:
