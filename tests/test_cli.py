@@ -233,6 +233,31 @@ def test_a_full_output_is_one_line(tmp_path):
     assert "No space left on device" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["plan", "demo"],
+        ["status", "--all"],
+        ["table"],
+        ["table", "--format", "csv"],
+        ["doctor"],
+        ["+method=rtn", "--cfg", "job"],
+    ],
+)
+def test_a_reader_that_goes_away_ends_a_command_quietly(words, tmp_path, monkeypatch, capfd):
+    """As ``| head`` does, whatever prints: Python, rich or Hydra."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny-rtn-w4-s0-0123456789ab").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny-rtn-w4-s0-0123456789ab" / "spec.json").write_text("{}")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        assert main(words) == 141
+    assert capfd.readouterr().err == ""
+
+
 def test_nothing_is_left_in_the_working_folder(checkpoint, tmp_path, monkeypatch, capfd):
     """A cell and a multirun, of whatever outcome, write to the runs folder alone, and need no working folder to write to."""
     words = [*small_cell(checkpoint(), "bitwidth=w8"), f"execution.runs_dir={tmp_path / 'runs'}", "launcher=inline"]

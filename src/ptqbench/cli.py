@@ -1,7 +1,7 @@
 """The command line. Where the first word is a command, the command parses the rest; all other command lines go to Hydra.
 
 Exit status: 0 done, 1 a cell or the environment failed, 2 the request was wrong (one line on standard error, nothing was run),
-130 interrupted.
+130 interrupted, 141 the reader of the output has closed it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ptqbench import __version__
 from ptqbench.errors import ConfigError
-from ptqbench.runs.places import existing_runs_folder, gib, natural, output_file, picture_file, runs_folder
+from ptqbench.runs.places import existing_runs_folder, gib, natural, output_file, picture_file, runs_folder, seconds
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -35,6 +35,7 @@ usage: python -m ptqbench +method=NAME [model=NAME] [bitwidth=NAME] [key=value .
 One cell: quantize a model, measure it, record the result.
   python -m ptqbench +method=gptq model=tiny bitwidth=w3
   python -m ptqbench +method=rtn,gptq model=tiny bitwidth=w4,w3,w2 -m       every combination, on SLURM or this machine
+  python -m ptqbench +method=rtn,gptq model=tiny bitwidth=w4,w3,w2 -m --dry-run          the plan of that, and nothing else
   python -m ptqbench +method=gptq model=local model.path=FOLDER calibration=file calibration.path=FILE ...
   python -m ptqbench +method=gptq --cfg job                                  show the composed configuration
 
@@ -55,9 +56,14 @@ def main(arguments: list[str]) -> int:
     try:
         status = _dispatch(arguments)
         print(end="", flush=True)
-    except BrokenPipeError:  # the reader of the output has closed it, as ``head`` does
+    except (BrokenPipeError, SystemExit) as stop:
+        from ptqbench.runs.outcome import CLOSED
+
+        # The reader of the output has closed it, as ``head`` does; rich then raises SystemExit.
+        if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
+            raise
         _discard_output()
-        return 0
+        return CLOSED
     except (KeyboardInterrupt, Exception) as error:
         from ptqbench.runs.outcome import report
 
@@ -133,8 +139,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace, only_failed: bool = False) -> int:
     from ptqbench.launch.dispatch import launch
+    from ptqbench.sweeps.files import load_sweep
 
-    return launch(_cells(options), wait=options.wait, only_failed=only_failed)
+    name = load_sweep(options.sweep).name
+    return launch(_cells(options), options.wait, only_failed, name, options.dry_run)
 
 
 def _cancel(options: argparse.Namespace) -> int:
@@ -145,6 +153,12 @@ def _cancel(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    if options.watch is not None:
+        from ptqbench.launch.watch import watch, watch_sweep
+
+        if options.sweep is not None:
+            return watch_sweep(_cells(options), options.watch)
+        return watch(lambda: [folder for folder, _ in _chosen(options)], options.watch)
     from ptqbench.results.terminal import print_status
 
     print_status([folder for folder, _ in _chosen(options)], options.all)
@@ -294,7 +308,10 @@ class Command:
     runs_dir: Callable[[str], str] = runs_folder
 
 
-_WAIT = _option("--wait", action="store_true", help="with SLURM: stay until every cell is done")
+_RUN = (
+    _option("--wait", action="store_true", help="with SLURM: stay until every cell is done"),
+    _option("--dry-run", action="store_true", help="print the plan, and run, submit and write nothing"),
+)
 _STYLES = ("terminal", "md", "latex", "html", "csv")
 
 COMMANDS = {
@@ -302,14 +319,18 @@ COMMANDS = {
         _plan, "every cell with its state, resources and estimated time; runs nothing", "SWEEP",
         (_option("--groups", action="store_true", help="only the sums per resource group"),),
     ),
-    "sweep": Command(_sweep, "run (or submit) the cells of a sweep file that are not done yet", "SWEEP", (_WAIT,)),
+    "sweep": Command(_sweep, "run (or submit) the cells of a sweep file that are not done yet", "SWEEP", _RUN),
     "retry": Command(
-        partial(_sweep, only_failed=True), "run the failed cells again, with twice the memory if that was short", "SWEEP", (_WAIT,),
+        partial(_sweep, only_failed=True), "run the failed cells again, with twice the memory if that was short", "SWEEP", _RUN,
     ),
     "cancel": Command(_cancel, "stop the cells that run or wait; finished blocks stay", "SWEEP"),
     "status": Command(
         _status, "state of every cell, from the run folders and the queue", "[SWEEP]",
-        (_option("--all", action="store_true", help="list finished and pending cells too"),), existing_runs_folder,
+        (
+            _option("--all", action="store_true", help="list finished and pending cells too"),
+            _option("--watch", metavar="SECONDS", nargs="?", type=seconds, const=5.0,
+                    help="look again every so many seconds (5) until all cells have ended; the exit status is that of sweep"),
+        ), existing_runs_folder,
     ),
     "table": Command(
         _table, "comparison table of finished cells", "[SWEEP]",

@@ -21,7 +21,7 @@ from ptqbench.errors import ConfigError
 from ptqbench.sweeps.compose import Composer, named, resolved
 from ptqbench.sweeps.files import MOST_CELLS
 from ptqbench.sweeps.hydra_compose import refusal
-from ptqbench.sweeps.words import check_request, rewrite, split
+from ptqbench.sweeps.words import DRY, check_request, rewrite, split
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -52,14 +52,19 @@ def run_hydra(arguments: list[str]) -> int:
     """
     flags, words = split(arguments)
     check_request(words, flags)
+    dry, arguments = DRY in flags, [argument for argument in arguments if argument != DRY]
     asked = _ask(rewrite(arguments), words)
     if asked.jobs is not None and asked.compose is not None:
-        return _launch(asked.jobs, asked.compose)
-    if asked.configs:
-        from ptqbench.foreground import run_one
+        return _launch(asked.jobs, asked.compose, dry)
+    if not asked.configs:
+        return 0
+    (config,) = asked.configs
+    spec = named(config)  # what is wrong with the one cell ends the command
+    if dry:
+        return _launch([words], lambda _: config, dry)
+    from ptqbench.foreground import run_one
 
-        return run_one(named(asked.configs[0]))
-    return 0
+    return run_one(spec)
 
 
 def _ask(arguments: list[str], words: list[str]) -> _Asked:
@@ -136,8 +141,8 @@ def _values(override: Override) -> list[str]:
     return found
 
 
-def _launch(jobs: list[list[str]], compose: Compose) -> int:
-    """Compose the jobs of a multirun and launch their cells."""
+def _launch(jobs: list[list[str]], compose: Compose, dry: bool) -> int:
+    """Compose the jobs of a multirun and launch their cells; ``dry`` prints the plan instead."""
     from ptqbench.launch.dispatch import launch
 
     def composed(words: list[str]) -> dict[str, Any]:
@@ -147,4 +152,4 @@ def _launch(jobs: list[list[str]], compose: Compose) -> int:
         except Exception as error:
             raise refusal(error, words) from None
 
-    return launch(resolved([(" ".join(words), words) for words in jobs], Composer(composed)))
+    return launch(resolved([(" ".join(words), words) for words in jobs], Composer(composed)), dry=dry)

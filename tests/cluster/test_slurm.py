@@ -255,6 +255,83 @@ def test_what_sbatch_refuses_is_said_in_one_line(slurm):
     assert "4 pending" in slurm.command("status", slurm.sweep).stdout
 
 
+def test_one_mail_and_one_command_when_the_sweep_has_ended(slurm, cluster):
+    """The last job waits for all arrays, also for those that are submitted later."""
+    told = slurm.folder / "told"
+    command = f"echo $PTQBENCH_SWEEP_NAME $PTQBENCH_SWEEP_DONE $PTQBENCH_SWEEP_FAILED $PTQBENCH_SWEEP_STATUS >> {told}"
+    words = [
+        "launcher=slurm",
+        "launcher.mail=me@example.org",
+        f"launcher.on_done='{command}'",
+        "launcher.exclude=[node2]",
+    ]
+    slurm.grids("{method: [rtn], bitwidth: [w8]}")
+    later = "+launcher.sbatch.begin=now+30"  # seconds: time to submit the other cell
+    assert slurm.command("sweep", slurm.sweep, *words, later).returncode == 0
+    (last,) = [job for job in queue() if job["name"] == "ptqbench sweep small"]
+    slurm.grids("{method: [rtn], bitwidth: [w8]}", f"{{method: [gptq], model.path: ['{slurm.damaged_model()}']}}")
+    more = slurm.command("sweep", slurm.sweep, "launcher=slurm")
+    assert "1 running" in more.stdout or "2 submitted" in more.stdout, more.stdout + more.stderr
+    (same,) = [job for job in queue() if job["name"] == "ptqbench sweep small"]
+    assert same["id"] == last["id"]
+    assert {job["state"] for job in queue()} >= {"PENDING"}
+    wait_for(told.exists)
+    wait_for(lambda: not queue())
+    assert told.read_text() == "small 1 1 1\n"
+    shown = subprocess.run(["scontrol", "show", "job", last["id"]], capture_output=True, text=True, check=True).stdout
+    assert "MailUser=me@example.org MailType=END,FAIL" in shown
+    mails = (Path(cluster["CLUSTER_DIR"]) / "log" / "mail").read_text().splitlines()
+    assert len(mails) == 1
+    assert "Name=ptqbench sweep small Failed" in mails[0]
+    metas = [json.loads(path.read_text())["slurm"] for path in slurm.folder.glob("runs/*/attempts/*/meta.json")]
+    assert metas[0]["SLURMD_NODENAME"] == "node1"
+
+
+def test_the_last_job_looks_again_after_a_cell_was_killed(slurm, cluster):
+    """A waiting command may submit the cell again: that is not the end, and no mail is sent yet."""
+    log, told = Path(cluster["CLUSTER_DIR"]) / "log" / "mail", slurm.folder / "told"
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    slurm.grids("{method: [gptq], bitwidth: [w4]}")
+    words = [
+        "launcher=slurm",
+        "launcher.mail=me@example.org",
+        f"launcher.on_done='echo $PTQBENCH_SWEEP_LEFT >> {told}'",
+    ]
+    process = slurm.start("sweep", slurm.sweep, *words, "--wait")
+    wait_for(slurm.heartbeats)
+    (folder,) = slurm.runs
+    os.kill(json.loads((folder / "lease.json").read_text())["pid"], 9)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, out + err
+    assert "whose jobs ended without a result" in out
+    wait_for(lambda: not queue())
+    assert "not over yet" in (slurm.folder / "runs/.slurm/end-small.log").read_text()
+    assert told.read_text() == "0\n"
+    mails = log.read_text().splitlines()[before:]
+    assert len(mails) == 1
+    assert "Ended" in mails[0]
+    assert "ExitCode 0" in mails[0]
+
+
+def test_a_node_that_failed_two_cells_gets_no_more_of_them(slurm):
+    slurm.grids("{method: [rtn], bitwidth: [w8, w4]}", "{method: [gptq], bitwidth: [w4]}")
+    plan = slurm.command("sweep", slurm.sweep, "launcher=slurm", "+launcher.sbatch.begin=now+1hour")
+    assert plan.returncode == 0, plan.stderr
+    slurm.command("cancel", slurm.sweep)
+    wait_for(lambda: not queue())
+    for folder in slurm.runs[:2]:
+        attempt = folder / "attempts" / "001"
+        attempt.mkdir(parents=True)
+        (attempt / "meta.json").write_text('{"slurm": {"SLURM_JOB_ID": "1", "SLURMD_NODENAME": "node1"}}')
+        (attempt / "heartbeat.json").write_text(f'{{"time": {time.time()}, "ended": "failed"}}')
+        (attempt / "failure.json").write_text('{"kind": "code", "message": "CUDA error: uncorrectable ECC error"}')
+    done = slurm.command("sweep", slurm.sweep, "launcher=slurm", "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out: node1: 2 cells failed there" in done.stdout
+    nodes = [json.loads(path.read_text())["slurm"] for path in slurm.folder.glob("runs/*/attempts/*/meta.json")]
+    assert sorted(slurm["SLURMD_NODENAME"] for slurm in nodes) == ["node1", "node1", "node2", "node2", "node2"]
+
+
 def strike(process, dice, folder):
     """Kill a running task or the waiting command at some moment; whether there was one to kill."""
     time.sleep(dice.uniform(1.0, 12.0))

@@ -199,7 +199,7 @@ def test_cancel_stops_workers_even_in_the_background_and_the_sweep_goes_on_later
     wait_for(small.heartbeats, step=0.02)
     stop = small.command("cancel", small.sweep)
     assert stop.returncode == 0, stop.stderr
-    assert "asked 1 cells to stop" in stop.stdout
+    assert "asked 1 cell to stop" in stop.stdout
     out, err = process.communicate(timeout=300)
     assert "1 cancelled" in out, out + err
     again = small.command("sweep", small.sweep, "launcher=local")

@@ -1,10 +1,12 @@
 """What is done with SLURM's answers, with programs that answer as SLURM can."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -26,6 +28,13 @@ SQUEUE = """#!/bin/sh
 [ -s "$QUEUE/name" ] || exit 0
 for task in 0 1; do echo "17_$task|$(head -1 $QUEUE/name)|PENDING|${REASON:-Priority}"; done
 """
+LAST = (
+    """#!/bin/sh
+case "$*" in *--dependency=*) echo "$@" >> "$QUEUE/last"; cat > "$QUEUE/last_script"; echo "19;cluster"; exit;; esac
+"""
+    + TAKE.partition("\n")[2]
+    + "echo Submitted batch job 17\n"
+)
 TIMED_OUT = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1\n'
 REFUSED = 'echo "sbatch: error: Batch job submission failed: Invalid qos specification" >&2; exit 1\n'
 
@@ -243,3 +252,112 @@ def test_one_of_the_cells_that_cannot_be_written_stops_no_other_in_this_process(
     assert launch(cells) == 1
     assert began == [cells[1].folder]
     assert "cannot be written" in capsys.readouterr().out
+
+
+def test_nodes_are_left_out_of_the_submission_and_named(programs, tmp_path, capsys):
+    from ptqbench.runs.provenance import collect
+
+    programs(sbatch=TAKE + "echo Submitted batch job 17\n", sinfo="#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
+    words = [
+        "launcher=slurm",
+        "launcher.exclude=[node7]",
+        "+launcher.sbatch.exclude=node8",
+        f"execution.runs_dir={tmp_path}/runs",
+    ]
+    cells = resolved([(f"w{b}", ["+method=rtn", f"bitwidth=w{b}", *words]) for b in (3, 4)])
+    for cell in cells:
+        attempt = create(cell.spec).new_attempt()
+        os.environ["SLURMD_NODENAME"], os.environ["SLURM_JOB_ID"] = "node2", "5"
+        try:
+            (attempt / "meta.json").write_text(json.dumps(collect()))
+        finally:
+            del os.environ["SLURMD_NODENAME"], os.environ["SLURM_JOB_ID"]
+        (attempt / "heartbeat.json").write_text(json.dumps({"time": time.time(), "ended": "failed"}))
+        failure = {"kind": "code", "message": "CUDA error: unspecified launch failure"}
+        for place in (attempt, cell.folder.path):
+            (place / "failure.json").write_text(json.dumps(failure))
+    assert launch(cells, dry=True) == 0
+    assert not (tmp_path / "script").exists()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert launch(cells) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert line in said
+    assert "nodes left out: node2: 2 cells failed there" in said
+    assert "CUDA error: unspecified launch failure; launcher.forgive_h=0 forgives" in said
+    assert "#SBATCH --exclude=node8,node7,node2\n" in (tmp_path / "script").read_text()
+
+
+def test_the_end_of_a_sweep_is_one_last_job_that_waits_for_all_others(programs, cells, tmp_path, capsys):
+    """A later command that submits more moves it; where it has started meanwhile, there is another one."""
+    programs(
+        sbatch=LAST, scontrol='#!/bin/sh\n[ "$1" = update ] && echo "$@" >> "$QUEUE/moved"; [ -e "$QUEUE/movable" ]\n'
+    )
+    launcher = {
+        "mail": "me@example.org",
+        "on_done": "touch x",
+        "partition": "gpu",
+        "sbatch": {"reservation": "r", "gres": "gpu:1"},
+    }
+    asked = [
+        dataclasses.replace(
+            cell, spec=dataclasses.replace(cell.spec, launcher=dataclasses.replace(cell.spec.launcher, **launcher))
+        )
+        for cell in cells
+    ]
+    assert launch(asked, name="my sweep") == 0
+    last = (tmp_path / "last").read_text()
+    for part in (
+        "--dependency=afterany:17", "--mail-user=me@example.org", "--mail-type=END,FAIL", "--job-name=ptqbench sweep my sweep",
+        "--partition=gpu", "--reservation=r", "--requeue",
+    ):  # fmt: skip
+        assert part in last
+    assert "gres" not in last
+    record = tmp_path / "runs/.slurm/end-my_sweep.json"
+    assert f"-m ptqbench.launch.ending {record}" in (tmp_path / "last_script").read_text()
+    written = json.loads(record.read_text())
+    assert written["job"] == "19"
+    assert written["folders"] == [str(cell.folder.path) for cell in cells]
+    (tmp_path / "movable").touch()
+    assert launch(cells, name="my sweep") == 0, "without the words: those of the first command hold on"
+    moved = (tmp_path / "moved").read_text()
+    assert moved == "update JobId=19 Dependency=afterany:17 MailUser=me@example.org MailType=END,FAIL\n"
+    assert json.loads(record.read_text()) == written
+    (tmp_path / "movable").unlink()
+    assert launch(cells, name="my sweep") == 0
+    assert (tmp_path / "last").read_text().count("--dependency") == 1, "the words of a sweep that has ended are over"
+    assert launch(asked, name="my sweep") == 0
+    assert (tmp_path / "last").read_text().count("--dependency") == 2
+    assert launch(cells, name="another") == 0
+    assert (tmp_path / "last").read_text().count("--dependency") == 2, "a sweep that asked for no word"
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_last_job_that_slurm_refuses_concerns_no_cell(programs, cells, tmp_path, capsys):
+    programs(sbatch=LAST.replace('echo "19;cluster"; exit', 'echo "sbatch: error: no CPU jobs here" >&2; exit 1'))
+    spec = dataclasses.replace(cells[0].spec, launcher=dataclasses.replace(cells[0].spec.launcher, on_done="true"))
+    assert launch([dataclasses.replace(cells[0], spec=spec), cells[1]]) == 0
+    said = capsys.readouterr().out
+    assert "warning no word will come when the sweep ends: sbatch: error: no CPU jobs here" in said
+    assert "2 submitted" in said
+
+
+def test_the_last_job_says_how_the_sweep_ended(programs, cells, tmp_path, monkeypatch, capsys):
+    from ptqbench.launch import ending
+
+    programs(scontrol='#!/bin/sh\necho "$@" >> "$QUEUE/asked"; exit 1\n')
+    monkeypatch.setenv("SLURM_JOB_ID", "19")
+    for cell in cells:
+        create(cell.spec)
+    sweep = ending.Sweep.of(
+        "mine", cells, dataclasses.replace(cells[0].spec.launcher, on_done=f"touch {tmp_path}/told")
+    )
+    record = tmp_path / "end.json"
+    record.write_text(json.dumps(dataclasses.asdict(sweep) | {"job": "20"}))
+    assert ending.main([str(record)]) == 0
+    assert (tmp_path / "asked").read_text() == "update JobId=19 MailType=NONE\n"
+    assert not (tmp_path / "told").exists(), "another job is the last one"
+    record.write_text(json.dumps(dataclasses.asdict(sweep) | {"job": "19"}))
+    assert ending.main([str(record)]) == 1
+    assert (tmp_path / "asked").read_text().endswith("requeue 19\n"), "looks again once, since cells are left"
+    assert (tmp_path / "told").exists()
+    assert "2 pending" in capsys.readouterr().out

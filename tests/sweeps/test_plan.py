@@ -1,6 +1,7 @@
 """Composing many cells by sections is composing them one by one; a plan says what will be done and changes nothing."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ptqbench.cell.folders import sweep_folder
+from ptqbench.cell.labels import counted
 from ptqbench.errors import ConfigError, DataNotHereError
 from ptqbench.launch.summary import print_plan
 from ptqbench.runs.folder import DONE, FAILED, PENDING, create, write_json
@@ -72,7 +74,7 @@ def test_cells_whose_model_is_not_here_are_estimated_but_not_run(tmp_path, monke
     said = " ".join(capsys.readouterr().out.split())
     for count, row in ((2, rows[0]), (1, rows[1])):
         where = f"whose models or data are not on this machine ({row.cell.draft.model.name})"
-        assert f"{count} cells {where}: {row.needs.describe()}" in said
+        assert f"{counted(count, 'cell')} {where}: {row.needs.describe()}" in said
     assert said.count("python -m ptqbench prefetch") == 1
 
 
@@ -95,7 +97,7 @@ def test_groups_alone_are_printed_with_each_reason_once(tmp_path, monkeypatch, c
         "1 skipped: ",
         "2 cells: CPU",
         "2 cells whose models or data are not on this machine (llama-3-8b): 1 GPU",
-        "1 cells whose models or data are not on this machine (llama-3.2-1b): 1 GPU",
+        "1 cell whose models or data are not on this machine (llama-3.2-1b): 1 GPU",
         "load what is not on this machine with",
     ):
         assert sum(line.startswith(beginning) for line in said) == 1, beginning
@@ -286,3 +288,32 @@ def test_auto_is_slurm_only_where_there_is_a_cluster(tmp_path, monkeypatch):
     assert choose(LauncherSpec()) == "slurm", "a cluster whose controller is down"
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     assert choose(LauncherSpec()) == "local", "inside a job"
+
+
+def test_a_dry_run_prints_the_plan_and_does_nothing(tmp_path, monkeypatch, capsys):
+    from ptqbench.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text(f"#!/bin/sh\ntouch {tmp_path}/submitted\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\ncommon: [model=tiny]\ngrids:\n  - {method: [rtn, gptq], bitwidth: [w4, w3]}\n"
+    )
+    more = ["launcher=slurm", f"launcher.on_done='touch {tmp_path}/told'"]
+    for words in (["plan", *more], ["sweep", *more, "--dry-run"], ["sweep", "launcher=print"]):
+        assert main([words[0], "mine.yaml", *words[1:]]) == 0
+    planned, *dry = re.split(r"(?=^cell )", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    assert dry == [planned, planned]
+    grid = ["+method=rtn,gptq", "model=tiny", "bitwidth=w4,w3", *more]
+    assert main([*grid, "-m", "--dry-run"]) == 0
+    assert capsys.readouterr().out == planned
+    assert main(["method=rtn", "model=tiny", "bitwidth=w3", "--dry-run"]) == 0
+    (alone,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tiny")]
+    assert alone in [line.split() for line in planned.splitlines()]
+    assert main(["method=rtn", "model=nosuch", "--dry-run"]) == 2
+    assert main(["retry", "mine.yaml", "--dry-run"]) == 0
+    assert "no cells" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "mine.yaml"]

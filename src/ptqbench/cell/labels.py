@@ -26,6 +26,11 @@ SLUG_LENGTH = 180
 _TOKEN = re.compile(r"(fp|kv|w|a|k|v|g)(\d+)")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: ``1 cell``, ``2 cells``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def bits_name(bits: BitwidthSpec) -> str:
     """Name bits by their values.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -16,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from ptqbench.cell.validation import STRICT
 from ptqbench.cell.validation import build as build
+from ptqbench.cell.validation import may_hold as may_hold
 from ptqbench.cell.validation import nearest as nearest
 from ptqbench.cell.validation import strict as strict
 from ptqbench.errors import ConfigError
@@ -269,7 +272,9 @@ class ResourcesSpec:
 class LauncherSpec:
     """Who runs the cells of a sweep: SLURM, a pool of processes on this machine, this process, or nobody (``print``).
 
-    ``auto`` is SLURM where ``sbatch`` is on PATH and this process is not inside a job already, else the local pool.
+    ``auto`` is SLURM where ``sbatch`` is on PATH and this process is not inside a job already, else the local pool. ``on_done`` is
+    a shell command that is run once when the sweep ends (``launch.ending``). ``exclude`` names nodes that get no cell; for
+    ``forgive_h`` hours it also holds for nodes on which two cells failed (``launch.nodes``).
     """
 
     kind: Literal["auto", "slurm", "local", "inline", "print"] = execution(default="auto")
@@ -284,6 +289,26 @@ class LauncherSpec:
     max_requeues: Annotated[int, Field(ge=0)] = execution(default=50)
     setup: tuple[str, ...] = execution(default=())
     sbatch: dict[str, str | int | bool] = execution(default_factory=dict)
+    exclude: tuple[str, ...] = execution(default=())
+    forgive_h: Annotated[float, Field(ge=0)] = execution(default=24.0)
+    mail: str | None = execution(default=None)
+    on_done: str | None = execution(default=None)
+
+    def __post_init__(self) -> None:
+        """Refuse what would be found wrong only when the sweep has ended."""
+        for node in self.exclude:
+            if not re.fullmatch(r"[\w.-]+(\[[\d,-]+\][\w.-]*)?", node):
+                raise ConfigError(
+                    f"launcher.exclude: expected names of nodes, such as node7 or node[1-3], got {node!r}"
+                )
+        if self.mail is not None and not re.fullmatch(r"[^\s,@]+@[^\s,@]+", self.mail):
+            raise ConfigError(f"launcher.mail: expected one address, such as name@example.org, got {self.mail!r}")
+        try:
+            empty = self.on_done is not None and not shlex.split(self.on_done)
+        except ValueError as error:
+            raise ConfigError(f"launcher.on_done: expected a shell command, got {self.on_done!r} ({error})") from None
+        if empty:
+            raise ConfigError("launcher.on_done: expected a shell command, got nothing; null is none")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -10,7 +10,7 @@ import difflib
 import functools
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -63,6 +63,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), words, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(words) or '(none)'}"
+
+
+def may_hold(cls: type, path: Iterable[str]) -> set[str] | None:
+    """Names of fields below a path of field names and labels; None where any name may stand, as in a mapping of values."""
+    inner: Any = cls
+    for part in path:
+        hint = get_args(inner)[1] if get_origin(inner) is dict else get_type_hints(inner).get(part)
+        kinds = (hint, *get_args(hint))
+        inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind) or get_origin(kind) is dict), None)
+        if inner is None:
+            return set()
+    return None if get_origin(inner) is dict else {field.name for field in dataclasses.fields(inner)}
 
 
 def _one_line(cls: type, error: ValidationError, where: str) -> str:

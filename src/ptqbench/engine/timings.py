@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+EVALUATION_TIMINGS = ("perplexity_s", "zero_shot_s", "fidelity_s")
+"""Names of measurements that belong to the evaluation; all others are made while a model is quantized."""
 MOST_PENDING = 4096
 """Measurements of a GPU that may be waiting to be read."""
 

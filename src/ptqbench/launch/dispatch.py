@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import time
 from collections.abc import Sequence
 
+from ptqbench.cell.labels import counted
 from ptqbench.cell.spec import LauncherSpec
 from ptqbench.errors import CellBusy, RunFailed, StorageError
 from ptqbench.launch import local, slurm
+from ptqbench.launch.ending import Sweep, conclude, follow_up
+from ptqbench.launch.nodes import say_left_out
 from ptqbench.launch.summary import Summary, print_plan
 from ptqbench.runs.failures import classify
 from ptqbench.runs.files import read_record, write_json
@@ -23,13 +27,17 @@ from ptqbench.sweeps.cells import Cell
 from ptqbench.sweeps.plan import Row, describe, plan
 
 
-def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False) -> int:
+def launch(
+    cells: Sequence[Cell], wait: bool = False, only_failed: bool = False, name: str = "", dry: bool = False
+) -> int:
     """Run what is not done.
 
     Args:
         cells: As composed. The launcher is that of the first cell that could be composed.
         wait: Whether to wait for cells that SLURM runs; the other launchers always wait.
         only_failed: Whether to run failed cells only.
+        name: Name of the sweep, for its last word; empty for cells of a command line.
+        dry: Whether to print the plan and do nothing else.
 
     Returns:
         Exit status: 1 if a cell failed, could not be composed, or waits for a job that can never start; else 130 if cells
@@ -40,17 +48,18 @@ def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False)
         StorageError: The folder of runs cannot be locked.
     """
     launcher = next((cell.spec.launcher for cell in cells if cell.spec is not None), LauncherSpec())
-    kind = choose(launcher)
+    kind, sweep = choose(launcher), Sweep.of(name or "command line", cells, launcher)
+    if dry or kind == "print":
+        rows = _chosen(plan(cells), only_failed)
+        print_plan(rows)
+        if kind == "slurm" and (failed := slurm.left_out(rows, launcher)):
+            print(f"nodes {say_left_out(failed)}")
+        return 0
     with contextlib.ExitStack() as lock:
         if kind == "slurm":  # other commands for the same cells wait until these are in the queue, and plan then
             lock.enter_context(slurm.submitting(cell.folder for cell in cells if cell.folder is not None))
-        rows = plan(cells, patient=kind == "slurm")
-        if only_failed:
-            rows = [row for row in rows if row.state == FAILED]
+        rows = _chosen(plan(cells, patient=kind == "slurm"), only_failed)
         todo = [row for row in rows if row.todo]
-        if kind == "print":
-            print_plan(rows)
-            return 0
         progress = all(cell.spec.execution.progress for cell in cells if cell.spec is not None)
         with Summary(rows, live=progress) as summary:
             if todo:
@@ -59,14 +68,28 @@ def launch(cells: Sequence[Cell], wait: bool = False, only_failed: bool = False)
             todo = [row for row in todo if _prepared(row.cell, summary)]
             if kind == "slurm" and todo:
                 slurm.submit(todo, launcher, summary)
+            if kind == "slurm":
+                follow_up(sweep, launcher, summary.warn)
+            elif launcher.mail is not None:
+                summary.warn("launcher.mail: only SLURM sends a mail; launcher.on_done runs a command of your own")
             lock.close()
             # What a process that was killed after writing its result has left beside it.
             for row in rows:
                 if row.state == DONE and row.cell.folder is not None:
                     drop_stale(row.cell.folder)
             elsewhere = [row for row in rows if row.state in (RUNNING, QUEUED)]
-            _run(kind, launcher, todo, elsewhere, wait or launcher.wait, summary)
-    return summary.finish()
+            if kind == "slurm" and (wait or launcher.wait):
+                again = functools.partial(follow_up, sweep, launcher, summary.warn)
+                slurm.follow([*todo, *elsewhere], launcher, summary, again)
+            else:
+                _run(kind, launcher, todo, elsewhere, summary)
+    status = summary.finish()
+    conclude(sweep, summary.warn)
+    return status
+
+
+def _chosen(rows: list[Row], only_failed: bool) -> list[Row]:
+    return [row for row in rows if row.state == FAILED] if only_failed else rows
 
 
 def _prepared(cell: Cell, summary: Summary) -> bool:
@@ -110,9 +133,9 @@ def cancel(cells: Sequence[Cell]) -> str:
                 os.kill(pid, signal.SIGINT)
     if not asked and not silent and not queue.problem:
         return "no cell runs or waits"
-    said = f"asked {len(asked)} cells to stop ({jobs} jobs taken out of the queue)"
+    said = f"asked {counted(len(asked), 'cell')} to stop ({counted(jobs, 'job')} taken out of the queue)"
     said += f"; {queue.problem}: their jobs stop soon after they start" if queue.problem else ""
-    return f"{said}; {silent} run folders cannot be written" if silent else said
+    return f"{said}; {counted(silent, 'run folder')} cannot be written" if silent else said
 
 
 def choose(launcher: LauncherSpec) -> str:
@@ -137,13 +160,9 @@ def _how(kind: str, launcher: LauncherSpec) -> str:
     return "on this machine, one process per cell:" if kind == "local" else "one after another in this process:"
 
 
-def _run(
-    kind: str, launcher: LauncherSpec, todo: list[Row], elsewhere: list[Row], wait: bool, summary: Summary
-) -> None:
-    """Run what is to do, or follow it where SLURM runs it; ``elsewhere`` are cells that run or wait already."""
-    if kind == "slurm" and wait:
-        slurm.follow([*todo, *elsewhere], launcher, summary)
-    elif kind == "slurm":
+def _run(kind: str, launcher: LauncherSpec, todo: list[Row], elsewhere: list[Row], summary: Summary) -> None:
+    """Run what is to do, or say what SLURM runs; ``elsewhere`` are cells that run or wait already."""
+    if kind == "slurm":
         for row in [*todo, *elsewhere]:
             summary.counts["submitted" if row.state != RUNNING else RUNNING] += 1
             if row.job is not None and row.job.obstacle is not None:

@@ -80,10 +80,14 @@ def stalled(folder: RunFolder, work_s: float, job: str | None) -> bool:
         slurm = read_record(path / "meta.json").get("slurm")
         if not isinstance(slurm, dict) or slurm.get("SLURM_JOB_ID") != job or _duration(path) < USED_UP * work_s:
             return False
-    # Nothing in the folders of finished work is younger than the first of them.
-    began = (last[0] / "meta.json").stat().st_mtime
+    return not finished_since(folder, last[0])
+
+
+def finished_since(folder: RunFolder, attempt: Path) -> bool:
+    """Whether a file of finished work is younger than the beginning of an attempt, by the clock of the file system."""
+    began = (attempt / "meta.json").stat().st_mtime
     finished = [path for root in (folder.state_path, folder.records_path) for path in root.rglob("*") if path.is_file()]
-    return all(path.stat().st_mtime < began for path in finished)
+    return any(path.stat().st_mtime >= began for path in finished)
 
 
 def _duration(attempt: Path) -> float:

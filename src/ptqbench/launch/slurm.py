@@ -14,6 +14,7 @@ folder of runs take turns. The state of a cell comes from its run folder, never 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -23,13 +24,15 @@ import subprocess
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptqbench.cell.labels import counted
 from ptqbench.cell.spec import LauncherSpec
 from ptqbench.errors import ConfigError, StorageError
 from ptqbench.launch.job import CellJob
+from ptqbench.launch.nodes import failing, say_left_out
 from ptqbench.launch.summary import Summary
 from ptqbench.runs.failures import KINDS
 from ptqbench.runs.files import file_lock, write_json
@@ -133,6 +136,10 @@ def submit(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> lis
                 f"launcher=slurm: SLURM replaces % and \\ in the names of output files, got {str(root)!r}; choose another "
                 "execution.runs_dir, or launcher=local"
             )
+    failed = left_out(rows, launcher)
+    if failed:
+        summary.say(say_left_out(failed), "nodes", "yellow")
+        launcher = dataclasses.replace(launcher, exclude=(*launcher.exclude, *failed))
     # Cells with equal needs share an array, unless it would be larger than the cluster allows.
     size, arrays = _largest_array(), []
     for amount, members in groups(rows).items():
@@ -141,10 +148,22 @@ def submit(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> lis
     return [_submit_array(amount, members, token, launcher, summary) for amount, members, token in arrays]
 
 
-def follow(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> None:
+def left_out(rows: Sequence[Row], launcher: LauncherSpec) -> dict[str, str]:
+    """Nodes that a submission of these cells leaves out because cells failed there, with a few words on each."""
+    roots = {row.cell.folder.path.parent for row in rows if row.cell.folder is not None}
+    return {node: why for root in sorted(roots) for node, why in failing(root, launcher.forgive_h).items()}
+
+
+def follow(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary, submitted: Callable[[], None]) -> None:
     """Wait until every cell is done, failed or cancelled, or has a job that can never start.
 
     A cell whose job left the queue without a result is submitted again. While SLURM does not answer, nothing is concluded.
+
+    Args:
+        rows: Cells that were submitted, or run already.
+        launcher: Partition, account and the like.
+        summary: Prints what happens.
+        submitted: Called when cells were submitted again.
     """
     left, deaths, known = [row.cell for row in rows], Counter[str](), Known()
     waiting = _Waiting(summary)
@@ -169,6 +188,7 @@ def follow(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary) -> Non
             _settle(row, folder, summary)
         if again:
             _submit_again(again, launcher, summary, known)
+            submitted()
         waiting.say(now)
         running = [row.cell for row in now if row.state == RUNNING]
         summary.draw(running, len(left) - len(running))
@@ -180,7 +200,7 @@ def _submit_again(rows: Sequence[Row], launcher: LauncherSpec, summary: Summary,
     with submitting(row.cell.folder for row in rows if row.cell.folder is not None):
         todo = [row for row in plan([row.cell for row in rows], known, patient=True) if row.todo]
         if todo:
-            summary.say(f"{len(todo)} cells whose jobs ended without a result", "again", "yellow")
+            summary.say(f"{counted(len(todo), 'cell')} whose jobs ended without a result", "again", "yellow")
             submit(todo, launcher, summary)
 
 
@@ -205,9 +225,7 @@ class _Waiting:
         for reason, count in reasons.items():
             if reason not in self._said:
                 example = next(row.detail for row in rows if row.job is not None and row.job.reason == reason)
-                self._summary.say(
-                    f"{count} {'cell' if count == 1 else 'cells'} in the queue, e.g. {example}", "waiting", "yellow"
-                )
+                self._summary.say(f"{counted(count, 'cell')} in the queue, e.g. {example}", "waiting", "yellow")
         self._said |= reasons.keys()
 
 
@@ -246,16 +264,16 @@ def _submit_array(amount: Needs, members: Sequence[Row], token: str, launcher: L
     _record(folders, token, None, logs)
     _write_tasks(tasks, logs, amount.time_min, launcher.max_requeues)
     try:
-        with _clean_environment(), contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the exception
+        with clean_environment(), contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the exception
             executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=launcher.max_requeues)
             executor.update_parameters(**_parameters(amount, token, logs, launcher))
             with executor.batch():
                 jobs = [executor.submit(task) for task in tasks]
             number = str(jobs[0].job_id).partition("_")[0]
     except (submitit.core.utils.FailedJobError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
-        number = _taken(error, token, folders, f"{len(folders)} cells ({amount.describe()})")
+        number = _taken(error, token, folders, f"{counted(len(folders), 'cell')} ({amount.describe()})")
     _record(folders, token, number, logs)
-    summary.say(f"submitted job {number}: {len(folders)} cells, {amount.describe()}; output in {logs}")
+    summary.say(f"submitted job {number}: {counted(len(folders), 'cell')}, {amount.describe()}; output in {logs}")
     return number
 
 
@@ -322,9 +340,16 @@ def _parameters(amount: Needs, token: str, logs: Path, launcher: LauncherSpec) -
         "qos": launcher.qos,
         "constraint": launcher.constraint,
         "gpus_per_node": amount.gpus or None,
-        "additional_parameters": {"requeue": True, **launcher.sbatch},
+        "additional_parameters": {"requeue": True, **launcher.sbatch, **_excluded(launcher)},
     }
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _excluded(launcher: LauncherSpec) -> dict[str, str]:
+    """The nodes to leave out, those of ``launcher.sbatch`` among them."""
+    given = launcher.sbatch.get("exclude")
+    names = [*([] if given is None else [str(given)]), *launcher.exclude]
+    return {"exclude": ",".join(names)} if names else {}
 
 
 def _signal_delay_s(amount: Needs, launcher: LauncherSpec) -> int:
@@ -339,7 +364,7 @@ def _largest_array() -> int:
 
 
 @contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
+def clean_environment() -> Iterator[None]:
     """Hide the settings of a surrounding job, which ``sbatch`` would apply to the new one."""
     inherited = {
         key: os.environ.pop(key)

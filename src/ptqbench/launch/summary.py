@@ -13,9 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ptqbench.cell.labels import counted
 from ptqbench.errors import DataNotHereError, StorageError
 from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE
 from ptqbench.sweeps.cells import INVALID, SKIPPED
+from ptqbench.sweeps.measured import COLUMNS, compared
 from ptqbench.sweeps.plan import Row, calibrated, groups
 from ptqbench.sweeps.resources import duration
 
@@ -29,6 +31,8 @@ ORDER = (DONE, ALREADY, "submitted", RUNNING, SKIPPED, CANCELLED, FAILED)  # of 
 
 LONG_DETAIL = 60
 """Number of characters from which a detail that several cells of a plan share is written once, below the table."""
+COMPARED = 8
+"""Kinds of finished cells whose times a plan shows beside the estimates, for each device."""
 PLAN_COLUMNS = ("cell", "state", "needs", "estimate", "detail")
 
 
@@ -82,7 +86,7 @@ class Summary:
         """
         todo = groups(self.rows)
         total = sum(len(rows) for rows in todo.values())
-        self.say(f"{total} of {len(self.rows)} cells to run, {how}")
+        self.say(f"{total} of {counted(len(self.rows), 'cell')} to run, {how}")
         for amount, rows in todo.items():
             estimate = sum(row.needs.estimate_min for row in rows if row.needs is not None)
             kind = (
@@ -132,6 +136,10 @@ class Summary:
         """Count ``state``, and print that something else happened to a cell."""
         self.counts[state] += 1
         self.say(f"{cell.name}: {message}", state, "yellow")
+
+    def warn(self, text: str) -> None:
+        """Print something that went wrong beside the cells."""
+        self.say(text, "warning", "yellow")
 
     def say(self, text: str, mark: str = "", style: str = "") -> None:
         """Print a line without markup, since names, messages and folders may hold brackets.
@@ -205,6 +213,10 @@ def _print_cells(console: Console, lines: Sequence[tuple[str, ...]]) -> None:
             table.add_row(*map(Text, line))
         console.print(table)
         return
+    _print_aligned(lines)
+
+
+def _print_aligned(lines: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
@@ -245,18 +257,24 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
         missing = ", ".join(sorted({_missing(row.cell) for row in members if row.absent}))
         where = f" whose models or data are not on this machine ({missing})" if missing else ""
         unit = "GPU-hours" if amount.gpus else "hours"
-        _line(console, f"{len(members)} cells{where}: {amount.describe()}; estimated {hours:.1f} {unit}")
+        _line(console, f"{counted(len(members), 'cell')}{where}: {amount.describe()}; estimated {hours:.1f} {unit}")
     if absent:
         _line(console, "load what is not on this machine with: python -m ptqbench prefetch")
-    # How far the estimates above were corrected by finished cells.
+    # What finished cells took, and how far the estimates above were corrected by that.
+    finished = [(row.cell.spec, row.took) for row in rows if row.cell.spec is not None and row.took is not None]
+    for device, lines in compared(finished).items():
+        _line(console, f"finished cells on {device}, measured / estimated (median):")
+        _print_aligned([COLUMNS, *lines[:COMPARED]])
+        if len(lines) > COMPARED:
+            _line(console, f"and {len(lines) - COMPARED} more that differ less")
     for (model, on_gpu), found in calibrated(rows).items():
         peak = (
             "" if found.peak_gib is None else f"; peak memory {found.peak_gib:.3g} of {found.asked_gib:g} GiB asked for"
         )
         _line(
             console,
-            f"estimates of {model} on {'GPU' if on_gpu else 'CPU'}: x {found.factor:.2f}, what {found.count} finished cells took "
-            f"(median){peak}",
+            f"estimates of {model} on {'GPU' if on_gpu else 'CPU'}: x {found.factor:.2f}, what "
+            f"{counted(found.count, 'finished cell')} took (median){peak}",
         )
     running = [row for row in rows if row.state == RUNNING]
     _line(

@@ -18,6 +18,7 @@ from ptqbench.runs.places import write_output
 if TYPE_CHECKING:
     import argparse
 
+    from rich.console import Group
     from rich.table import Table
 
     from ptqbench.results.tables import Sheet, Source
@@ -102,29 +103,37 @@ def print_status(folders: Sequence[RunFolder], every: bool = False) -> None:
         every: Whether finished and pending cells are listed too, without a limit.
     """
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     from ptqbench.runs.queue import look
     from ptqbench.sweeps.plan import describe
 
-    console, table, counts, hidden = Console(), Table(show_edge=False, pad_edge=False), Counter[str](), 0
+    queue = look(folders)
+    lines = [(folder.path.name, *describe(folder, queue)) for folder in folders]
+    counts = Counter(state for _, state, _ in lines)
+    said = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no run folders"
+    listed = [line for line in lines if every or line[1] not in (DONE, PENDING)]
+    Console().print(status_view(listed, len(listed) if every else STATUS_ROWS, said))
+
+
+def status_view(lines: Sequence[tuple[str, str, str]], most: int, said: str) -> Group:
+    """Lay out the states of cells.
+
+    Args:
+        lines: Run folder, state and detail of every cell that is listed.
+        most: Number of cells that are shown.
+        said: The line below them.
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_edge=False, pad_edge=False)
     for column in ("cell", "state", "detail"):
         table.add_column(column, overflow="fold")
-    queue = look(folders)
-    for folder in folders:
-        state, detail = describe(folder, queue)
-        counts[state] += 1
-        quiet = state in (DONE, PENDING)
-        if not every and (quiet or table.row_count >= STATUS_ROWS):
-            hidden += not quiet
-            continue
-        table.add_row(Text(folder.path.name), state, Text(detail))
-    if table.row_count:
-        console.print(table)
-    if hidden:
-        console.print(f"and {hidden} more (--all lists every cell)")
-    console.print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no run folders")
+    for name, state, detail in lines[:most]:
+        table.add_row(Text(name), state, Text(detail))
+    more = [Text(f"and {len(lines) - most} more (--all lists every cell)")] if len(lines) > most else []
+    return Group(*([table] if lines else []), *more, Text(said))
 
 
 def table_options(given: argparse.Namespace, title: str, columns: tuple[str, ...]) -> TableOptions:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
 
 from ptqbench.errors import (
     CalibrationError,
@@ -57,6 +61,35 @@ DAMAGED_INPUT = {
     "UnicodeError", "EOFError", "BadGzipFile", "JSONDecodeError", "BadZipFile", "ArrowInvalid", "OverflowError",
 }  # fmt: skip
 NO_GPU = ("no nvidia driver", "not compiled with cuda", "no cuda gpus are available", "invalid device ordinal")
+
+
+GPU_OF_NODE = re.compile(r"cuda|cublas|cudnn|nccl|nvml|nvidia|\becc\b", re.IGNORECASE)
+OF_PROGRAM = re.compile(
+    r"out of memory|assert|invalid (argument|value|configuration|device ordinal)|not supported|no kernel image|not compiled",
+    re.IGNORECASE,
+)
+"""Words in errors of a GPU, and those that say that not the GPU but the program or the request is at fault."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def speaks_of_node(failure: Mapping[str, Any], shared: str) -> bool:
+    """Whether a recorded failure is a reason not to use the node on which it happened.
+
+    Args:
+        failure: Content of ``failure.json``.
+        shared: Folder that all nodes share. An error about a file there says nothing about one node.
+
+    Returns:
+        True for errors of a GPU and of a disk that are not the fault of the program, the request or the shared folder.
+    """
+    kind, message = failure.get("kind"), str(failure.get("message"))
+    if kind == "disk":
+        named = re.findall(r"(?:^|[\s'\"(])(/[^\s'\":;,)]+)", message)
+        full = any(os.strerror(number) in message or f"os error {number})" in message for number in FULL)
+        # A full disk that is not named is most likely the shared one, to which a cell writes everything.
+        return not any(path.startswith(shared) for path in named) and (bool(named) or not full)
+    # An error of CUDA while a model is loaded counts as wrong input elsewhere.
+    return kind in ("code", "config") and bool(GPU_OF_NODE.search(message)) and not OF_PROGRAM.search(message)
 
 
 def classify(error: BaseException, stage: str = "") -> Kind:

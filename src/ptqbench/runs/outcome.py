@@ -27,8 +27,8 @@ WRONG_PLACE = {
 """Errors about a path that a person named. All others are faults of a disk or a machine."""
 
 
-WRONG, INTERRUPTED = 2, 130
-"""Exit statuses of a command whose request was wrong, and of one that SIGINT has ended."""
+WRONG, INTERRUPTED, CLOSED = 2, 130, 141
+"""Exit statuses of a command whose request was wrong, that SIGINT has ended, and whose output its reader has closed."""
 
 
 def report(error: BaseException) -> int:

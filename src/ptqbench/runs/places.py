@@ -84,6 +84,14 @@ def gib(text: str) -> float:
     raise ArgumentTypeError(f"expected GiB, a number of at least 0, got {text!r}")
 
 
+def seconds(text: str) -> float:
+    """Read the time between two looks, seconds."""
+    with contextlib.suppress(ValueError):
+        if 0.1 <= float(text) <= 86400:
+            return float(text)
+    raise ArgumentTypeError(f"expected seconds, a number from 0.1 to 86400, got {text!r} (the sweep stands before it)")
+
+
 def natural(text: str) -> int:
     """Read a number of things."""
     if text.isascii() and text.isdigit():

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -19,6 +20,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
+SLURM = re.compile(r"SLURM_\w*_ID|SLURMD_NODENAME")
+"""Environment variables by which SLURM says which job this is, and on which node."""
+
+
 def collect() -> dict[str, Any]:
     """Describe this process, its machine and its software as plain data."""
     return {
@@ -30,7 +35,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": _versions(),
         "git": git_state(),
-        "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_") and key.endswith("_ID")},
+        "slurm": {key: value for key, value in os.environ.items() if SLURM.fullmatch(key)},
         "cpu": cpu(),
         "gpu": _gpu(),
     }

@@ -6,13 +6,17 @@ Imports neither of them: errors are recognized by their text.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 from ptqbench.cell.folders import conf_folder, group_names
-from ptqbench.cell.spec import nearest
+from ptqbench.cell.spec import ROLES, RunSpec, may_hold, nearest
 from ptqbench.errors import PtqbenchError
 from ptqbench.sweeps.words import key_of, quoted_word
+
+COMPUTED = ("digest", "digests")
+"""Ends of the keys whose values ptqbench computes."""
 
 Compose = Callable[[list[str]], dict[str, Any]]
 
@@ -82,20 +86,34 @@ def _groups() -> list[str]:
 def _unknown_key(place: str, words: list[str], compose: Compose, before: str = "") -> str:
     """The message for an unknown key: the keys that exist beside it, or what to choose where its parent is empty."""
     *parents, last = place.split(".")
+    # The schema knows more keys than the files give; but not those of a role, which its member has.
+    allowed = may_hold(RunSpec, parents) if parents and not set(parents) & {*ROLES} else set()
+    allowed = allowed and {name for name in allowed if not name.endswith(COMPUTED)}
+    missing = not before and (allowed is None or last in allowed)
+    word = next((word for word in words if key_of(word) == place), f"{place}=VALUE")
+    add = f"{place} has no value yet that could be replaced: add it with {shlex.quote('++' + word.lstrip('+'))}"
     node: Any = _without(place, words, compose)
     for depth, part in enumerate(parents):
         node = node.get(part) if isinstance(node, dict) else None
+        if node is None and depth and missing:
+            return f"{add}{_example(parents[0], place, ', or write ')}"
         if node is None and depth:
             return f"{before}unknown key {place!r}; {_empty('.'.join(parents[: depth + 1]), parents[0], place)}"
+    if missing:
+        return add
     known = {*map(str, node), *([] if parents else ["method"])} if isinstance(node, dict) else set()
-    return f"{before}unknown key {place!r}; {nearest(last, known)}"
+    return f"{before}unknown key {place!r}; {nearest(last, known | (allowed or set()))}"
 
 
 def _empty(part: str, section: str, place: str) -> str:
-    names = group_names(section)
-    named = [name for name in names if name in place.split(".")]
-    example = f", such as {section}={named[0]} {place}=..." if named else ""
-    return f"{part} is empty here: choose one with {section}=NAME{example}; known: {', '.join(names)}"
+    choices, example = ", ".join(group_names(section)), _example(section, place, ", such as ")
+    return f"{part} is empty here: choose one with {section}=NAME{example}; known: {choices}"
+
+
+def _example(section: str, place: str, before: str) -> str:
+    """How a key is given beside the choice that has it, where a choice has the name of a part of the key; else nothing."""
+    named = [name for name in group_names(section) if name in place.split(".")]
+    return f"{before}{section}={named[0]} {place}=..." if named else ""
 
 
 def _without(place: str, words: list[str], compose: Compose) -> dict[str, Any]:

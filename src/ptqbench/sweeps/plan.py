@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from ptqbench.errors import DataNotHereError
 from ptqbench.models.architecture import from_config, published
-from ptqbench.runs.files import number
 from ptqbench.runs.folder import DONE, FAILED, RUNNING, UNREADABLE, RunFolder
 from ptqbench.runs.queue import QUEUED, Job, Queue, look, submission
 from ptqbench.sweeps.cells import INVALID, SKIPPED, Cell
+from ptqbench.sweeps.measured import Took, taken
 from ptqbench.sweeps.resolve import Known
-from ptqbench.sweeps.resources import START_S, Needs, doubled, needs, time_limit
+from ptqbench.sweeps.resources import Needs, doubled, needs, time_limit
 
 Kind = tuple[str, bool]
 MORE_MEMORY = ("gpu_memory", "host_memory", "killed")
@@ -30,6 +30,7 @@ class Row:
             model whose shape is published.
         detail: Why it is skipped or invalid, how far it is, or how it failed.
         job: Its SLURM job, where it is queued.
+        took: What it took, where it is done.
     """
 
     cell: Cell
@@ -37,6 +38,7 @@ class Row:
     needs: Needs | None
     detail: str = ""
     job: Job | None = None
+    took: Took | None = None
 
     @property
     def todo(self) -> bool:
@@ -95,16 +97,9 @@ def calibrated(rows: Sequence[Row]) -> dict[Kind, Finished]:
     """
     found: dict[Kind, list[tuple[float, float | None, float]]] = {}
     for row in rows:
-        result = row.cell.folder.result() if row.state == DONE and row.cell.folder is not None else None
-        if row.needs is None or result is None or not isinstance(result.get("timings"), dict):
-            continue
-        on_gpu, seconds = bool(row.needs.gpus), [number(result["timings"], name) for name in result["timings"]]
-        # A cell that ran elsewhere than it was planned says nothing about the estimate.
-        if on_gpu == (result.get("peak_gpu_gib") is not None) and None not in seconds:
-            ratio = (START_S + sum(s for s in seconds if s is not None)) / (60 * row.needs.estimate_min)
-            peak = number(result, "peak_gpu_gib" if on_gpu else "peak_host_gib")
-            asked = row.needs.gpu_mem_gib if on_gpu else row.needs.host_mem_gib
-            found.setdefault(_kind(row), []).append((ratio, peak, asked))
+        if row.took is not None and row.needs is not None:
+            asked = row.needs.gpu_mem_gib if row.needs.gpus else row.needs.host_mem_gib
+            found.setdefault(_kind(row), []).append((row.took.ratio, row.took.peak_gib, asked))
     return {kind: _finished(measured) for kind, measured in found.items()}
 
 
@@ -152,9 +147,12 @@ def _row(cell: Cell, queue: Queue, known: Known) -> Row:
     state, detail = describe(cell.folder, queue)
     if state == UNREADABLE:
         return Row(cell, state, None, detail)
-    amount = needs(cell.spec, from_config(known.config(cell.spec.model)))
+    shape = from_config(known.config(cell.spec.model))
+    amount = needs(cell.spec, shape)
     if state == FAILED and (cell.folder.failure() or {}).get("kind") in MORE_MEMORY:
         amount = doubled(amount)
+    if state == DONE:
+        return Row(cell, state, amount, detail, took=taken(cell.folder, amount, shape))
     return Row(cell, state, amount, detail, queue.job_of(cell.folder) if state == QUEUED else None)
 
 

@@ -19,6 +19,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from ptqbench.cell.labels import counted
 from ptqbench.data.task_sizes import size_of
 from ptqbench.engine.cost import work
 from ptqbench.evaluate.scores import CHUNK_BYTES
@@ -34,6 +35,7 @@ CPU_RATE = 20e9  # per core, float32, of whole cells of the embedded model: meas
 MEMORY_RATE, CPU_MEMORY_RATE = 1.5e12, 2e10  # bytes of weights per second that a written token reads: assumed
 BLOCK_S = 5e-4  # seconds per block and written token, whatever its size: assumed
 READ_RATE = 1e9  # bytes per second from the checkpoint's file system: assumed
+STAGES = ("bases", "quantize", "evaluate")
 START_S = 10.0  # interpreter and imports
 MARGIN = 1.3  # of memory
 TIME_MARGIN = 3.0  # between the estimate and the time that is asked for
@@ -57,6 +59,7 @@ class Needs:
         cpus: CPU cores.
         time_min: Time limit, minutes: the estimate times a margin.
         estimate_min: Estimated duration, minutes.
+        stages: Estimated seconds of each of ``STAGES``, as the rates give them.
     """
 
     gpus: int
@@ -65,11 +68,12 @@ class Needs:
     cpus: int
     time_min: int
     estimate_min: float
+    stages: tuple[float, ...] = dataclasses.field(default=(), compare=False)
 
     def describe(self) -> str:
         """Say it in one line."""
         gpu = f"{self.gpus} GPU ({self.gpu_mem_gib:g} GiB)" if self.gpus else "CPU"
-        return f"{gpu}, {self.cpus} cores, {self.host_mem_gib:g} GiB, {duration(self.time_min)}"
+        return f"{gpu}, {counted(self.cpus, 'core')}, {self.host_mem_gib:g} GiB, {duration(self.time_min)}"
 
 
 def needs(spec: RunSpec, architecture: Architecture) -> Needs:
@@ -96,7 +100,8 @@ def needs(spec: RunSpec, architecture: Architecture) -> Needs:
         gpu_mem, host_mem = 0.0, host_mem + gpu_mem
     cpus = given.cpus or (8 if gpus else spec.execution.threads or 4)
     rates = (GPU_RATE, MEMORY_RATE) if gpus else (CPU_RATE * cpus, CPU_MEMORY_RATE)
-    minutes = _seconds(spec, architecture, params, *rates) / 60
+    stages = _seconds(spec, architecture, params, *rates)
+    minutes = (START_S + sum(stages)) / 60
     return Needs(
         gpus=gpus,
         gpu_mem_gib=given.gpu_mem_gib or (_step(gpu_mem * MARGIN, GPU_SIZES) if gpus else 0.0),
@@ -104,6 +109,7 @@ def needs(spec: RunSpec, architecture: Architecture) -> Needs:
         cpus=cpus,
         time_min=given.time_min or time_limit(minutes),
         estimate_min=minutes,
+        stages=stages,
     )
 
 
@@ -149,15 +155,18 @@ def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[flo
     return device / GIB, whole / GIB, (host + streams) / GIB
 
 
-def _seconds(spec: RunSpec, architecture: Architecture, params: int, rate: float, memory_rate: float) -> float:
+def _seconds(
+    spec: RunSpec, architecture: Architecture, params: int, rate: float, memory_rate: float
+) -> tuple[float, ...]:
+    """Seconds of each of ``STAGES``."""
     evaluation, stored = spec.evaluation, BYTES[spec.model.dtype]
     texts = {label: text_tokens(text.dataset) for label, text in evaluation.texts.items()}
     flop = work(spec, architecture, texts).flop
     # The unquantized model is run twice over every text (reference, noise) and once over the tasks.
     more = int(evaluation.fidelity)
-    operations = sum(flop.values()) + 2 * more * flop.get("perplexity", 0.0)
+    bases, operations = flop.pop("bases", 0.0), flop.pop("perplexity", 0.0) * (1 + 2 * more)
     # Passes that read the checkpoint: each text is one, quantization two, each chunk of task tokens one.
-    reads = 1.0 + (1 + 2 * more) * len(texts) + 2 * spec.quantizes
+    reads = 1.0 + (1 + 2 * more) * len(texts)
     chunks, writing = 0.0, 0.0
     for task in _tasks(spec):
         size, shots = size_of(task), evaluation.few_shot.get(task)
@@ -171,7 +180,9 @@ def _seconds(spec: RunSpec, architecture: Architecture, params: int, rate: float
             operations += 2.0 * params * (1 + more) * _read(spec, task)
             chunks += size.requested(shots, evaluation.limit) * architecture.hidden_size * stored / CHUNK_BYTES
     reads += (1 + more) * math.ceil(chunks) + any(_needs_whole(spec, task) for task in _tasks(spec))
-    return START_S + operations / rate + writing + reads * params * stored / READ_RATE
+    read_s = params * stored / READ_RATE
+    quantize = sum(flop.values()) / rate + 2 * spec.quantizes * read_s
+    return bases / rate, quantize, operations / rate + writing + reads * read_s
 
 
 def _tasks(spec: RunSpec) -> list[str]:

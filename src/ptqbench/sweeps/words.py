@@ -13,13 +13,17 @@ from ptqbench.cell.folders import group_names
 from ptqbench.cell.spec import nearest
 from ptqbench.errors import ConfigError
 
+DRY = "--dry-run"
+"""The one flag of ptqbench's own: print the plan, and do nothing else."""
+
 FLAGS = {
+    DRY: "",
     "--help": "", "-h": "", "--hydra-help": "", "--resolve": "", "--run": "", "-r": "", "--multirun": "", "-m": "",
     "--shell-completion": "", "-sc": "", "--cfg": "job|hydra|all", "-c": "job|hydra|all", "--package": ".+", "-p": ".+",
     "--config-path": ".+", "-cp": ".+", "--config-name": ".+", "-cn": ".+", "--config-dir": ".+", "-cd": ".+",
     "--info": "all|config|defaults|defaults-tree|plugins|searchpath", "-i": "all|config|defaults|defaults-tree|plugins|searchpath",
 }  # fmt: skip
-"""Hydra's flags, each with a pattern of the value that follows it; empty where none does."""
+"""Flags of a command line in Hydra's grammar, each with a pattern of the value that follows it; empty where none does."""
 
 WITHOUT_VALUE = ("--info", "-i")
 """Flags whose value may be left out."""

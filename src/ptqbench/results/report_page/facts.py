@@ -14,12 +14,13 @@ from typing import Any, cast
 import pandas as pd
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
+from ptqbench.engine.timings import EVALUATION_TIMINGS
 from ptqbench.errors import StorageError
 from ptqbench.results import tables
 from ptqbench.results.metrics import AVERAGE, MISSING, format_bits, format_value, higher_is_better, known, part
 from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet
 from ptqbench.results.tables.pivot import draw, in_order
-from ptqbench.results.tables.tidy import DRAW, EVALUATION_TIMINGS, quantize_seconds, spared_seconds
+from ptqbench.results.tables.tidy import DRAW, quantize_seconds, spared_seconds
 from ptqbench.runs.files import number, read_record
 from ptqbench.runs.folder import DONE, RunFolder
 

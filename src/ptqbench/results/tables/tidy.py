@@ -20,6 +20,7 @@ import pandas as pd
 from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import identity_texts, joined
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS, RunSpec
+from ptqbench.engine.timings import EVALUATION_TIMINGS
 from ptqbench.errors import PtqbenchError, StorageError
 from ptqbench.results.metrics import kind, known, measured
 from ptqbench.results.tables.names import KEYS, settle
@@ -46,7 +47,6 @@ NOISE = "noise"
 BESIDE_VARIANT = ("seed", "replicate", "evaluation")
 ROTATION_SEED = re.compile(r'"rotation_seed":\d+,?')
 """The seed of random rotations in the canonical JSON of a method. A table averages over it as over the seed of the cell."""
-EVALUATION_TIMINGS = ("perplexity_s", "zero_shot_s", "fidelity_s")
 """Timings of a result that are not part of quantizing."""
 
 
