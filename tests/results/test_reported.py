@@ -9,7 +9,8 @@ import golden_store
 from ptqbench.cell.folders import group_names
 from ptqbench.cell.spec import RunSpec, build
 from ptqbench.results import tables
-from ptqbench.results.reported import AGREES, DIFFERS, INCOMPARABLE, NO_RESULT, SECOND_HAND, check, check_sheet, load
+from ptqbench.results.figures import load
+from ptqbench.results.reported import AGREES, DIFFERS, INCOMPARABLE, NO_RESULT, SECOND_HAND, check, check_sheet
 from ptqbench.runs import folder as store
 
 RESQ = {
