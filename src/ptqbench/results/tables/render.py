@@ -31,13 +31,19 @@ def _entry(entry: Entry, escaped: Callable[[str], str], bold: str, note: str) ->
 
 def markdown(sheet: Sheet) -> str:
     """Print a sheet as a pipe table, footnotes and remarks below."""
-    heads = [_pipes(f"{column.group} {column.name}".strip()) for column in sheet.columns]
+    heads = [_pipes(f"{column.group} {column.name}".strip()) for column in with_head_notes(sheet).columns]
     lines = [f"**{sheet.title}**", ""] if sheet.title else []
     lines += [_line(heads), "|" + "".join("---:|" if column.numeric else "---|" for column in sheet.columns)]
     lines += [_line([_entry(entry, _pipes, "**%s**", "%s [%d]") for entry in row]) for row in sheet.rows]
     for text in sheet.below():
         lines += ["", " ".join(text.split())]
     return "\n".join(lines) + "\n"
+
+
+def with_head_notes(sheet: Sheet) -> Sheet:
+    """The same sheet with the numbers of footnotes in the text of its headings, for plain text."""
+    columns = [c if c.note is None else dataclasses.replace(c, name=f"{c.name} [{c.note}]", note=None) for c in sheet.columns]
+    return dataclasses.replace(sheet, columns=columns)
 
 
 def _line(cells: list[str]) -> str:
@@ -76,7 +82,7 @@ def _latex_head(sheet: Sheet) -> list[str]:
         rules += [rf"\cmidrule(lr){{{start}-{start + width - 1}}}"] if group else []
         start += width
     lines = [" & ".join(upper) + r" \\", " ".join(rules)] if upper else []
-    return [*lines, " & ".join(_tex(column.name) for column in sheet.columns) + r" \\"]
+    return [*lines, " & ".join(_latex_entry(Entry(c.name, note=c.note)) for c in sheet.columns) + r" \\"]
 
 
 def _latex_entry(entry: Entry) -> str:
@@ -116,10 +122,13 @@ def _html_head(sheet: Sheet) -> list[str]:
         f'<th scope=colgroup colspan="{width}">{escape(group)}</th>' if group else f'<td colspan="{width}"></td>'
         for group, width in sheet.groups()
     ]
-    names = [f"<th scope=col{' class=n' if c.numeric else ''}>{escape(c.name)}</th>" for c in sheet.columns]
+    names = [f"<th scope=col{' class=n' if c.numeric else ''}>{_html_text(Entry(c.name, note=c.note))}</th>" for c in sheet.columns]
     return [f"<tr>{''.join(cells)}</tr>" for cells in (spans, names) if cells]
 
 
 def _html_entry(entry: Entry, column: Column) -> str:
-    text = _entry(entry, escape, "<b>%s</b>", "%s<sup>%d</sup>")
-    return f"{'<td class=n>' if column.numeric else '<td>'}{text}</td>"
+    return f"{'<td class=n>' if column.numeric else '<td>'}{_html_text(entry)}</td>"
+
+
+def _html_text(entry: Entry) -> str:
+    return _entry(entry, escape, "<b>%s</b>", "%s<sup>%d</sup>")
