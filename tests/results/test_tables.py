@@ -82,7 +82,9 @@ def test_latex_compiles(layout, tmp_path):
         pytest.skip("no pdflatex on PATH: the LaTeX table is compared with its golden text only")
     body = tables.latex(golden_sheet(layout))
     preamble = (
-        r"\documentclass{article}\usepackage[margin=1cm,landscape]{geometry}\usepackage{booktabs}\begin{document}"
+        r"\documentclass{article}\usepackage[margin=1cm,landscape]{geometry}"
+        + body[2 : body.index("\n")]
+        + r"\begin{document}"
     )
     (tmp_path / "t.tex").write_text(preamble + body + r"\end{document}")
     done = subprocess.run(

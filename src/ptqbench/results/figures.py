@@ -41,7 +41,7 @@ def load() -> tuple[pd.DataFrame, dict[str, Any]]:
         The figures in the order of the file, with numbers as floats and ``printed`` as the text of ``value``; the protocols.
 
     Raises:
-        ConfigError: A figure lacks a column, is no number, or has a protocol that is not described.
+        ConfigError: The file lacks a column, or a figure is no number or has a protocol that is not described.
     """
     return _read(reported_folder())
 

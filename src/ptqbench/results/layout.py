@@ -25,7 +25,7 @@ BREAKS = re.compile(r"[^ ]* ?"), re.compile(r"[^/=,]*[/=,]?"), re.compile(r"[^_]
 """Pieces of a label, from coarse to fine: behind a space; behind ``/``, ``=`` or a comma; behind an underscore."""
 GAP, DENSE_GAP = 3, 2
 """Room between two columns: with a line between them, and without."""
-PLAIN = str.maketrans({"±": "~", "↑": "^", "↓": "v", "Δ": "d", "–": "-", "×": "x", "≤": "<", "…": "."})
+PLAIN = str.maketrans({"±": "~", "↑": "^", "↓": "v", "Δ": "d", "–": "-", "×": "x", "≤": "<", "…": ".", "\u00a0": " "})
 """Replacements, each as wide as the original, for terminals that can show ASCII alone."""
 
 

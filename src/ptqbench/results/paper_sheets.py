@@ -13,11 +13,12 @@ import pandas as pd
 
 from ptqbench.results.figures import Figure
 from ptqbench.results.metrics import MISSING, format_value, higher_is_better, known
-from ptqbench.results.paper_tables import PaperTable, Place, paper_tables
+from ptqbench.results.paper_tables import QUOTED, PaperTable, Place, paper_tables
 from ptqbench.results.reported import Value, in_words
 from ptqbench.results.tables import Column, Entry, Sheet
 
 BEYOND = "*"
+NO_BREAK = "\u00a0"
 MOST_DECIMALS = 3
 LEGEND = "Ours / reported."
 NOISE = (
@@ -55,7 +56,9 @@ def paper_sheet(table: PaperTable) -> Sheet:
     for at in grid.rows:
         labels = grid.labels(at)
         # A label that repeats the one above is left out, as in print; the last one never is.
-        shown = ["" if before[: n + 1] == labels[: n + 1] and n + 1 < len(labels) else text for n, text in enumerate(labels)]
+        shown = [
+            "" if before[: n + 1] == labels[: n + 1] and n + 1 < len(labels) else text for n, text in enumerate(labels)
+        ]
         before = labels
         lead = [Entry(text) for text in shown]
         lead[-1] = Entry(labels[-1], note=_number(sheet, notes.get(at, [])))
@@ -67,7 +70,7 @@ def paper_sheet(table: PaperTable) -> Sheet:
 
 
 def _section(table: PaperTable) -> Callable[[str, Axis], Hashable]:
-    """What rows between two rules share: the model, or the bits where the paper groups rows by them; and that they are the paper's."""
+    """What rows between two rules share: the model; or whether the paper has them, and the bits where it groups rows by these."""
     if table.down == ("model",):
         return lambda label, at: ""
     if "model" in table.down:
@@ -129,7 +132,7 @@ def metric_words(metric: str) -> str:
     if not metric:
         return ""
     words = f"avg of {metric.count(',') + 1}" if metric.startswith("average of ") else in_words(metric)
-    return f"{words} {'↑' if higher_is_better(metric) else '↓'}"
+    return f"{words}{NO_BREAK}{'↑' if higher_is_better(metric) else '↓'}"
 
 
 def _notes(grid: _Grid) -> tuple[list[str], dict[Axis, list[str]]]:
@@ -175,14 +178,16 @@ def _entry(metric: str, place: Place | None, note: int | None) -> Entry:
     if place is None:
         return Entry(MISSING)
     reported = place.figure.text if place.figure else MISSING
-    return Entry(f"{_ours(metric, place.ours, place.figure)}{BEYOND if place.beyond_noise else ''} / {reported}", note=note)
+    return Entry(
+        f"{_ours(metric, place.ours, place.figure)}{BEYOND if place.beyond_noise else ''} / {reported}", note=note
+    )
 
 
 def _ours(metric: str, ours: Value | None, figure: Figure | None) -> str:
     """Our value: an accuracy with the decimals of the printed one, at least one; a perplexity with one more, at most three."""
     if ours is None:
         return MISSING
-    if figure is None or not 0 <= figure.decimals or not math.isfinite(ours.mean) or ours.mean >= 1e4:
+    if figure is None or figure.decimals < 0 or not math.isfinite(ours.mean) or ours.mean >= 1e4:
         return format_value(metric, ours.mean)
     if known(metric).share:
         return f"{100 * ours.mean:.{max(figure.decimals, 1)}f}"
@@ -191,7 +196,7 @@ def _ours(metric: str, ours: Value | None, figure: Figure | None) -> str:
 
 def _title(table: PaperTable) -> str:
     source = f" (arXiv {table.arxiv})" if table.arxiv else ""
-    where = {"": "", "unspecified": ", as quoted by others"}.get(table.table, f", {table.table}")
+    where = {"": "", QUOTED: ", as quoted by others"}.get(table.table, f", {table.table}")
     metric = f": {metric_words(table.metrics[0])}" if len(table.metrics) == 1 and table.metrics[0] else ""
     return f"{table.paper}{source}{where}{metric}"
 
@@ -199,17 +204,27 @@ def _title(table: PaperTable) -> str:
 def _legend(table: PaperTable) -> list[str]:
     """What the numbers and marks mean, and how many there are."""
     places = list(table.places.values())
-    both = [place for place in places if not math.isnan(place.noise)]
-    alike = [place for place in both if not place.why]
-    beyond = sum(place.beyond_noise for place in alike)
-    printed = sum(place.figure is not None for place in places)
+    printed, both = _number_of(places), [place for place in places if not math.isnan(place.noise)]
     if not printed:
         return [LEGEND, f"No figure of {table.paper} that ptqbench knows belongs to these cells."]
+    alike = [place for place in both if not place.why]
+    beyond = _number_of(place for place in alike if place.beyond_noise)
+    counted = f"None of the {printed} printed figures has one of ours beside it yet."
+    if both:
+        counted = f"Of {printed} printed figures, {_number_of(both)} have one of ours beside them, {_number_of(alike)} by the "
+        counted += f"same protocol; of these, {beyond} beyond the noise."
     seeds = sorted({place.ours.seeds for place in places if place.ours} - {0, 1})
     return [
-        f"{LEGEND} Of {printed} printed figures, {len(both)} have one of ours beside them, {len(alike)} by the same protocol; "
-        f"of these, {beyond} are beyond the noise.",
+        f"{LEGEND} {counted}",
         *([NOISE] if any(place.beyond_noise for place in both) else []),
-        *([f"Ours: mean over {' or '.join(map(str, seeds))} seeds where a method is random."] if seeds else []),
-        *([f"The table has further models: {', '.join(table.absent_models)}."] if table.absent_models else []),
+        *([f"Ours: mean over {' or '.join(map(str, seeds))} seeds where there are several."] if seeds else []),
+        *(
+            [f"Also printed there, for models that are not here: {', '.join(table.absent_models)}."]
+            * bool(table.absent_models)
+        ),
     ]
+
+
+def _number_of(places: Iterable[Place]) -> int:
+    """Number of printed figures in these places; one that several cells of ours belong to counts once."""
+    return len({id(place.figure) for place in places if place.figure})

@@ -17,11 +17,13 @@ from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.results.figures import COLLAPSED, Figure, figures, load, method_objections, objections, same_cell
 from ptqbench.results.metrics import AVERAGE, known
-from ptqbench.results.reported import SECOND_HAND, Ours, Value, key_of
+from ptqbench.results.reported import SECOND_HAND, Key, Ours, Value, key_of
 from ptqbench.results.tables import KEYS, records
 
 DOWN = ("method",)
 """Axes that run down where ``protocols.yaml`` says nothing of a table; the others run across. Bits stand with the method."""
+QUOTED = "unspecified"
+"""Name of the table of figures that others quote without saying where they stand."""
 NO_CELL = "not in this sweep"
 PLACE = [
     "paper", "table", "model", "bits", "method", "our_method", "our_bitwidth", "metric", "ours", "spread", "seeds", "reported",
@@ -77,17 +79,22 @@ class Line:
         method: The paper's word for it, or our method.
         cells: Our cells by model.
         figures: The printed figures by model and metric.
+        with_bits: Whether our names must say the bitwidth, because cells of several belong to the paper's line.
     """
 
     bits: str
     method: str
     cells: dict[str, Cell] = dataclasses.field(default_factory=dict)
     figures: dict[tuple[str, str], Figure] = dataclasses.field(default_factory=dict)
+    with_bits: bool = False
 
     @property
     def names(self) -> list[str]:
         """Our names of the method."""
-        return list(dict.fromkeys(cell["method"] for cell in self.cells.values()))
+        names = (
+            f"{cell['method']} {cell['bitwidth']}" if self.with_bits else cell["method"] for cell in self.cells.values()
+        )
+        return list(dict.fromkeys(names))
 
 
 @dataclasses.dataclass
@@ -174,8 +181,8 @@ def paper_tables(frame: pd.DataFrame, papers: Sequence[str] = ()) -> list[PaperT
     for cell in records(cells.drop_duplicates(KEYS)):
         by_model.setdefault(cell["model"], []).append(cell)
     tables = [
-        _build(paper, table, rows, by_model, ours, words, bool(papers))
-        for paper, table, rows in _chosen(printed, words, papers, by_model)
+        _build(paper, table, rows, by_model, ours, words, alone)
+        for paper, table, rows, alone in _chosen(printed, words, papers, by_model)
     ]
     return tables if papers else sorted(tables, key=lambda table: -sum(_judged(p) for p in table.places.values()))
 
@@ -186,38 +193,52 @@ def _judged(place: Place) -> bool:
 
 def _chosen(
     printed: pd.DataFrame, words: dict[str, Any], papers: Sequence[str], cells: dict[str, list[Cell]]
-) -> Iterable[tuple[str, str, pd.DataFrame]]:
-    """The tables that are asked for, each with its rows of ``reported.csv``."""
+) -> Iterable[tuple[str, str, pd.DataFrame, bool]]:
+    """The tables that are asked for, with their rows of ``reported.csv``; and whether a named paper has no better known table."""
+    names = [[part.strip() for part in name.split(",", 1)] for name in papers]
+    printed = printed[printed["paper"].isin([paper for paper, *_ in names])] if papers else printed
     joined = {
         (figure.row["paper"], figure.row["table"])
         for figure in figures(printed[printed["model"].isin(cells)], words)
-        if any(same_cell(cell, figure) and cell["nominal_w_bits"] < UNTOUCHED_BITS for cell in cells[figure.row["model"]])
+        if any(
+            same_cell(cell, figure) and cell["nominal_w_bits"] < UNTOUCHED_BITS for cell in cells[figure.row["model"]]
+        )
     }
-    names = [[part.strip() for part in name.split(",", 1)] for name in papers]
     for paper, *named in names or [[paper] for paper in dict.fromkeys(printed["paper"])]:
         of_paper = printed[printed["paper"] == paper]
         there = list(dict.fromkeys(of_paper["table"]))
         if named and there and named[0] not in there:
-            raise ConfigError(f"papers: expected a table of {paper} that is known ({', '.join(there)}), got {named[0]!r}")
+            raise ConfigError(
+                f"papers: expected a table of {paper} that is known ({', '.join(there)}), got {named[0]!r}"
+            )
         found = [table for table in named or there if (paper, table) in joined]
         if not found and papers:
-            yield paper, "", of_paper[:0]
+            yield paper, "", of_paper[:0], True
         for table in found:
-            yield paper, table, of_paper[of_paper["table"] == table]
+            alone = bool(papers) and (table != QUOTED or found == [QUOTED])
+            yield paper, table, of_paper[of_paper["table"] == table], alone
 
 
 def _build(
-    paper: str, table: str, rows: pd.DataFrame, cells: dict[str, list[Cell]], ours: Ours, words: dict[str, Any], named: bool
+    paper: str,
+    table: str,
+    rows: pd.DataFrame,
+    cells: dict[str, list[Cell]],
+    ours: Ours,
+    words: dict[str, Any],
+    alone: bool,
 ) -> PaperTable:
     """One table: lines of the paper with our cells, then our other cells, and the figures of both in every place."""
     about = words.get("tables", {}).get(f"{paper}, {table}", {})
-    partly = about.get("incomplete", table in ("", "unspecified"))
-    # Of a table that we know in part, all cells are shown; else those of its models and bits.
+    partly = about.get("incomplete", table in ("", QUOTED))
+    # Of a table that is known in part, all cells and metrics are shown; else those of its models, bits and metrics.
+    whole = bool(alone and partly)
     given = figures(rows[rows["model"].isin(cells)], words)
     models = [model for model in dict.fromkeys(rows["model"]) if model in cells]
-    models += [model for model in cells if model not in models and named and partly]
-    metrics = list(dict.fromkeys(figure.metric for figure in given)) or _usual(ours.metrics)
-    lines = _lines(given, {model: cells[model] for model in models}, whole=bool(named and partly))
+    models += [model for model in cells if whole and model not in models]
+    measured = [figure.metric for figure in given] + (_usual(ours.metrics) if whole else [])
+    metrics = list(dict.fromkeys(measured)) or [""]
+    lines = _lines(given, {model: cells[model] for model in models}, whole)
     gap = "not among the figures that ptqbench knows" if partly else "not in the paper's table"
     places = {
         (number, model, metric): place
@@ -232,10 +253,10 @@ def _build(
 
 
 def _usual(metrics: list[str]) -> list[str]:
-    """What papers print: perplexities and one average over tasks; the empty name where nothing was measured."""
+    """What papers print: perplexities and the average over most tasks."""
     averages = [name for name in metrics if name.startswith((AVERAGE, "average of "))]
     longest = sorted(averages, key=lambda name: name.count(","))[-1:]
-    return [name for name in metrics if known(name).of_text and not known(name).relative] + longest or [""]
+    return [name for name in metrics if known(name).of_text and not known(name).relative] + longest
 
 
 def _lines(given: list[Figure], cells: dict[str, list[Cell]], whole: bool) -> list[Line]:
@@ -266,7 +287,10 @@ def _lines(given: list[Figure], cells: dict[str, list[Cell]], whole: bool) -> li
             line = ours.setdefault((cell["bitwidth"], cell["method"]), Line(cell["bitwidth"], cell["method"]))
             line.cells[cell["model"]] = cell
     first = list(dict.fromkeys(width for width, _ in ours))
-    return lines + [line for _, line in sorted(ours.items(), key=lambda pair: first.index(pair[0][0]))]
+    lines += [line for _, line in sorted(ours.items(), key=lambda pair: first.index(pair[0][0]))]
+    return sorted(
+        lines, key=lambda line: not any(cell["nominal_w_bits"] >= UNTOUCHED_BITS for cell in line.cells.values())
+    )
 
 
 def _variants(
@@ -277,15 +301,15 @@ def _variants(
     if all(len(several) == 1 for several in chosen.values()):
         lines = [Line(*key, {model: several[0] for model, several in chosen.items()}, by_metric)]
     else:
-        names = dict.fromkeys(cell["method"] for several in chosen.values() for cell in several)
-        variants = {
-            name: {model: cell for model, several in chosen.items() for cell in several if cell["method"] == name}
-            for name in names
-        }
-        lines = [Line(*key, found, by_metric) for found in variants.values()]
+        variants: dict[Key, dict[str, Cell]] = {}
+        for model, several in chosen.items():
+            for cell in several:
+                variants.setdefault(key_of(cell)[1:], {})[model] = cell
+        with_bits = len({width for _, width in variants}) > 1
+        lines = [Line(*key, found, by_metric, with_bits) for found in variants.values()]
     for line in lines:
-        pairs = {(cell["method"], cell["bitwidth"]) for cell in line.cells.values()}
-        for cell in [cell for cell in left if (cell["method"], cell["bitwidth"]) in pairs]:
+        pairs = {key_of(cell)[1:] for cell in line.cells.values()}
+        for cell in [cell for cell in left if key_of(cell)[1:] in pairs]:
             if cell["model"] not in line.cells:
                 line.cells[cell["model"]] = cell
                 left.remove(cell)

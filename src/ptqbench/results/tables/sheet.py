@@ -21,6 +21,8 @@ BOLD = (
     "(over seeds where there are several, else the standard error of the evaluation)."
 )
 SPREAD = "±: sample standard deviation over seeds."
+WIDEST = 24
+"""Characters of a label that stand on one line."""
 PADDING = 2
 """Characters that stand for the space between two columns."""
 INFINITE = f"inf: a perplexity above {LARGEST:.0e} in one seed or more."
@@ -91,8 +93,7 @@ class Sheet:
         Returns:
             Sheets of the same rows; the title stands over the first, footnotes and remarks below the last.
         """
-        shown = [max([len(column.name), *(len(row[n].text) for row in self.rows)]) for n, column in enumerate(self.columns)]
-        lead, needed = self.lead(), [one + PADDING for one in shown]
+        lead, needed = self.lead(), self.widths()
         room = width - sum(needed[place] for place in lead)
         if sum(needed) <= width:
             return [self]
@@ -106,6 +107,15 @@ class Sheet:
         sheets[0].title, sheets[-1].notes, sheets[-1].remarks = self.title, self.notes, self.remarks
         return sheets
 
+    def widths(self) -> list[int]:
+        """Characters that every column needs with the space behind it. A heading may be broken at spaces, a label at ``WIDEST``."""
+        found = []
+        for place, column in enumerate(self.columns):
+            widest = max((len(row[place].text) for row in self.rows), default=0)
+            head = max(map(len, column.name.split(" ")))
+            found.append(max(head, widest if column.numeric else min(widest, WIDEST)) + PADDING)
+        return found
+
     def lead(self) -> tuple[int, ...]:
         """Places of the leading columns, which hold the labels of the rows."""
         return tuple(takewhile(lambda place: not self.columns[place].numeric, range(len(self.columns))))
@@ -118,18 +128,21 @@ class Sheet:
             room: Width of a part without labels.
 
         Returns:
-            Places of the columns of every part. A group of columns is broken only where it is wider than a part, and a part is
-            wider than the room only where a single column is.
+            Places of the columns of every part. A group of columns is broken only where it is wider than a part, and does then
+            not share a part with another broken one. A part is wider than the room only where a single column is.
         """
         parts: list[tuple[int, ...]] = [()]
-        behind = range(len(self.lead()), len(self.columns))
-        for group, members in groupby(behind, key=lambda place: self.columns[place].group or place):
+        behind, broken = range(len(self.lead()), len(self.columns)), False
+        for _, members in groupby(behind, key=lambda place: self.columns[place].group or place):
             whole = tuple(members)
             fits = sum(needed[place] for place in whole) <= room
-            for unit in [whole] if group and fits else [(place,) for place in whole]:
+            if broken:
+                parts.append(())
+            for unit in [whole] if fits else [(place,) for place in whole]:
                 if parts[-1] and sum(needed[place] for place in parts[-1] + unit) > room:
                     parts.append(())
                 parts[-1] += unit
+            broken = not fits and len(whole) > 1
         return parts
 
     def groups(self) -> list[tuple[str, int]]:
