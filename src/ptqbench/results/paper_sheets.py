@@ -123,7 +123,8 @@ class _Grid:
     def _words(self, axis: str, at: str | int) -> list[str]:
         if axis == "method":
             line = self.table.lines[int(at)]
-            return [line.bits, line.method]
+            # A space before each plus, so that a narrow heading is broken there.
+            return [line.bits, line.method if axis in self._down else line.method.replace("+", " +")]
         return [metric_words(str(at)) if axis == "metric" else str(at)]
 
 

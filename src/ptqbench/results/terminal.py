@@ -144,6 +144,8 @@ def table_options(
     """
     if given.check and given.paper:
         raise ConfigError("--check and --paper are two tables of the same figures; choose one")
+    if given.picture and given.paper:
+        raise ConfigError("--picture draws the comparison; expected it without --paper")
     style = given.format or (SUFFIXES.get(Path(given.output).suffix) if given.output else "terminal")
     if style is None:
         raise ConfigError(f"--output {given.output}: expected a name in {', '.join(SUFFIXES)}, or say --format")

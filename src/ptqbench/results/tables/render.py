@@ -29,8 +29,10 @@ STYLE = (
 COLUMN_WIDTH, PAGE_WIDTH, LONG_WIDTH = 75, 120, 95
 """Characters in a line of a page with one column, in small type; up to how many a table is shrunk to that; those in the type of a
 wide ``longtable``."""
-PAGE_HEIGHT, NOTE_WIDTH = 45, 85
-"""Lines of a page, and characters in a line of footnotes."""
+PAGE_HEIGHT = 48
+"""Lines of a page."""
+NOTE_SIZES = {r"\footnotesize": (85, 0.86), r"\scriptsize": (98, 0.73)}
+"""Types of footnotes: characters in a line, and the height of a line beside other lines."""
 BROKEN = r">{\raggedright\arraybackslash}p{12em}"
 """The column of a tabular with labels that are longer than ``WIDEST``."""
 BREAK = re.compile(r"=|\\_|\.|/")
@@ -82,20 +84,25 @@ def latex(sheet: Sheet) -> str:
     # Footnotes and remarks, one per paragraph.
     notes = [rf"\textsuperscript{{{number}}}\,{_tex(text)}" for number, text in enumerate(sheet.notes, 1)]
     below = notes + [_tex(text) for text in sheet.remarks]
-    height = sum(map(_height, parts)) + sum(1 + len(text) // NOTE_WIDTH for text in below)
-    body = _pages(sheet, below) if height > PAGE_HEIGHT else _float(sheet.title, parts, below)
+    # In the largest type of footnotes with which all fits on a page.
+    for size, (width, height) in NOTE_SIZES.items():
+        if sum(map(_height, parts)) + height * sum(1 + len(text) // width for text in below) <= PAGE_HEIGHT:
+            body = _float(sheet.title, parts, below, size)
+            break
+    else:
+        body = _pages(sheet, below)
     needed = {"graphicx": r"\resizebox", "longtable": r"\begin{longtable}", "array": BROKEN}
     packages = ["booktabs", *(name for name, sign in needed.items() if sign in body)]
     return rf"% \usepackage{{{','.join(packages)}}}" + f"\n{body}\n"
 
 
-def _float(title: str, parts: Sequence[Sheet], below: Sequence[str]) -> str:
+def _float(title: str, parts: Sequence[Sheet], below: Sequence[str], size: str) -> str:
     lines = [r"\begin{table}", r"\centering", r"\small"]
     lines += [rf"\caption{{{_tex(title)}}}"] if title else []
     for number, part in enumerate(parts):
         lines += [r"\par\medskip"] * bool(number) + _tabular(part)
     if below:
-        lines += [r"\par\medskip", r"\begin{minipage}{\linewidth}\footnotesize\raggedright"]
+        lines += [r"\par\medskip", rf"\begin{{minipage}}{{\linewidth}}{size}\raggedright"]
         lines += [" \\\\\n".join(below), r"\end{minipage}"]
     return "\n".join([*lines, r"\end{table}"])
 
