@@ -156,8 +156,8 @@ def _table(options: argparse.Namespace) -> int:
         from ptqbench.results.terminal import print_table, table_options
 
         find = _wandb_sources if options.from_wandb is not None else _table_sources
-        sources, *about = find(options)
-        print_table(sources, table_options(options, *about))
+        sources, title, columns, papers = find(options)
+        print_table(sources, table_options(options, title, columns, papers))
     return 0
 
 

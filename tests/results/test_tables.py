@@ -355,7 +355,8 @@ def test_picture_is_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "start"), {"t.md": "| model", "t.tex": r"% \usepackage{booktabs", "t.html": "<!doctype", "t.csv": "model,"}.items()
+    ("name", "start"),
+    {"t.md": "| model", "t.tex": r"% \usepackage{booktabs", "t.html": "<!doctype", "t.csv": "model,"}.items(),
 )
 def test_command_writes_the_format_of_the_suffix(name, start, tmp_path, monkeypatch, capsys):
     from ptqbench.cli import main

@@ -85,21 +85,22 @@ class _Grid:
 
     def __init__(self, table: PaperTable) -> None:
         self.table = table
-        axes = {"method": range(len(table.lines)), "model": table.models, "metric": table.metrics}
+        axes: dict[str, Sequence[str | int]] = {
+            "method": range(len(table.lines)), "model": table.models, "metric": table.metrics
+        }  # fmt: skip
         self._down = [axis for axis in ("model", "method") if axis in table.down]
         self._across = [axis for axis in ("model", "method") if axis not in table.down] + ["metric"]
         self._several = len(table.metrics) > 1
-        rows: Iterable[Axis] = product(*(axes[axis] for axis in self._down))
-        columns: Iterable[Axis] = product(*(axes[axis] for axis in self._across))
+        rows = product(*(axes[axis] for axis in self._down))
+        across = list(product(*(axes[axis] for axis in self._across)))
         # A row or column without any place is none.
-        across = list(columns)
         self.rows = [row for row in rows if any(self.key(row, column) in table.places for column in across)]
         self.across = [column for column in across if any(self.key(row, column) in table.places for row in self.rows)]
 
     def key(self, row: Axis, column: Axis) -> tuple[int, str, str]:
         """The place in a row and a column."""
         found = dict(zip(self._down, row, strict=True)) | dict(zip(self._across, column, strict=True))
-        return found["method"], found["model"], found["metric"]  # type: ignore[return-value]
+        return int(found["method"]), str(found["model"]), str(found["metric"])
 
     def labels(self, row: Axis) -> list[str]:
         """What stands in front of a row."""
@@ -166,8 +167,8 @@ def _notes(grid: _Grid) -> tuple[list[str], dict[Axis, list[str]]]:
                     if len(here) > 1 and here <= said[reason] and here & holders:
                         notes.setdefault(at, []).append(reason)
                         holders = holders - here
-            for key in holders:
-                notes.setdefault(key, []).append(reason)
+            for place_key in holders:
+                notes.setdefault(place_key, []).append(reason)
     return remarks, notes
 
 

@@ -263,8 +263,8 @@ def _lines(given: list[Figure], cells: dict[str, list[Cell]], whole: bool) -> li
     """The paper's lines with our cells, then lines of our other cells; ``whole`` takes those at other bits too."""
     by_line: dict[tuple[str, str], dict[str, list[Figure]]] = {}
     for figure in given:
-        line = by_line.setdefault((figure.row["bits_label"], figure.row["method"]), {})
-        line.setdefault(figure.row["model"], []).append(figure)
+        of_line = by_line.setdefault((figure.row["bits_label"], figure.row["method"]), {})
+        of_line.setdefault(figure.row["model"], []).append(figure)
     # Every cell goes to the line to which the least stands against it; of equals, to the one that says most of its method.
     chosen: dict[tuple[str, str], dict[str, list[Cell]]] = {key: {} for key in by_line}
     left: list[Cell] = []
@@ -273,7 +273,8 @@ def _lines(given: list[Figure], cells: dict[str, list[Cell]], whole: bool) -> li
             fitting = [
                 (len(method_objections(cell, figure)), -len(figure.method or ()), place, key)
                 for place, (key, of_line) in enumerate(by_line.items())
-                if (figure := of_line.get(model, [None])[0]) is not None and same_cell(cell, figure)
+                for figure in of_line.get(model, [])[:1]
+                if same_cell(cell, figure)
             ]
             if fitting:
                 chosen[min(fitting)[-1]].setdefault(model, []).append(cell)
