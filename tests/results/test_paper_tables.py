@@ -20,7 +20,7 @@ from ptqbench.errors import ConfigError
 from ptqbench.results import figures, tables
 from ptqbench.results.figures import Figure
 from ptqbench.results.paper_sheets import paper_sheets
-from ptqbench.results.paper_tables import noise_of, paper_tables
+from ptqbench.results.paper_tables import frame_of, noise_of, paper_tables
 from ptqbench.results.reported import Value
 from ptqbench.results.tables import Column, Entry, Sheet
 from ptqbench.runs import folder as store
@@ -284,14 +284,15 @@ def test_of_a_paper_that_is_known_in_part_every_cell_is_shown_and_of_an_unknown_
     assert "No figure of Q2N that ptqbench knows belongs to these cells." in unknown.remarks
 
 
-def test_without_a_name_every_table_with_a_quantized_cell_is_shown(tmp_path):
+def test_without_a_name_every_table_with_a_quantized_cell_is_shown(tmp_path, capsys):
     add(tmp_path, "fp16", "fp16", 6.14, "llama-3-8b")
+    assert main(["table", "--paper", "--output", str(tmp_path / "t.md"), "--runs-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "no printed figure belongs to a quantized cell here\n"
     assert paper_sheets(frame(tmp_path)) == [], "every paper prints the unquantized model"
     add(tmp_path, "resq", "w4a4kv4", 7.1, "llama-3-8b")
-    assert [(table.paper, table.table) for table in paper_tables(frame(tmp_path))] == [
-        ("ResQ", "Table 1"),
-        ("ResQ", "Table 6"),
-    ]
+    found = paper_tables(frame(tmp_path))
+    assert [(table.paper, table.table) for table in found] == [("ResQ", "Table 1"), ("ResQ", "Table 6")]
+    assert frame_of(found)["ours"].dtype == float
 
 
 def test_a_table_that_does_not_exist_is_refused(resq):

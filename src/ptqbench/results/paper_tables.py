@@ -142,7 +142,8 @@ class PaperTable:
 
 def frame_of(tables: Sequence[PaperTable]) -> pd.DataFrame:
     """All places of some tables, one per row; columns ``PLACE``."""
-    return pd.concat([pd.DataFrame(columns=PLACE), *(table.frame() for table in tables)], ignore_index=True)
+    frames = [table.frame() for table in tables]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=PLACE)
 
 
 def noise_of(ours: Value, rounding: float) -> float:

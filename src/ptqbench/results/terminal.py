@@ -163,6 +163,9 @@ def print_table(sources: Iterable[Source], options: TableOptions) -> None:
         print("no cells")
         return
     data, lay_out = _contents(frame, options)
+    if options.paper and data.empty:
+        print("no printed figure belongs to a quantized cell here")
+        return
     if options.style == "csv":
         put(data.to_csv(index=False), options.output)
     else:
