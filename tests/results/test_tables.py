@@ -423,3 +423,9 @@ def test_a_file_that_cannot_be_read_is_said_and_hides_no_other_cell(tmp_path, na
     assert set(frame.loc[frame["run_id"] == folder.run_id, "state"]) == {"unreadable"}
     assert name in frame.set_index("run_id").at[folder.run_id, "reason"]
     assert 9.0 in frame["value"].tolist()
+
+
+def test_a_reason_that_all_seeds_share_names_no_seeds(tmp_path):
+    for seed in range(3):
+        make_cell(tmp_path, seed=seed)
+    assert tables.pivot(frame_of(tmp_path)).reasons == {("m", "gptq", "w4"): "pending"}
