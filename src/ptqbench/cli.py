@@ -170,8 +170,8 @@ def _table(options: argparse.Namespace) -> int:
         from ptqbench.results.terminal import print_table, table_options
 
         find = _wandb_sources if options.from_wandb is not None else _table_sources
-        sources, title, columns = find(options)
-        print_table(sources, table_options(options, title, columns))
+        sources, title, columns, papers = find(options)
+        print_table(sources, table_options(options, title, columns, papers))
     return 0
 
 
@@ -198,7 +198,7 @@ def _report(options: argparse.Namespace) -> int:
     from ptqbench.results.report_page import report_page
     from ptqbench.runs.places import write_output
 
-    sources, title, columns = _table_sources(options)
+    sources, title, columns, _ = _table_sources(options)
     command = [] if options.sweep is None else [options.sweep, *options.overrides]
     write_output(options.output, report_page(sources, title, columns, command))
     print(f"report: {options.output}")
@@ -258,24 +258,28 @@ def _chosen(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | None
     return [(folder, None) for folder in all_runs(Path(options.runs_dir or "runs"))]
 
 
-def _table_sources(options: argparse.Namespace) -> tuple[list[Source], str, tuple[str, ...]]:
-    """The cells of a sweep with its title and columns; without a sweep, all run folders."""
+Shown = tuple["list[Source]", str, tuple[str, ...], tuple[str, ...]]
+"""Cells with the title and the columns of their table, and the papers that they reproduce."""
+
+
+def _table_sources(options: argparse.Namespace) -> Shown:
+    """The cells of a sweep and what it says of its table; without a sweep, all run folders."""
     if options.sweep is None:
-        return [*_chosen(options)], "", ("metric",)
+        return [*_chosen(options)], "", ("metric",), ()
     from ptqbench.results.sources import sweep_cells
     from ptqbench.sweeps.files import load_sweep
 
     sweep = load_sweep(options.sweep)
-    return sweep_cells(sweep, _overrides(options)), sweep.title, tuple(sweep.columns)
+    return sweep_cells(sweep, _overrides(options)), sweep.title, tuple(sweep.columns), tuple(sweep.papers)
 
 
-def _wandb_sources(options: argparse.Namespace) -> tuple[list[Source], str, tuple[str, ...]]:
+def _wandb_sources(options: argparse.Namespace) -> Shown:
     """The cells of a W&B project, with its name as the title."""
     if options.sweep is not None or options.runs_dir is not None:
         raise ConfigError("table --from-wandb: expected no sweep and no --runs-dir beside it; it reads a whole project")
     from ptqbench.tracking.recorded import sources
 
-    return sources(options.from_wandb), options.from_wandb, ("metric",)
+    return sources(options.from_wandb), options.from_wandb, ("metric",), ()
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -338,6 +342,7 @@ COMMANDS = {
             _option("--format", choices=_STYLES, help="default: terminal, or by the suffix of --output"),
             _option("--output", metavar="FILE", type=output_file, help="write a .md, .tex, .html or .csv file"),
             _option("--check", action="store_true", help="show the papers' figures beside ours, and how they compare"),
+            _option("--paper", action="store_true", help="show the papers' own tables with our figures in them"),
             _option("--picture", metavar="FILE", type=picture_file, help="also draw the figures to a PNG or PDF file"),
             _option("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders"),
         ), existing_runs_folder,

@@ -11,7 +11,7 @@ import golden_store
 from ptqbench.results import tables
 from ptqbench.results.layout import fitted, folded, without_common
 from ptqbench.results.tables import Column, Entry, Sheet
-from ptqbench.results.terminal import print_sheet, result_line, result_table
+from ptqbench.results.terminal import print_sheets, result_line, result_table
 from ptqbench.runs import folder as store
 
 LABELS = [
@@ -110,7 +110,7 @@ def test_a_terminal_that_knows_only_ascii_gets_ascii(monkeypatch, capsys):
     assert "1.5~0.1" in printed(sheet, 40, ascii_only=True)
     raw = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="latin-1"))
-    print_sheet(sheet, "terminal")
+    print_sheets([sheet], "terminal")
     import sys
 
     sys.stdout.flush()

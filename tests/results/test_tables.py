@@ -83,7 +83,9 @@ def test_latex_compiles(layout, tmp_path):
         pytest.skip("no pdflatex on PATH: the LaTeX table is compared with its golden text only")
     body = tables.latex(golden_sheet(layout))
     preamble = (
-        r"\documentclass{article}\usepackage[margin=1cm,landscape]{geometry}\usepackage{booktabs}\begin{document}"
+        r"\documentclass{article}\usepackage[margin=1cm,landscape]{geometry}"
+        + body[2 : body.index("\n")]
+        + r"\begin{document}"
     )
     (tmp_path / "t.tex").write_text(preamble + body + r"\end{document}")
     done = subprocess.run(
@@ -366,7 +368,8 @@ def test_picture_is_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "start"), {"t.md": "| model", "t.tex": r"\begin{table}", "t.html": "<!doctype", "t.csv": "model,"}.items()
+    ("name", "start"),
+    {"t.md": "| model", "t.tex": r"% \usepackage{booktabs", "t.html": "<!doctype", "t.csv": "model,"}.items(),
 )
 def test_command_writes_the_format_of_the_suffix(name, start, tmp_path, monkeypatch, capsys):
     from ptqbench.cli import main
@@ -433,3 +436,9 @@ def test_a_file_that_cannot_be_read_is_said_and_hides_no_other_cell(tmp_path, na
     assert set(frame.loc[frame["run_id"] == folder.run_id, "state"]) == {"unreadable"}
     assert name in frame.set_index("run_id").at[folder.run_id, "reason"]
     assert 9.0 in frame["value"].tolist()
+
+
+def test_a_reason_that_all_seeds_share_names_no_seeds(tmp_path):
+    for seed in range(3):
+        make_cell(tmp_path, seed=seed)
+    assert tables.pivot(frame_of(tmp_path)).reasons == {("m", "gptq", "w4"): "pending"}

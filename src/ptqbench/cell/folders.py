@@ -16,12 +16,7 @@ def conf_folder() -> Path:
     Raises:
         ConfigError: ``PTQBENCH_CONF`` is another folder, or the installation is damaged.
     """
-    override = os.environ.get("PTQBENCH_CONF")
-    if override:
-        if not (Path(override) / "config.yaml").is_file():
-            raise ConfigError(f"PTQBENCH_CONF={override!r}: expected a folder with config.yaml")
-        return Path(override).resolve()
-    return _shipped("conf", "config.yaml")
+    return _given("PTQBENCH_CONF", "config.yaml") or _shipped("conf", "config.yaml")
 
 
 def sweep_folder() -> Path:
@@ -30,8 +25,12 @@ def sweep_folder() -> Path:
 
 
 def reported_folder() -> Path:
-    """The folder with the figures that papers print."""
-    return _shipped("analysis/reported", "reported.csv")
+    """The folder with the figures that papers print: ``PTQBENCH_REPORTED`` if set, else that of ptqbench.
+
+    Raises:
+        ConfigError: ``PTQBENCH_REPORTED`` is another folder, or the installation is damaged.
+    """
+    return _given("PTQBENCH_REPORTED", "reported.csv") or _shipped("analysis/reported", "reported.csv")
 
 
 def group_names(group: str) -> list[str]:
@@ -42,6 +41,14 @@ def group_names(group: str) -> list[str]:
 def cache_folder() -> Path:
     """The folder of what can be computed again, such as digests of large files: ``PTQBENCH_CACHE``, else ``~/.cache/ptqbench``."""
     return Path(os.environ.get("PTQBENCH_CACHE", Path.home() / ".cache" / "ptqbench"))
+
+
+def _given(variable: str, witness: str) -> Path | None:
+    """The folder that an environment variable names; None where it is not set."""
+    override = os.environ.get(variable)
+    if override and not (Path(override) / witness).is_file():
+        raise ConfigError(f"{variable}={override!r}: expected a folder with {witness}")
+    return Path(override).resolve() if override else None
 
 
 def _shipped(name: str, witness: str) -> Path:

@@ -12,7 +12,7 @@ from ptqbench.results.metrics import MISSING, format_value, kind, known, order
 from ptqbench.results.named import label_of, run_named
 from ptqbench.results.stats import in_unit
 from ptqbench.results.tables import Column, Entry, Sheet, records, tidy
-from ptqbench.results.terminal import print_sheet
+from ptqbench.results.terminal import print_sheets
 from ptqbench.runs.folder import RunFolder
 
 UNITS = "Difference: B - A, in percent of a perplexity, in points of a share (printed in percent), in nats of a KL divergence."
@@ -39,13 +39,13 @@ def print_comparison(first: str, second: str, root: Path, n_examples: int = 0) -
     if cells[0].run_id == cells[1].run_id:
         raise ConfigError(f"expected two cells to compare, got {cells[0].run_id} twice ({first!r} and {second!r})")
     judged = compare_cells(*cells, ("A", "B"))
-    print_sheet(_overview(cells, judged), "terminal")
+    print_sheets([_overview(cells, judged)], "terminal")
     # An average has no examples of its own.
     for metric in [one.metric for one in judged if "(" not in one.metric] if n_examples else []:
         sheet = _furthest(cells, metric, n_examples)
         if sheet is not None:
             print()
-            print_sheet(sheet, "terminal")
+            print_sheets([sheet], "terminal")
 
 
 def _overview(cells: tuple[RunFolder, RunFolder], judged: list[Judged]) -> Sheet:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from itertools import groupby, takewhile
+from itertools import groupby
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.cells import cell_len, chop_cells
@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ptqbench.results.tables import Column, Entry, Sheet
+from ptqbench.results.tables import Column, Entry, Sheet, with_head_notes
 
 NARROW = 12
 """Width to which a label or a heading may be folded."""
@@ -25,7 +25,7 @@ BREAKS = re.compile(r"[^ ]* ?"), re.compile(r"[^/=,]*[/=,]?"), re.compile(r"[^_]
 """Pieces of a label, from coarse to fine: behind a space; behind ``/``, ``=`` or a comma; behind an underscore."""
 GAP, DENSE_GAP = 3, 2
 """Room between two columns: with a line between them, and without."""
-PLAIN = str.maketrans({"±": "~", "↑": "^", "↓": "v", "Δ": "d", "–": "-", "×": "x", "≤": "<", "…": "."})
+PLAIN = str.maketrans({"±": "~", "↑": "^", "↓": "v", "Δ": "d", "–": "-", "×": "x", "≤": "<", "…": ".", "\u00a0": " "})
 """Replacements, each as wide as the original, for terminals that can show ASCII alone."""
 
 
@@ -46,7 +46,7 @@ def fitted(sheet: Sheet, width: int, ascii_only: bool = False) -> RenderableType
         width: Columns of the terminal.
         ascii_only: Whether the terminal can show nothing but ASCII.
     """
-    sheet = _with_ascii(sheet) if ascii_only else sheet
+    sheet = with_head_notes(_with_ascii(sheet) if ascii_only else sheet)
     sheet, common = without_common(sheet, ("model",))
     parts = _parts(sheet, width)
     if len(parts) != 1:  # too wide: take out every label that all rows share, and try again
@@ -87,18 +87,11 @@ def _parts(sheet: Sheet, width: int) -> list[_Part]:
         if sum(natural) + gap * (len(places) - 1) <= width:
             return [_Part(places, natural, dense)]
     # As many columns at their least width as fit beside the labels; the others go to further parts.
-    lead = tuple(takewhile(lambda place: not sheet.columns[place].numeric, places))
-    room = width + DENSE_GAP - sum(least[place] + DENSE_GAP for place in lead)
-    needed = {place: least[place] + DENSE_GAP for place in places[len(lead) :]}
-    if max(needed.values(), default=0) > room:
+    lead, needed = sheet.lead(), [one + DENSE_GAP for one in least]
+    room = width + DENSE_GAP - sum(needed[place] for place in lead)
+    if max(needed[len(lead) :], default=0) > room:
         return []
-    groups, left = [lead], room
-    for place, more in needed.items():
-        if more > left:
-            groups.append(lead)
-            left = room
-        groups[-1] += (place,)
-        left -= more
+    groups = [lead + more for more in sheet.packed(needed, room)]
     # What room is left over is given back to the columns of a part.
     return [_Part(group, _shared_out(group, natural, least, width), True) for group in groups]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,14 @@ from ptqbench.runs.places import write_output
 if TYPE_CHECKING:
     import argparse
 
+    import pandas as pd
     from rich.console import Group
     from rich.table import Table
 
     from ptqbench.results.tables import Sheet, Source
 
+PAGE = 150
+"""Characters beside each other on a page of Markdown or HTML; a wider table is cut between its models."""
 STATUS_ROWS = 40
 """Lines of ``status`` without ``--all``."""
 SUFFIXES = {".md": "md", ".tex": "latex", ".html": "html", ".csv": "csv"}
@@ -39,6 +42,8 @@ class TableOptions:
         title: Printed above.
         columns: As ``tables.comparison_sheet`` takes them.
         check: Whether to print the papers' figures beside ours instead of the comparison.
+        paper: Whether to print the papers' own tables instead, with our figures in them.
+        papers: Which papers' tables, as ``paper_tables.paper_tables`` takes them.
     """
 
     style: str = "terminal"
@@ -47,6 +52,8 @@ class TableOptions:
     title: str = ""
     columns: tuple[str, ...] = ("metric",)
     check: bool = False
+    paper: bool = False
+    papers: tuple[str, ...] = ()
 
 
 def result_table(title: str, result: dict[str, Any]) -> Table:
@@ -136,63 +143,96 @@ def status_view(lines: Sequence[tuple[str, str, str]], most: int, said: str) -> 
     return Group(*([table] if lines else []), *more, Text(said))
 
 
-def table_options(given: argparse.Namespace, title: str, columns: tuple[str, ...]) -> TableOptions:
+def table_options(
+    given: argparse.Namespace, title: str, columns: tuple[str, ...], papers: tuple[str, ...] = ()
+) -> TableOptions:
     """Read the options of the command line. Without ``--format`` the suffix of the output says the style.
 
     Raises:
-        ConfigError: The suffix says no style, or the terminal's style is to be written to a file.
+        ConfigError: The suffix says no style, the terminal's style is to be written to a file, or two tables are asked for.
     """
+    if given.check and given.paper:
+        raise ConfigError("--check and --paper are two tables of the same figures; choose one")
+    if given.picture and given.paper:
+        raise ConfigError("--picture draws the comparison; expected it without --paper")
     style = given.format or (SUFFIXES.get(Path(given.output).suffix) if given.output else "terminal")
     if style is None:
         raise ConfigError(f"--output {given.output}: expected a name in {', '.join(SUFFIXES)}, or say --format")
     if style == "terminal" and given.output:
         raise ConfigError("--format terminal cannot be written to a file; choose md, latex, html or csv")
-    return TableOptions(style, given.output, given.picture, title, columns, given.check)
+    return TableOptions(style, given.output, given.picture, title, columns, given.check, given.paper, papers)
 
 
 def print_table(sources: Iterable[Source], options: TableOptions) -> None:
     """Print cells as the options say: the comparison, or the papers' figures beside theirs; to a file, with a picture."""
-    from ptqbench.results import reported, tables
+    from ptqbench.results import tables
 
     frame = tables.tidy(sources)
     if frame.empty:
         print("no cells")
         return
-    data, brief = reported.check(frame) if options.check else frame, options.style == "terminal"
+    data, lay_out = _contents(frame, options)
+    if options.paper and data.empty:
+        print("no printed figure belongs to a quantized cell here")
+        return
     if options.style == "csv":
         put(data.to_csv(index=False), options.output)
-    elif options.check:
-        print_sheet(reported.check_sheet(data, options.title, brief), options.style, options.output)
     else:
-        sheet = tables.comparison_sheet(data, options.title, options.columns, brief)
-        print_sheet(sheet, options.style, options.output)
+        print_sheets(lay_out(), options.style, options.output)
     # A picture shows our values alone, if there are any.
-    if options.picture is not None and not options.check and not frame["metric"].isna().all():
+    ours_alone = not options.check and not options.paper
+    if options.picture is not None and ours_alone and not frame["metric"].isna().all():
         from ptqbench.results.picture import draw
 
         draw(tables.pivot(frame), options.picture)
         print(f"picture: {options.picture}")
 
 
-def print_sheet(sheet: Sheet, style: str, output: str | None = None) -> None:
-    """Print a sheet to the terminal, or as Markdown, LaTeX or HTML to the terminal or a file."""
+def _contents(frame: pd.DataFrame, options: TableOptions) -> tuple[pd.DataFrame, Callable[[], list[Sheet]]]:
+    """What is asked for: as a frame, and how to lay it out."""
+    from ptqbench.results import paper_sheets, paper_tables, reported, tables
+
+    terminal = options.style == "terminal"
+    if options.paper:
+        found = paper_tables.paper_tables(frame, options.papers)
+        return paper_tables.frame_of(found), lambda: [paper_sheets.paper_sheet(table) for table in found]
+    if options.check:
+        checked = reported.check(frame)
+        brief = options.style in ("terminal", "latex")
+        return checked, lambda: [reported.check_sheet(checked, options.title, brief)]
+    return frame, lambda: [tables.comparison_sheet(frame, options.title, options.columns, terminal)]
+
+
+def print_sheets(sheets: Sequence[Sheet], style: str, output: str | None = None) -> None:
+    """Print sheets, one below the other, to the terminal, or as Markdown, LaTeX or HTML to the terminal or a file."""
     from ptqbench.results import tables
 
     if style == "terminal":
-        from rich.console import Console
-
-        from ptqbench.results.layout import as_ascii, fitted
-
-        console = Console(highlight=False)
-        ascii_only = not console.encoding.lower().startswith("utf")
-        console.print(fitted(sheet, console.width, ascii_only))
-        for line in sheet.below():
-            said = as_ascii(line) if ascii_only else line
-            console.print(said, markup=False, style="dim" if line in sheet.remarks else "")
-    elif style == "html":
-        put(tables.html_page(tables.html(sheet), sheet.title or "ptqbench"), output)
+        for number, sheet in enumerate(sheets):
+            print("\n" * min(number, 1), end="")
+            _print_sheet(sheet)
+    elif style == "latex":
+        put("\n".join(map(tables.latex, sheets)), output)
     else:
-        put(tables.markdown(sheet) if style == "md" else tables.latex(sheet), output)
+        parts = [part for sheet in sheets for part in sheet.parts(PAGE)]
+        if style == "html":
+            title = next((sheet.title for sheet in sheets if sheet.title), "ptqbench")
+            put(tables.html_page("".join(map(tables.html, parts)), title), output)
+        else:
+            put("\n".join(map(tables.markdown, parts)), output)
+
+
+def _print_sheet(sheet: Sheet) -> None:
+    from rich.console import Console
+
+    from ptqbench.results.layout import as_ascii, fitted
+
+    console = Console(highlight=False)
+    ascii_only = not console.encoding.lower().startswith("utf")
+    console.print(fitted(sheet, console.width, ascii_only))
+    for line in sheet.below():
+        said = as_ascii(line) if ascii_only else line
+        console.print(said, markup=False, style="dim" if line in sheet.remarks else "")
 
 
 def put(text: str, output: str | None) -> None:

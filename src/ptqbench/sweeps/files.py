@@ -8,6 +8,7 @@
       - zip: {method: [q2n, loaq], bitwidth: [w2, w3]}   # pairs
     exclude: [{method: gptq, bitwidth: w4, reason: "..."}]
     expect_cells: 3                                   # guards against a typo that halves a table
+    papers: ["ResQ, Table 1"]                         # what it reproduces, for `table --paper`
 
 A cell gets every value of an axis exactly as it is written, of whatever type. Words of ``common`` are in Hydra's grammar, as on
 the command line. Imports neither torch nor hydra; composing the override lists is ``compose.cells``.
@@ -51,6 +52,7 @@ class Sweep:
     expect_cells: int | None = None
     rows: list[Literal["method", "bitwidth"]] = dataclasses.field(default_factory=lambda: ["method", "bitwidth"])
     columns: list[Literal["model", "metric"]] = dataclasses.field(default_factory=lambda: ["model", "metric"])
+    papers: list[str] = dataclasses.field(default_factory=list)
 
 
 def load_sweep(name: str) -> Sweep:

@@ -243,5 +243,5 @@ def in_order(seeds: Iterable[str]) -> list[str]:
 
 
 def _seeds(given: set[str], row: set[str]) -> str:
-    """Some draws of a row in words; nothing where the row has but one."""
-    return "" if len(row) == 1 else f"{'seed' if len(given) == 1 else 'seeds'} {', '.join(in_order(given))} "
+    """Some draws of a row in words; nothing where they are all of them."""
+    return "" if given == row else f"{'seed' if len(given) == 1 else 'seeds'} {', '.join(in_order(given))} "

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+import textwrap
+from collections.abc import Callable, Sequence
 from html import escape
 
 from ptqbench.results.metrics import MISSING, PLUS_MINUS
-from ptqbench.results.tables.sheet import Column, Entry, Sheet
+from ptqbench.results.tables.sheet import PADDING, WIDEST, Column, Entry, Sheet
 
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
     "<": r"$<$", ">": r"$>$", "|": r"$|$", "Δ": r"$\Delta$", "–": "--", "×": r"$\times$", "≤": r"$\leq$", "…": r"\ldots{}",
+    "*": "$^{*}$", "[": "{[}", "\u00a0": "~",  # behind a line break, * and [ would be its arguments
 })  # fmt: skip
 STYLE = (
     "body{font:14px/1.5 system-ui,sans-serif;margin:2em;color:#111}table{border-collapse:collapse}"
     "caption{text-align:left;font-weight:600;padding-bottom:.5em}th,td{padding:.15em .7em;text-align:left}"
     "thead tr:last-child th{border-bottom:1px solid #111}th[colspan]{text-align:center}td.n,th.n{text-align:right}"
-    "td.n{font-variant-numeric:tabular-nums}tr.s td{border-top:1px solid #999}ol,p{max-width:60em;color:#333}"
+    "td.n{font-variant-numeric:tabular-nums}*+table{margin-top:1.5em}tr.s td{border-top:1px solid #999}"
+    "sup{line-height:0}ol,p{max-width:60em;color:#333}"
 )
+
+
+COLUMN_WIDTH, PAGE_WIDTH, LONG_WIDTH = 75, 120, 95
+"""Characters in a line of a page with one column, in small type; up to how many a table is shrunk to that; those in the type of a
+wide ``longtable``."""
+PAGE_HEIGHT = 48
+"""Lines of a page."""
+NOTE_SIZES = {r"\footnotesize": (85, 0.86), r"\scriptsize": (98, 0.73)}
+"""Types of footnotes: characters in a line, and the height of a line beside other lines."""
+BROKEN = r">{\raggedright\arraybackslash}p{12em}"
+"""The column of a tabular with labels that are longer than ``WIDEST``."""
+BREAK = re.compile(r"=|\\_|\.|/")
+"""Behind what a long label may be broken, beside spaces."""
 
 
 def _entry(entry: Entry, escaped: Callable[[str], str], bold: str, note: str) -> str:
@@ -31,13 +48,21 @@ def _entry(entry: Entry, escaped: Callable[[str], str], bold: str, note: str) ->
 
 def markdown(sheet: Sheet) -> str:
     """Print a sheet as a pipe table, footnotes and remarks below."""
-    heads = [_pipes(f"{column.group} {column.name}".strip()) for column in sheet.columns]
+    heads = [_pipes(f"{column.group} {column.name}".strip()) for column in with_head_notes(sheet).columns]
     lines = [f"**{sheet.title}**", ""] if sheet.title else []
     lines += [_line(heads), "|" + "".join("---:|" if column.numeric else "---|" for column in sheet.columns)]
     lines += [_line([_entry(entry, _pipes, "**%s**", "%s [%d]") for entry in row]) for row in sheet.rows]
     for text in sheet.below():
         lines += ["", " ".join(text.split())]
     return "\n".join(lines) + "\n"
+
+
+def with_head_notes(sheet: Sheet) -> Sheet:
+    """The same sheet with the numbers of footnotes in the text of its headings, for plain text."""
+    columns = [
+        c if c.note is None else dataclasses.replace(c, name=f"{c.name} [{c.note}]", note=None) for c in sheet.columns
+    ]
+    return dataclasses.replace(sheet, columns=columns)
 
 
 def _line(cells: list[str]) -> str:
@@ -49,23 +74,107 @@ def _pipes(text: str) -> str:
 
 
 def latex(sheet: Sheet) -> str:
-    r"""Print a sheet as a ``table`` environment; the document needs ``\usepackage{booktabs}``."""
-    # The head, with rules of booktabs; a rule before every section.
-    columns = "".join("r" if column.numeric else "l" for column in sheet.columns)
-    lines = [r"\begin{table}", r"\centering", r"\small"]
-    lines += [rf"\caption{{{_tex(sheet.title)}}}"] if sheet.title else []
-    lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *_latex_head(sheet), r"\midrule"]
-    for place, row in enumerate(sheet.rows):
-        lines += [r"\midrule"] if place in sheet.sections else []
-        lines.append(" & ".join(map(_latex_entry, row)) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}"]
-    # Footnotes and remarks in a box of the width of the text.
+    r"""Print a sheet as a ``table`` environment, or as ``longtable`` where it is longer than a page.
+
+    A sheet that is too wide for a page is cut between its groups of columns, and the parts stand below each other. The first line
+    is a comment that names the packages which the document needs: ``booktabs``; ``graphicx`` for a sheet that is wider than a
+    line and is shrunk to it; ``longtable``; and ``array`` for long labels.
+    """
+    parts = sheet.parts(PAGE_WIDTH)
+    # Footnotes and remarks, one per paragraph.
     notes = [rf"\textsuperscript{{{number}}}\,{_tex(text)}" for number, text in enumerate(sheet.notes, 1)]
     below = notes + [_tex(text) for text in sheet.remarks]
+    # In the largest type of footnotes with which all fits on a page.
+    for size, (width, height) in NOTE_SIZES.items():
+        if sum(map(_height, parts)) + height * sum(1 + len(text) // width for text in below) <= PAGE_HEIGHT:
+            body = _float(sheet.title, parts, below, size)
+            break
+    else:
+        body = _pages(sheet, below)
+    needed = {"graphicx": r"\resizebox", "longtable": r"\begin{longtable}", "array": BROKEN}
+    packages = ["booktabs", *(name for name, sign in needed.items() if sign in body)]
+    return rf"% \usepackage{{{','.join(packages)}}}" + f"\n{body}\n"
+
+
+def _float(title: str, parts: Sequence[Sheet], below: Sequence[str], size: str) -> str:
+    lines = [r"\begin{table}", r"\centering", r"\small"]
+    lines += [rf"\caption{{{_tex(title)}}}"] if title else []
+    for number, part in enumerate(parts):
+        lines += [r"\par\medskip"] * bool(number) + _tabular(part)
     if below:
-        lines += [r"\par\medskip", r"\begin{minipage}{\linewidth}\footnotesize\raggedright"]
+        lines += [r"\par\medskip", rf"\begin{{minipage}}{{\linewidth}}{size}\raggedright"]
         lines += [" \\\\\n".join(below), r"\end{minipage}"]
-    return "\n".join([*lines, r"\end{table}"]) + "\n"
+    return "\n".join([*lines, r"\end{table}"])
+
+
+def _pages(sheet: Sheet, below: Sequence[str]) -> str:
+    lines = [r"\begingroup", *(line for part in sheet.parts(LONG_WIDTH) for line in _longtable(part))]
+    lines += [r"\footnotesize\noindent\raggedright", " \\\\\n".join(below), r"\par"] if below else []
+    return "\n".join([*lines, r"\endgroup"])
+
+
+def _tabular(sheet: Sheet) -> list[str]:
+    """Rows between rules; shrunk to the line where they are wider."""
+    lines = [
+        rf"\begin{{tabular}}{{{_latex_columns(sheet)}}}",
+        r"\toprule",
+        *_latex_head(sheet),
+        r"\midrule",
+        *_latex_rows(sheet),
+    ]
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    if sum(sheet.widths()) <= COLUMN_WIDTH:
+        return lines
+    lines[0] = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%" + "\n" + lines[0]
+    return [*lines[:-1], lines[-1] + "}"]
+
+
+def _longtable(sheet: Sheet) -> list[str]:
+    """Rows that go on from page to page, with the head on each. It cannot be shrunk, so a wide one has a smaller type."""
+    head = [r"\toprule", *_latex_head(sheet), r"\midrule"]
+    narrow = sum(sheet.widths()) <= COLUMN_WIDTH
+    lines = [r"\small" if narrow else r"\scriptsize\setlength{\tabcolsep}{3pt}"]
+    lines += [rf"\begin{{longtable}}{{{_latex_columns(sheet)}}}"]
+    lines += [rf"\caption{{{_tex(sheet.title)}}}\\"] if sheet.title else []
+    lines += [*head, r"\endfirsthead", *head, r"\endhead"]
+    lines += [
+        rf"\midrule\multicolumn{{{len(sheet.columns)}}}{{r}}{{continued}} \\",
+        r"\endfoot",
+        r"\bottomrule",
+        r"\endlastfoot",
+    ]
+    return [*lines, *_latex_rows(sheet), r"\end{longtable}"]
+
+
+def _height(sheet: Sheet) -> float:
+    """Height of a tabular in lines of text, after it is shrunk to the line."""
+    broken = [max(1 + len(entry.text) // WIDEST for entry in row) for row in sheet.rows]
+    return (sum(broken) + 4 + 0.4 * len(sheet.sections)) * min(1.0, COLUMN_WIDTH / sum(sheet.widths()))
+
+
+def _broken(sheet: Sheet) -> list[bool]:
+    """Which columns hold labels that are so long that they are broken into lines."""
+    longest = [max((len(row[n].text) for row in sheet.rows), default=0) for n in range(len(sheet.columns))]
+    return [not c.numeric and length > WIDEST for c, length in zip(sheet.columns, longest, strict=True)]
+
+
+def _latex_columns(sheet: Sheet) -> str:
+    kinds = zip(sheet.columns, _broken(sheet), strict=True)
+    return "".join("r" if column.numeric else BROKEN if broken else "l" for column, broken in kinds)
+
+
+def _latex_rows(sheet: Sheet) -> list[str]:
+    """The rows of a tabular, with a rule before every section."""
+    lines, broken = [], _broken(sheet)
+    for place, row in enumerate(sheet.rows):
+        lines += [r"\midrule"] if place in sheet.sections else []
+        entries = ((_latex_entry(entry), breaks) for entry, breaks in zip(row, broken, strict=True))
+        texts = [BREAK.sub(r"\g<0>\\allowbreak{}", text) if breaks else text for text, breaks in entries]
+        heading = not any(entry.text for entry, column in zip(row, sheet.columns, strict=True) if column.numeric)
+        lines.append(
+            " & ".join(texts) + (r" \\*" if heading else r" \\")
+        )  # no page ends behind a row that is a heading
+    return lines
 
 
 def _latex_head(sheet: Sheet) -> list[str]:
@@ -76,11 +185,22 @@ def _latex_head(sheet: Sheet) -> list[str]:
         rules += [rf"\cmidrule(lr){{{start}-{start + width - 1}}}"] if group else []
         start += width
     lines = [" & ".join(upper) + r" \\", " ".join(rules)] if upper else []
-    return [*lines, " & ".join(_tex(column.name) for column in sheet.columns) + r" \\"]
+    names = [_latex_name(column, width - PADDING) for column, width in zip(sheet.columns, sheet.widths(), strict=True)]
+    return [*lines, " & ".join(names) + r" \\"]
+
+
+def _latex_name(column: Column, width: int) -> str:
+    """A heading; that of numbers in several lines where it is wider than they are."""
+    pieces = textwrap.wrap(column.name, width, break_long_words=False, break_on_hyphens=False) if column.numeric else []
+    stacked = r"\\".join(map(_tex, pieces or [column.name]))
+    stacked = rf"\shortstack[r]{{{stacked}}}" if len(pieces) > 1 else stacked
+    return stacked if column.note is None else rf"{stacked}\textsuperscript{{{column.note}}}"
 
 
 def _latex_entry(entry: Entry) -> str:
-    dashed = dataclasses.replace(entry, text="--" if entry.text == MISSING else entry.text)
+    dashed = dataclasses.replace(
+        entry, text=" ".join("--" if word == MISSING else word for word in entry.text.split(" "))
+    )
     return _entry(dashed, _tex, r"\textbf{%s}", r"%s\textsuperscript{%d}")
 
 
@@ -116,10 +236,16 @@ def _html_head(sheet: Sheet) -> list[str]:
         f'<th scope=colgroup colspan="{width}">{escape(group)}</th>' if group else f'<td colspan="{width}"></td>'
         for group, width in sheet.groups()
     ]
-    names = [f"<th scope=col{' class=n' if c.numeric else ''}>{escape(c.name)}</th>" for c in sheet.columns]
+    names = [
+        f"<th scope=col{' class=n' if c.numeric else ''}>{_html_text(Entry(c.name, note=c.note))}</th>"
+        for c in sheet.columns
+    ]
     return [f"<tr>{''.join(cells)}</tr>" for cells in (spans, names) if cells]
 
 
 def _html_entry(entry: Entry, column: Column) -> str:
-    text = _entry(entry, escape, "<b>%s</b>", "%s<sup>%d</sup>")
-    return f"{'<td class=n>' if column.numeric else '<td>'}{text}</td>"
+    return f"{'<td class=n>' if column.numeric else '<td>'}{_html_text(entry)}</td>"
+
+
+def _html_text(entry: Entry) -> str:
+    return _entry(entry, escape, "<b>%s</b>", "%s<sup>%d</sup>")

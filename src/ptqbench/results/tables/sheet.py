@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import cast
 
 import numpy as np
@@ -21,6 +21,10 @@ BOLD = (
     "(over seeds where there are several, else the standard error of the evaluation)."
 )
 SPREAD = "±: sample standard deviation over seeds."
+WIDEST = 24
+"""Characters of a label that stand on one line."""
+PADDING = 2
+"""Characters that stand for the space between two columns."""
 INFINITE = f"inf: a perplexity above {LARGEST:.0e} in one seed or more."
 
 
@@ -36,11 +40,13 @@ class Column:
         name: Its heading.
         group: A heading above it, which it shares with its neighbours of the same group.
         numeric: Whether it holds numbers; they are aligned to the right and never broken.
+        note: Number of a footnote of its heading, counted from 1.
     """
 
     name: str
     group: str = ""
     numeric: bool = True
+    note: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,64 @@ class Sheet:
     def below(self) -> list[str]:
         """The lines below a printed table: footnotes with their numbers, then remarks."""
         return [*(f"[{number}] {text}" for number, text in enumerate(self.notes, 1)), *self.remarks]
+
+    def parts(self, width: int) -> list[Sheet]:
+        """Cut a sheet that is wider than this many characters into several, each with the labels of the rows.
+
+        Returns:
+            Sheets of the same rows; the title stands over the first, footnotes and remarks below the last.
+        """
+        lead, needed = self.lead(), self.widths()
+        room = width - sum(needed[place] for place in lead)
+        if sum(needed) <= width:
+            return [self]
+        sheets = [
+            dataclasses.replace(
+                self, columns=[self.columns[n] for n in group], rows=[[row[n] for n in group] for row in self.rows],
+                title="", notes=[], remarks=[],
+            )
+            for group in (lead + more for more in self.packed(needed, room))
+        ]  # fmt: skip
+        sheets[0].title, sheets[-1].notes, sheets[-1].remarks = self.title, self.notes, self.remarks
+        return sheets
+
+    def widths(self) -> list[int]:
+        """Characters that every column needs with the space behind it. A heading may be broken at spaces, a label at ``WIDEST``."""
+        found = []
+        for place, column in enumerate(self.columns):
+            widest = max((len(row[place].text) for row in self.rows), default=0)
+            head = max(map(len, column.name.split(" ")))
+            found.append(max(head, widest if column.numeric else min(widest, WIDEST)) + PADDING)
+        return found
+
+    def lead(self) -> tuple[int, ...]:
+        """Places of the leading columns, which hold the labels of the rows."""
+        return tuple(takewhile(lambda place: not self.columns[place].numeric, range(len(self.columns))))
+
+    def packed(self, needed: Sequence[int], room: int) -> list[tuple[int, ...]]:
+        """Distribute the columns behind the labels over parts, from left to right.
+
+        Args:
+            needed: Width of every column.
+            room: Width of a part without labels.
+
+        Returns:
+            Places of the columns of every part. A group of columns is broken only where it is wider than a part, and does then
+            not share a part with another broken one. A part is wider than the room only where a single column is.
+        """
+        parts: list[tuple[int, ...]] = [()]
+        behind, broken = range(len(self.lead()), len(self.columns)), False
+        for _, members in groupby(behind, key=lambda place: self.columns[place].group or place):
+            whole = tuple(members)
+            fits = sum(needed[place] for place in whole) <= room
+            if broken:
+                parts.append(())
+            for unit in [whole] if fits else [(place,) for place in whole]:
+                if parts[-1] and sum(needed[place] for place in parts[-1] + unit) > room:
+                    parts.append(())
+                parts[-1] += unit
+            broken = not fits and len(whole) > 1
+        return parts
 
     def groups(self) -> list[tuple[str, int]]:
         """Group headings from left to right with the number of columns below each; empty where no column has one."""
