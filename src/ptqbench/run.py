@@ -123,9 +123,12 @@ def _configure(spec: RunSpec) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
+    from ptqbench.models.architecture import from_config
+    from ptqbench.models.source import locate
     from ptqbench.numerics.fused_columns import forbid_fused
 
-    torch.set_num_threads(spec.execution.threads or min(_threads_given(), useful_threads(spec)))
+    busy = from_config(locate(spec.model).config).useful_threads
+    torch.set_num_threads(spec.execution.threads or min(_threads_given(), busy))
     torch.use_deterministic_algorithms(True, warn_only=True)
     forbid_fused(spec.execution.column_loop == "plain")
 
@@ -136,18 +139,6 @@ def _threads_given() -> int:
     import torch
 
     return min(torch.get_num_threads(), provenance.cores())
-
-
-def useful_threads(spec: RunSpec) -> int:
-    """How many threads the products of a model keep busy.
-
-    Threads of a small product wait for each other longer than they compute, above all where other processes use the cores. One
-    thread per 192 x 192 weights of the smallest square linear has half a millisecond of work or more with windows of 512 tokens.
-    """
-    from ptqbench.models.source import locate
-
-    width = int(locate(spec.model).config["hidden_size"])
-    return max(1, (width // 192) ** 2)
 
 
 def _drop_codes(spec: RunSpec, folder: RunFolder, packed_bytes: int) -> None:

@@ -262,3 +262,20 @@ def test_a_worker_gets_as_many_gpus_as_the_largest_cell_needs(monkeypatch, neede
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
     rows = [Row(Cell("x", None), PENDING, Needs(gpus, 80.0, 16.0, 8, 30, 1.0)) for gpus in needed]
     assert [slot.gpu for slot in slots(rows, workers)] == expected
+
+
+@pytest.mark.parametrize(("width", "asked", "workers"), [(64, None, 8), (1024, None, 2), (1024, 1, 8), (64, 3, 2)])
+def test_workers_on_cpus_get_the_cores_that_their_models_keep_busy(checkpoint, monkeypatch, width, asked, workers):
+    from ptqbench.launch import local
+    from ptqbench.runs import provenance
+    from ptqbench.sweeps.cells import Cell
+    from ptqbench.sweeps.plan import Row
+    from ptqbench.sweeps.resources import Needs
+
+    folder = checkpoint("llama", hidden_size=width, num_attention_heads=4, num_key_value_heads=4)
+    spec = SimpleNamespace(model=ModelSpec("m", path=str(folder)), execution=SimpleNamespace(threads=asked))
+    monkeypatch.setattr(provenance, "cores", lambda: 8)
+    monkeypatch.setattr(local, "_memory_gib", lambda: 1000.0)
+    rows = [Row(Cell("x", spec), PENDING, Needs(0, 0.0, 1.0, 1, 30, 1.0)) for _ in range(20)]
+    slots = local.slots(rows, None)
+    assert [slot.threads for slot in slots] == [8 // workers] * workers

@@ -18,9 +18,12 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import StorageError
 from ptqbench.launch.summary import Summary
 from ptqbench.launch.worker import Child, Slot, start
+from ptqbench.models.architecture import from_config
+from ptqbench.models.source import locate
 from ptqbench.runs import provenance
 from ptqbench.runs.attempt import log_lines, record_death
 from ptqbench.runs.failures import KINDS, classify
@@ -33,6 +36,7 @@ POLL_S = 0.1
 ELSEWHERE_S = 2.0
 GRACE_S = 15.0
 CPU_SHARE = 4
+"""Most cores that the pool gives to a cell which does not ask for a number."""
 ENVIRONMENT = 1
 """Exit status of a worker that could not use its run folder because of the disk; 2 where a person can mend the reason."""
 
@@ -94,11 +98,16 @@ def slots(rows: Sequence[Row], workers: int | None) -> list[Slot]:
         chosen = together[: workers or len(together)]
         return [Slot(devices, max(1, cores // len(chosen))) for devices in chosen]
     # On CPU: as many of the largest cell as fit into the free memory, each with the cores that a cell asks for.
-    threads = [row.cell.spec.execution.threads for row in rows if row.cell.spec is not None]
-    share = max([t for t in threads if t is not None] or [min(CPU_SHARE, cores)])
+    threads = [_threads(row.cell.spec) for row in rows if row.cell.spec is not None]
+    share = min(max(threads, default=1), cores)
     largest = max([row.needs.host_mem_gib for row in rows if row.needs is not None] or [1.0])
     count = workers or max(1, min(cores // share, int(_memory_gib() // largest), len(rows)))
     return [Slot(None, max(1, cores // count)) for _ in range(count)]
+
+
+def _threads(spec: RunSpec) -> int:
+    """The threads that a cell asks for; else those that its model keeps busy, at most ``CPU_SHARE``."""
+    return spec.execution.threads or min(CPU_SHARE, from_config(locate(spec.model).config).useful_threads)
 
 
 def visible_gpus() -> list[str]:

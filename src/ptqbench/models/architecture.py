@@ -50,6 +50,15 @@ class Architecture:
         """Width of the concatenated key (or value) heads."""
         return self.n_kv_heads * self.head_dim
 
+    @property
+    def useful_threads(self) -> int:
+        """How many threads of a CPU the products of a block keep busy.
+
+        Threads of a small product wait for each other longer than they compute, above all where other processes use the cores.
+        With one thread per 192 x 192 weights of a square linear, a window of 512 tokens is half a millisecond of work for each.
+        """
+        return max(1, (self.hidden_size // 192) ** 2)
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Name of each linear of a block -> (out_features, in_features)."""
         d, f = self.hidden_size, self.intermediate_size
