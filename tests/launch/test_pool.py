@@ -16,6 +16,7 @@ import pytest
 
 import ptqbench
 import warm
+from ptqbench.cell.spec import ModelSpec
 from ptqbench.launch.local import Pool, Task, Worker
 from ptqbench.runs.folder import PENDING, RunFolder
 from small_sweep import wait_for
