@@ -174,9 +174,9 @@ def _uncollected() -> Iterator[None]:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from ptqbench.results.compared import print_comparison
+    from ptqbench.results.compare_sheet import print_comparison
 
-    print_comparison(options.a, options.b, Path(options.runs_dir or "runs"), options.examples)
+    print_comparison(options.a, options.b, options.runs_dir, options.examples)
     return 0
 
 
@@ -322,9 +322,10 @@ COMMANDS = {
         ), existing_runs_folder,
     ),
     "compare": Command(
-        _compare, "two finished cells, metric by metric, by paired tests", "",
+        _compare, "two finished cells or two sweeps, metric by metric, by paired tests", "",
         (
-            _option("a", metavar="A", help="a run folder, a run id, or words of a label, such as 'gptq w3'"),
+            _option("a", metavar="A", help="a run folder, a run id, words of a label such as 'gptq w3', the overrides of a cell "
+                    "such as 'method=gptq bitwidth=w3 seed=0,1', or a sweep such as 'demo seed=1'"),
             _option("b", metavar="B", help="another; differences are B - A"),
             _option("--examples", metavar="N", type=natural, default=0, help="also list the N windows and examples of every "
                     "metric on which they differ most"),

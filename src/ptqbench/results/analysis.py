@@ -156,31 +156,34 @@ def paired_tests(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
         reference: A method.
 
     Returns:
-        One row per (cell, metric): difference, interval, p-value (Holm over the metrics of the pair), and the verdict in words;
-        a pair that cannot be compared has only the reason as its verdict.
+        One row per (model, method, bitwidth, seed, metric): difference, interval, p-value (Holm over the metrics of the pair), and
+        the verdict in words. Cells that differ in their rotation seed are one row. A pair that cannot be compared has only the
+        reason as its verdict.
     """
-    from ptqbench.results.compare import compare_cells
+    from ptqbench.results.compare import compare_sides
+    from ptqbench.results.sides import rows_of
 
-    # Every finished cell against the reference of its model, bitwidth and seed.
-    done = records(frame.dropna(subset=["metric"]).drop_duplicates("run_id"))
-    group = ["model", "bitwidth", "seed"]
-    references = {tuple(row[key] for key in group): row for row in done if row["method"] == reference}
-    rows: list[dict[str, Any]] = []
-    for cell in done:
-        base = references.get(tuple(cell[key] for key in group))
-        if base is None or cell["method"] == reference:
-            continue
-        named = {key: cell[key] for key in (*KEYS, "seed")}
-        pair = RunFolder(Path(base["folder"])), RunFolder(Path(cell["folder"]))
-        try:
-            judged = compare_cells(*pair, (reference, cell["method"]))
-        except ConfigError as error:
-            rows.append({**named, "verdict": str(error)})
-            continue
-        for one in judged:
-            said = {"metric": one.metric, "p_value": one.adjusted, "verdict": one.verdict}
-            rows.append(named | dataclasses.asdict(one.found) | said)
-    return pd.DataFrame(rows, columns=[*KEYS, "seed", "metric", "difference", "low", "high", "p_value", "verdict"])
+    # Every finished row of a seed, all its rotation seeds together, against the reference of its model and bitwidth.
+    done = frame.dropna(subset=["metric"])
+    folders = {name: RunFolder(Path(path)) for name, path in zip(done["run_id"], done["folder"], strict=True)}
+    found: list[dict[str, Any]] = []
+    for seed, part in done.groupby("seed", sort=False):
+        rows = rows_of(part, folders)
+        references = {(row.names[0], row.names[2]): row for row in rows if row.names[1] == reference}
+        for row in rows:
+            base = references.get((row.names[0], row.names[2]))
+            if base is None or row.names[1] == reference:
+                continue
+            named = {**dict(zip(KEYS, row.names, strict=True)), "seed": seed}
+            try:
+                judged = compare_sides(base.side, row.side, (reference, row.names[1]))
+            except ConfigError as error:
+                found.append({**named, "verdict": str(error)})
+                continue
+            for one in judged:
+                said = {"metric": one.metric, "p_value": one.adjusted, "verdict": one.verdict}
+                found.append(named | dataclasses.asdict(one.found) | said)
+    return pd.DataFrame(found, columns=[*KEYS, "seed", "metric", "difference", "low", "high", "p_value", "verdict"])
 
 
 def seeds(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
