@@ -180,6 +180,18 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _claims(options: argparse.Namespace) -> int:
+    from ptqbench.results.claims import answer, load_claims
+    from ptqbench.results.claims_sheet import print_claims
+    from ptqbench.results.sides import sweep_command
+
+    claims = load_claims(options.claims)
+    sources, title, _ = _table_sources(options)
+    command = "" if options.sweep is None else sweep_command([options.sweep, *options.overrides])
+    print_claims(answer(claims, sources), options, command, title)
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from ptqbench.results.report_page import report_page
     from ptqbench.runs.places import write_output
@@ -296,6 +308,10 @@ class Command:
 
 _WAIT = _option("--wait", action="store_true", help="with SLURM: stay until every cell is done")
 _STYLES = ("terminal", "md", "latex", "html", "csv")
+_WRITTEN = (
+    _option("--format", choices=_STYLES, help="default: terminal, or by the suffix of --output"),
+    _option("--output", metavar="FILE", type=output_file, help="write a .md, .tex, .html or .csv file"),
+)
 
 COMMANDS = {
     "plan": Command(
@@ -314,8 +330,7 @@ COMMANDS = {
     "table": Command(
         _table, "comparison table of finished cells", "[SWEEP]",
         (
-            _option("--format", choices=_STYLES, help="default: terminal, or by the suffix of --output"),
-            _option("--output", metavar="FILE", type=output_file, help="write a .md, .tex, .html or .csv file"),
+            *_WRITTEN,
             _option("--check", action="store_true", help="show the papers' figures beside ours, and how they compare"),
             _option("--picture", metavar="FILE", type=picture_file, help="also draw the figures to a PNG or PDF file"),
             _option("--from-wandb", metavar="ENTITY/PROJECT", help="cells of a W&B project instead of run folders"),
@@ -330,6 +345,11 @@ COMMANDS = {
             _option("--examples", metavar="N", type=natural, default=0, help="also list the N windows and examples of every "
                     "metric on which they differ most"),
         ), existing_runs_folder,
+    ),
+    "claims": Command(
+        _claims, "what finished cells say to the claims of the papers", "[SWEEP]",
+        (*_WRITTEN, _option("--claims", metavar="FILE", help="a YAML file of claims (default: those of the papers)")),
+        existing_runs_folder,
     ),
     "report": Command(
         _report, "one HTML page with table, plots, cost and provenance", "[SWEEP]",

@@ -128,17 +128,22 @@ def print_status(folders: Sequence[RunFolder], every: bool = False) -> None:
 
 
 def table_options(given: argparse.Namespace, title: str, columns: tuple[str, ...]) -> TableOptions:
-    """Read the options of the command line. Without ``--format`` the suffix of the output says the style.
+    """Read the options of the command line; errors are those of ``output_style``."""
+    return TableOptions(output_style(given), given.output, given.picture, title, columns, given.check)
+
+
+def output_style(given: argparse.Namespace) -> str:
+    """The style of ``--format``; without it, the suffix of ``--output`` says it.
 
     Raises:
         ConfigError: The suffix says no style, or the terminal's style is to be written to a file.
     """
-    style = given.format or (SUFFIXES.get(Path(given.output).suffix) if given.output else "terminal")
+    style: str | None = given.format or (SUFFIXES.get(Path(given.output).suffix) if given.output else "terminal")
     if style is None:
         raise ConfigError(f"--output {given.output}: expected a name in {', '.join(SUFFIXES)}, or say --format")
     if style == "terminal" and given.output:
         raise ConfigError("--format terminal cannot be written to a file; choose md, latex, html or csv")
-    return TableOptions(style, given.output, given.picture, title, columns, given.check)
+    return style
 
 
 def print_table(sources: Iterable[Source], options: TableOptions) -> None:
