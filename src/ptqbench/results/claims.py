@@ -313,7 +313,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return one == other or (pd.isna(one) and pd.isna(other))
+    return bool(one == other or (pd.isna(one) and pd.isna(other)))
 
 
 def _metrics(word: str, claim: Claim, shared: Sequence[str]) -> list[str]:

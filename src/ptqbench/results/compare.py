@@ -122,9 +122,8 @@ def compare_metric(first: Side, second: Side, metric: str) -> stats.Comparison:
     tasks = AVERAGE.fullmatch(metric)
     try:
         if several:
-            shown = ["perplexity", "kl", "top1", "flips"]
-            samples = (_sample(side, metric) for side in (first, second))
-            return compare_draws(word if word in shown and not tasks else "accuracy", *samples, noise)
+            called = word if word in ("perplexity", "kl", "top1", "flips") else "accuracy"
+            return compare_draws(called, _sample(first, metric), _sample(second, metric), noise)
         (a,), (b,) = first.draws.values(), second.draws.values()
         if tasks:
             return stats.compare_average([(example_scores(a, one), example_scores(b, one)) for one in _tasks(metric)])

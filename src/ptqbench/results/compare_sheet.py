@@ -77,10 +77,10 @@ def print_comparison(first: str, second: str, root: str | None, n_examples: int 
     # An average has no examples of its own.
     for metric in [one.metric for one in verdicts if "(" not in one.metric] if n_examples else []:
         (cell,), (rival,) = a.side.draws.values(), b.side.draws.values()
-        sheet = _furthest((cell, rival), metric, n_examples)
-        if sheet is not None:
+        furthest = _furthest((cell, rival), metric, n_examples)
+        if furthest is not None:
             print()
-            print_sheet(sheet, "terminal")
+            print_sheet(furthest, "terminal")
 
 
 def _overview(rows: tuple[Row, Row], verdicts: list[Judged]) -> Sheet:

@@ -71,12 +71,12 @@ def compare_draws(kind: str, first: Sample, second: Sample, noise: float = 0.0) 
     chance += _over_draws(first, second, values)
     difference = float(np.mean([d.mean() for d in differences]))
     p_value, low, high = _t_test(difference, chance)
-    means = [float(one.mean()) for one in values]
+    a, b = (float(one.mean()) for one in values)
     if kind == "perplexity":
-        means = [math.exp(min(loss, LARGEST_LOSS)) for loss in means]
+        a, b = (math.exp(min(loss, LARGEST_LOSS)) for loss in (a, b))
         difference, low, high = (math.expm1(min(loss, LARGEST_LOSS)) for loss in (difference, low, high))
     n, draws = sum(map(len, differences)), (len(first.draws), len(second.draws))
-    return Comparison(kind, *means, difference, low, high, p_value, n, TEST, CONFIDENCE, noise, draws)
+    return Comparison(kind, a, b, difference, low, high, p_value, n, TEST, CONFIDENCE, noise, draws)
 
 
 def _aligned(first: Sample, second: Sample, place: int) -> tuple[Array, Array]:
