@@ -8,7 +8,7 @@ and a row of several seeds must differ beyond their spread (``draws``).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +45,8 @@ COLUMNS = ("method", "model", *BITS, *ROLES, *SETTINGS)
 """What a selection may say: columns of the tidy frame. ``method`` is a paper's name or that of a file in ``conf/method``."""
 ACCURACY = "accuracy"
 Selection = dict[str, Any]
+Asked = tuple[frozenset[str], frozenset[str], str]
+"""A test: the cells of the second row, those of the first one, and the metric."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,20 +198,25 @@ def answer(claims: Sequence[Claim], sources: Iterable[Source]) -> list[Answer]:
     """
     frame, folders = framed(sources)
     rows = rows_of(frame, folders)
-    # All tests first, since each p-value depends on the others. A test that two claims share counts once.
-    found: dict[tuple[Any, ...], Comparison] = {}
+    # All tests first, since each p-value depends on the others. A test that two claims share counts once, whatever its direction.
+    found: dict[Asked, Comparison] = {}
     asked = [_tests(claim, rows, found) for claim in claims]
-    adjusted = holm(found)
+    adjusted = holm({same_test(*key): one for key, one in found.items()})
     answers = []
     for claim, (wanted, refused) in zip(claims, asked, strict=True):
         tests = [
-            Tested(a, b, judged(metric, found[key], adjusted[key], (_called(b, a), _called(a, b))))
+            Tested(a, b, judged(metric, found[key], adjusted[same_test(*key)], (_called(b, a), _called(a, b))))
             for a, b, metric, key in wanted
         ]
         missing = _unfinished(claim, frame)
         word = _word(claim, tests, complete=not missing and not refused)
         answers.append(Answer(claim, word, tests, missing, list(dict.fromkeys(refused))))
     return answers
+
+
+def same_test(one: frozenset[str], other: frozenset[str], metric: str) -> Hashable:
+    """What two tests of the same rows and metric share, in whichever direction they were made."""
+    return frozenset((one, other)), metric
 
 
 def _word(claim: Claim, tests: Sequence[Tested], complete: bool) -> str:
@@ -239,8 +246,8 @@ def _called(row: Row, other: Row) -> str:
 
 
 def _tests(
-    claim: Claim, rows: Sequence[Row], found: dict[tuple[Any, ...], Comparison]
-) -> tuple[list[tuple[Row, Row, str, tuple[Any, ...]]], list[str]]:
+    claim: Claim, rows: Sequence[Row], found: dict[Asked, Comparison]
+) -> tuple[list[tuple[Row, Row, str, Asked]], list[str]]:
     """The tests of a claim; those that are new are added to ``found``. And why pairs cannot be tested."""
     wanted, refused = [], []
     for first, second in _pairs(claim, rows):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptqbench.results.claims import NOT_RUN, SO_FAR, Answer, Tested, of_paper
+from ptqbench.results.claims import NOT_RUN, SO_FAR, Answer, Tested, of_paper, same_test
 from ptqbench.results.compare import UNDECIDED
 from ptqbench.results.metrics import format_value
 from ptqbench.results.named import SHOWN
@@ -169,7 +169,7 @@ def _record(answer: Answer, test: Tested | None = None) -> dict[str, Any]:
 
 
 def _n_tests(answers: Iterable[Answer]) -> int:
-    return len({(test.first.run_ids, test.second.run_ids, test.judged.metric) for one in answers for test in one.tests})
+    return len({same_test(t.first.run_ids, t.second.run_ids, t.judged.metric) for one in answers for t in one.tests})
 
 
 def _p_value(answer: Answer) -> str:
