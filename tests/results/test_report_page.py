@@ -471,11 +471,11 @@ def test_claims_stand_on_top_with_what_limits_them(tmp_path):
         fidelity_cell(tmp_path, method)
     page = Page(report_page(sources_of(tmp_path)))
     words = page.words()
-    assert words.index("What the papers claim") < words.index("Comparison ")
+    assert words.index("What the papers claim") < words.index("Quality against size and time")
     assert "supported At 3 bits per row, GPTQ has a lower perplexity than rounding to the nearest code." in words
     assert "Answered on toy-1b, which is none of the paper's models." in words
     assert "These answers speak for toy-1b alone" in words
-    assert "corrected for all 1 tests (Holm)" in words
+    assert "corrected for the number of tests (1; Holm)" in words
     assert "No such pair" not in words, "claims about other cells are left out"
     assert page.tables[0][1][:6] == ["1", "toy-1b", "w3", "gptq", "rtn", "wikitext2/perplexity"]
     assert "What the papers claim" not in Page(report_page([])).words()

@@ -142,7 +142,8 @@ def counted(answers: Sequence[Answer]) -> str:
 def corrected(answers: Sequence[Answer]) -> str:
     """What the p-values are."""
     return (
-        f"p: two-sided, of paired tests on the same windows and examples, corrected for all {_n_tests(answers)} tests (Holm). "
+        "p: two-sided, of paired tests on the same windows and examples, corrected for the number of tests "
+        f"({_n_tests(answers)}; Holm). "
         "supported: p < 0.05 and as claimed in every test. contradicted: p < 0.05 and the opposite in one test. With several seeds "
         "the tests count their spread."
     )
