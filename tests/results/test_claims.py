@@ -16,7 +16,9 @@ from ptqbench.errors import ConfigError
 from ptqbench.evaluate.records import write_records
 from ptqbench.results import claims as module
 from ptqbench.results.claims import answer, load_claims
+from ptqbench.results.claims_sheet import limits
 from ptqbench.results.reported import load
+from ptqbench.results.sources import sweep_cells
 from ptqbench.runs.folder import all_runs, create
 from ptqbench.sweeps import compose
 from ptqbench.sweeps.files import load_sweep
@@ -63,13 +65,32 @@ def test_what_is_claimed_is_what_the_paper_prints(name):
     assert set(pairs["model"]) == set(claim.stated_for)
 
 
-def test_the_shipped_claims_name_cells_that_their_sweeps_have():
-    for claim in load_claims():
-        if claim.sweep:
-            assert load_sweep(claim.sweep)
-    # Of the demo: both sides of those that its page answers.
-    named = {claim.name for claim in load_claims()}
-    assert {"gptq-rtn-w3", "resq-quarot", "quarot-gptq", "loaq-rotated", "q2n-rotated"} <= named
+def test_the_sweep_of_a_claim_has_pairs_of_its_cells(tmp_path):
+    claims = [claim for claim in load_claims() if claim.sweep]
+    for name in {claim.sweep for claim in claims}:
+        own = [claim for claim in claims if claim.sweep == name]
+        for one in answer(own, sweep_cells(load_sweep(name), [f"execution.runs_dir={tmp_path}"])):
+            assert (one.word, one.missing != []) == ("not run", True), one.claim.name
+
+
+@pytest.mark.parametrize(
+    ("word", "tasks", "expected"),
+    [
+        ("accuracy", [], ["average(a/acc_norm, b/acc)"]),
+        ("accuracy", ["b"], ["b/acc"]),
+        ("accuracy", ["b", "c"], ["average(a/acc_norm, b/acc)"]),
+        ("acc", [], ["a/acc", "b/acc"]),
+        ("perplexity", [], ["t/perplexity", "u/perplexity"]),
+        ("u/perplexity", [], ["u/perplexity"]),
+        ("v/perplexity", [], []),
+        ("average(a/acc, b/acc)", [], ["average(a/acc, b/acc)"]),
+        ("average(a/acc, c/acc)", [], []),
+    ],
+)
+def test_metrics_that_a_word_means(word, tasks, expected):
+    claim = module.Claim("c", "P", "It is.", {"method": "gptq"}, {"method": "rtn"}, [word], tasks=tasks)
+    shared = ["t/perplexity", "u/perplexity", "a/acc", "a/acc_norm", "b/acc", "average(a/acc, b/acc)"]
+    assert module._metrics(word, claim, shared) == expected
 
 
 CLAIM = {
@@ -132,6 +153,10 @@ def test_answers_and_their_p_values(root, tmp_path):
     given = [found[0].p_value, found[1].p_value, found[2].p_value, found[5].p_value, found[3].p_value]
     assert given == [pytest.approx(expected[p]) for p in (one, one, one, kl, accuracy)]
     assert all(test.one_draw for one in found for test in one.tests)
+    assert "One draw of each side: nothing is known of the spread over seeds." in limits(found[0])
+    bits = {"first": {"method": "rtn", "w_bits": 3}, "second": {"method": "fp16"}, "direction": "worse"}
+    (plain,) = answers(tmp_path, root, bits)
+    assert (plain.word, limits(plain)) == ("supported", ["Answered on toy-1b.", "Neither side depends on a seed."])
 
 
 def test_every_pair_must_be_as_claimed(root, tmp_path):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import argparse
 
 ONE_DRAW = "One draw of each side: nothing is known of the spread over seeds."
+NO_DRAW = "Neither side depends on a seed."
 ONE_OF_SOME = "In some tests each side is one draw: nothing is known of the spread over seeds there."
 
 
@@ -106,7 +107,10 @@ def limits(answer: Answer) -> list[str]:
         words = Counter(test.judged.word for test in answer.tests)
         said.append(f"Of {len(answer.tests)} tests: {', '.join(f'{count} {word}' for word, count in words.items())}.")
     single = [test.one_draw for test in answer.tests]
-    said += [ONE_DRAW] if all(single) else [ONE_OF_SOME] if any(single) else []
+    if not any(side.random for test in answer.tests for side in (test.first.side, test.second.side)):
+        said.append(NO_DRAW)
+    else:
+        said += [ONE_DRAW] if all(single) else [ONE_OF_SOME] if any(single) else []
     return said
 
 

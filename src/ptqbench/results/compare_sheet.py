@@ -117,9 +117,10 @@ def _sweeps(first: Sequence[Row], second: Sequence[Row], words: tuple[str, str])
         (place, judged(metric, found[place, metric], p_value, ("A", "B")))
         for (place, metric), p_value in holm(found).items()
     ]
+    protocols = {row.run_ids: _protocols(row) for pair in together for row in pair}
     for place, one in sorted(verdicts, key=lambda pair: (pair[0], order(pair[1].metric))):
         a, b = together[place]
-        measured_on = [_protocols(row).get(one.metric) for row in (a, b)]
+        measured_on = [protocols[row.run_ids].get(one.metric) for row in (a, b)]
         note = None
         if measured_on[0] != measured_on[1]:
             note = sheet.note(f"measured differently: A {measured_on[0]}; B {measured_on[1]}")
