@@ -68,27 +68,34 @@ def claims_sheet(answers: Sequence[Answer], command: str, title: str = "") -> Sh
 
 def tests_sheet(answers: Sequence[Answer]) -> Sheet:
     """One row per test: both values, the difference, its corrected p-value and what the first row is; numbered as the claims."""
-    heads = ["#", "model", "bits", "method", "against", "metric", "its", "other's", "difference", "p", "it is"]
-    numeric = {"its", "other's", "difference", "p", "#"}
-    sheet = Sheet([Column(name, numeric=name in numeric) for name in heads], title="The tests behind the answers")
+    labels, figures = ("#", "model", "pair", "metric"), ("its", "other's", "difference", "p")
+    sheet = Sheet(
+        [*(Column(name, numeric=False) for name in labels), *map(Column, figures), Column("it is", numeric=False)]
+    )
+    sheet.title = "The tests behind the answers"
     for number, answer in enumerate(answers, 1):
         for test in answer.tests:
-            found = test.judged.found
-            shown = "acc" if found.kind == "accuracy" else found.kind
-            values = [format_value(shown, value) for value in (found.second, found.first)]
-            metric, seeds = test.judged.metric, found.draws
-            note = None if seeds == (1, 1) else sheet.note(f"{seeds[1]} and {seeds[0]} seeds")
-            if "(" in metric:
-                metric, note = f"average of {metric.count(',') + 1}", sheet.note(metric)
-            bits = list(dict.fromkeys((test.first.names[2], test.second.names[2])))
-            labels = [str(number), test.first.names[0], " | ".join(bits), test.first.names[1], test.second.names[1]]
-            figures = [*values, in_unit(found, found.difference), _p_text(test.judged.adjusted)]
-            row = [*map(Entry, labels), Entry(metric, note=note), *map(Entry, figures)]
-            sheet.add([*row, Entry(test.judged.word, test.judged.word != UNDECIDED)], number)
+            sheet.add([Entry(str(number)), *_test_row(test, sheet)], number)
     sheet.remarks = [
         "Difference: its - other's, in percent of a perplexity, in points of a share, in nats of a KL divergence."
     ]
     return sheet
+
+
+def _test_row(test: Tested, sheet: Sheet) -> list[Entry]:
+    found, metric, (first, second) = test.judged.found, test.judged.metric, (test.first.names, test.second.names)
+    # What is compared: bits once where both have the same; seeds and the tasks of an average as footnotes.
+    bits = "" if first[2] == second[2] else f" {first[2]}"
+    pair, seeds = f"{first[1]}{bits} against {second[1]} {second[2]}", found.draws
+    several = None if seeds == (1, 1) else sheet.note(f"{seeds[1]} and {seeds[0]} seeds")
+    note = sheet.note(metric) if "(" in metric else None
+    name = f"average of {metric.count(',') + 1}" if "(" in metric else metric
+    # Both values and what the test says.
+    shown = "acc" if found.kind == "accuracy" else found.kind
+    values = [format_value(shown, value) for value in (found.second, found.first)]
+    figures = [*values, in_unit(found, found.difference), _p_text(test.judged.adjusted)]
+    word = Entry(test.judged.word, test.judged.word != UNDECIDED)
+    return [Entry(first[0]), Entry(pair, note=several), Entry(name, note=note), *map(Entry, figures), word]
 
 
 def limits(answer: Answer) -> list[str]:
