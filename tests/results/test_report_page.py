@@ -477,5 +477,5 @@ def test_claims_stand_on_top_with_what_limits_them(tmp_path):
     assert "These answers speak for toy-1b alone" in words
     assert "corrected for the number of tests (1; Holm)" in words
     assert "No such pair" not in words, "claims about other cells are left out"
-    assert page.tables[0][1][:6] == ["1", "toy-1b", "w3", "gptq", "rtn", "wikitext2/perplexity"]
+    assert page.tables[0][1][:4] == ["1", "toy-1b", "gptq against rtn w3", "wikitext2/perplexity"]
     assert "What the papers claim" not in Page(report_page([])).words()
