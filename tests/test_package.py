@@ -33,6 +33,7 @@ def test_wheel_holds_everything_that_is_read_at_run_time(wheel):
         for p in (ROOT / d).rglob("*.yaml")
     }
     expected |= {f"ptqbench/shipped/analysis/reported/{p.name}" for p in (ROOT / "analysis" / "reported").iterdir()}
+    expected.add("ptqbench/shipped/analysis/claims.yaml")
     assert expected <= names, sorted(expected - names)
     assert wheel.stat().st_size < 10e6
 
@@ -53,3 +54,5 @@ def test_installed_wheel_runs_a_cell_from_an_empty_folder(wheel, tmp_path):
     assert "tiny/perplexity" in done.stdout
     where = subprocess.run([sys.executable, "-c", code, "doctor"], cwd=tmp_path, capture_output=True, text=True)
     assert str(target / "ptqbench" / "shipped" / "conf") in where.stdout
+    claims = subprocess.run([sys.executable, "-c", code, "claims"], cwd=tmp_path, capture_output=True, text=True)
+    assert "not run" in claims.stdout, claims.stderr

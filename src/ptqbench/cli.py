@@ -188,9 +188,21 @@ def _uncollected() -> Iterator[None]:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from ptqbench.results.compared import print_comparison
+    from ptqbench.results.compare_sheet import print_comparison
 
-    print_comparison(options.a, options.b, Path(options.runs_dir or "runs"), options.examples)
+    print_comparison(options.a, options.b, options.runs_dir, options.examples)
+    return 0
+
+
+def _claims(options: argparse.Namespace) -> int:
+    from ptqbench.results.claims import answer, load_claims
+    from ptqbench.results.claims_sheet import print_claims
+    from ptqbench.results.sides import sweep_command
+
+    claims = load_claims(options.claims)
+    sources, title, _ = _table_sources(options)
+    command = "" if options.sweep is None else sweep_command([options.sweep, *options.overrides])
+    print_claims(answer(claims, sources), options, command, title)
     return 0
 
 
@@ -317,6 +329,10 @@ _RUN = (
     _option("--dry-run", action="store_true", help="print the plan, and run, submit and write nothing"),
 )
 _STYLES = ("terminal", "md", "latex", "html", "csv")
+_WRITTEN = (
+    _option("--format", choices=_STYLES, help="default: terminal, or by the suffix of --output"),
+    _option("--output", metavar="FILE", type=output_file, help="write a .md, .tex, .html or .csv file"),
+)
 
 COMMANDS = {
     "plan": Command(
@@ -339,8 +355,7 @@ COMMANDS = {
     "table": Command(
         _table, "comparison table of finished cells", "[SWEEP]",
         (
-            _option("--format", choices=_STYLES, help="default: terminal, or by the suffix of --output"),
-            _option("--output", metavar="FILE", type=output_file, help="write a .md, .tex, .html or .csv file"),
+            *_WRITTEN,
             _option("--check", action="store_true", help="show the papers' figures beside ours, and how they compare"),
             _option("--paper", action="store_true", help="show the papers' own tables with our figures in them"),
             _option("--picture", metavar="FILE", type=picture_file, help="also draw the figures to a PNG or PDF file"),
@@ -348,13 +363,19 @@ COMMANDS = {
         ), existing_runs_folder,
     ),
     "compare": Command(
-        _compare, "two finished cells, metric by metric, by paired tests", "",
+        _compare, "two finished cells or two sweeps, metric by metric, by paired tests", "",
         (
-            _option("a", metavar="A", help="a run folder, a run id, or words of a label, such as 'gptq w3'"),
+            _option("a", metavar="A", help="a run folder, a run id, words of a label such as 'gptq w3', the overrides of a cell "
+                    "such as 'method=gptq bitwidth=w3 seed=0,1', or a sweep such as 'demo seed=1'"),
             _option("b", metavar="B", help="another; differences are B - A"),
             _option("--examples", metavar="N", type=natural, default=0, help="also list the N windows and examples of every "
                     "metric on which they differ most"),
         ), existing_runs_folder,
+    ),
+    "claims": Command(
+        _claims, "what finished cells say to the claims of the papers", "[SWEEP]",
+        (*_WRITTEN, _option("--claims", metavar="FILE", help="a YAML file of claims (default: those of the papers)")),
+        existing_runs_folder,
     ),
     "report": Command(
         _report, "one HTML page with table, plots, cost and provenance", "[SWEEP]",

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import itertools
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -19,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ptqbench.cell.folders import conf_folder
 from ptqbench.errors import ConfigError
 from ptqbench.sweeps.compose import Composer, named, resolved
-from ptqbench.sweeps.files import MOST_CELLS
-from ptqbench.sweeps.hydra_compose import refusal
+from ptqbench.sweeps.hydra_compose import jobs, refusal
 from ptqbench.sweeps.words import DRY, check_request, rewrite, split
 
 if TYPE_CHECKING:
@@ -117,28 +114,9 @@ def note_multirun(overrides: Iterable[Override], compose: Compose) -> None:
         compose: Hydra's composition of a job from its override words.
 
     Raises:
-        ConfigError: There are more than ``MOST_CELLS`` jobs, or a word has no values that can be listed.
+        ConfigError: As ``jobs``.
     """
-    # The product is counted before it is formed.
-    values = {override.get_key_element(): _values(override) for override in overrides}
-    if math.prod(map(len, values.values())) > MOST_CELLS:
-        raise ConfigError(f"the command line asks for more than {MOST_CELLS:,} cells, which is the most that are taken")
-    pairs = [[f"{key}={value}" for value in choices] for key, choices in values.items()]
-    _asked.jobs, _asked.compose = [list(job) for job in itertools.product(*pairs)], compose
-
-
-def _values(override: Override) -> list[str]:
-    """The values of an override word, as written."""
-    if not override.is_sweep_override():
-        return [override.get_value_element_as_str()]
-    if not override.is_discrete_sweep():
-        raise ConfigError(
-            f"{override.input_line}: expected values that can be listed, such as seed=0,1,2 or seed=range(3)"
-        )
-    found = list(itertools.islice(override.sweep_string_iterator(), MOST_CELLS + 1))
-    if not found:
-        raise ConfigError(f"{override.input_line}: no values, so no cells")
-    return found
+    _asked.jobs, _asked.compose = jobs(overrides), compose
 
 
 def _launch(jobs: list[list[str]], compose: Compose, dry: bool) -> int:

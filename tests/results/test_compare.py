@@ -1,20 +1,26 @@
 """Two finished cells, metric by metric: against scipy on the stored rows, and on the command line."""
 
 import math
+import re
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
-from fidelity_cells import N_TOKENS, fidelity_cell
+from fidelity_cells import N_TOKENS, fidelity_cell, fill
 from scipy import stats as reference
 
+import golden_store
+from ptqbench.cell.spec import RunSpec, build, to_dict
 from ptqbench.cli import main
 from ptqbench.errors import ConfigError
 from ptqbench.evaluate.records import window_scores, write_records
-from ptqbench.results import compare, stats
-from ptqbench.results.named import label_of, run_named
-from ptqbench.runs.folder import RunFolder, write_json
+from ptqbench.results import analysis, compare, stats
+from ptqbench.results.named import label_of, runs_named
+from ptqbench.results.sides import framed, rows_of
+from ptqbench.runs.folder import RunFolder, all_runs, create, write_json
+from ptqbench.sweeps import compose
+from ptqbench.sweeps.files import load_sweep
 
 
 @pytest.fixture(scope="module")
@@ -241,24 +247,148 @@ def test_names_of_cells(cells, root, tmp_path):
         gptq.path.name,
         str(gptq.path),
     ):
-        assert run_named(name, root).path.name == gptq.path.name, name
+        assert [one.path.name for one in runs_named(name, root)] == [gptq.path.name], name
     copied = fidelity_cell(tmp_path / "edited", "gptq")
     write_json(copied.spec_path, {"no": "cell"})
-    assert run_named(copied.path.name, copied.path.parent) == copied
+    assert runs_named(copied.path.name, copied.path.parent) == [copied]
     assert label_of(copied) == copied.path.name
     with pytest.raises(ConfigError, match="it has no run folder"):
-        run_named("gptq", tmp_path)
+        runs_named("gptq", tmp_path)
 
 
 def test_a_finished_cell_and_the_plainer_label_are_preferred(tmp_path):
     done, waiting = fidelity_cell(tmp_path, "rtn"), fidelity_cell(tmp_path, "rtn", seed=1, finished=False)
-    assert run_named("rtn", tmp_path) == done
-    assert run_named("rtn 1", tmp_path) == waiting
-    other = fidelity_cell(
-        tmp_path, "rtn", calibration={"dataset": "c4", "n_samples": 7}, changed=("calibration.n_samples",)
+    assert runs_named("rtn", tmp_path) == [done]
+    assert runs_named("rtn 1", tmp_path) == [waiting]
+    more = {"calibration": {"dataset": "c4", "n_samples": 7}, "changed": ("calibration.n_samples",)}
+    other = fidelity_cell(tmp_path, "rtn", **more)
+    assert runs_named("rtn w3", tmp_path) == [done]
+    assert runs_named("rtn calibration.n_samples=7", tmp_path) == [other]
+    second = fidelity_cell(tmp_path, "rtn", seed=2)
+    assert runs_named("rtn", tmp_path) == [done, second], "its seeds, and not the cell with another calibration"
+    assert runs_named("rtn 2", tmp_path) == [second]
+    with pytest.raises(ConfigError, match=r"'toy_1b-rtn' names 4 cells: .*; say more words, or a run id"):
+        runs_named("toy_1b-rtn", tmp_path)
+
+
+def rotated(root, method, seeds):
+    """Cells of one row that differ in their rotation seed alone."""
+    for rotation in seeds:
+        data = to_dict(golden_store.cell("toy-1b", method, "w3", 0, ("arc_easy",)))["method"]
+        data["transform"]["options"]["rotation_seed"] = rotation
+        changed = ("method.transform.options.rotation_seed",) if rotation else ()
+        spec = golden_store.cell(
+            "toy-1b", method, "w3", 0, ("arc_easy",), execution={"runs_dir": str(root)}, changed=changed
+        )
+        spec = build(RunSpec, to_dict(spec) | {"method": data})
+        yield fill(create(spec), spec, method, draw=rotation)
+
+
+def test_all_rotation_seeds_of_a_side_are_used(tmp_path, capsys):
+    many, one = list(rotated(tmp_path, "quarot", (0, 1, 2))), fidelity_cell(tmp_path, "gptq")
+    assert set(runs_named("quarot w3", tmp_path)) == set(many)
+    assert [row.path for row in runs_named("quarot rotation_seed=1", tmp_path)] == [many[1].path]
+    status, out, _ = run(capsys, tmp_path, "gptq", "quarot")
+    flat = " ".join(out.replace("│", " ").split())
+    assert status == 0
+    assert "B: toy-1b quarot w3, seeds 0/0, 0/1, 0/2" in flat
+    losses = [np.mean([rows(cell, "windows")["nll"].mean() for cell in cells]) / N_TOKENS for cells in ([one], many)]
+    assert f"{np.exp(losses[0]):.2f} {np.exp(losses[1]):.2f} {100 * np.expm1(losses[1] - losses[0]):+.2f}" in flat
+    assert "Several seeds: values are means over them" in flat
+    # The table of the notebook says the same of the same cells.
+    found = analysis.paired_tests(analysis.cells(tmp_path), "gptq").set_index("metric")
+    assert found["difference"]["wikitext2/perplexity"] == pytest.approx(np.expm1(losses[1] - losses[0]))
+    assert found["verdict"]["wikitext2/perplexity"].endswith("12 windows, 1 and 3 seeds)")
+    said = run(capsys, tmp_path, "gptq", "quarot", "--examples", "1")
+    assert said[0] == 2
+    assert "expected one seed of each side" in said[2]
+
+
+SWEEP = """
+name: {name}
+common: ["model=tiny", "evaluation.tasks=[]"]
+grids:
+  - {{method: [{methods}], bitwidth: [w3, w4], seed: [0, 1]}}
+"""
+
+
+@pytest.fixture
+def sweeps(tmp_path):
+    """Two sweeps with two methods each, of which one is in both; their cells are finished, with invented figures."""
+    for name, methods in {"one": "rtn, gptq", "two": "gptq, gptaq"}.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(SWEEP.format(name=name, methods=methods))
+        for cell in compose.cells(load_sweep(str(path)), [f"execution.runs_dir={tmp_path}"]):
+            fill(create(cell.spec, cell.folder), cell.spec, cell.spec.method.name, cell.spec.seed)
+    return tmp_path
+
+
+def test_two_sweeps_are_compared_pair_by_pair(sweeps, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    one, two = (str(sweeps / f"{name}.yaml") for name in ("one", "two"))
+    status, out, err = run(capsys, sweeps, one, two)
+    assert (status, err) == (0, "")
+    # gptq is in both sweeps, so that rtn and gptaq are left, and are paired within their bits.
+    named = [re.split(r"[ │]{2,}", line.strip()) for line in out.splitlines() if " | " in line]
+    assert [line[:2] for line in named] == [
+        [f"rtn | gptaq {bits}", metric] for bits in ("w3", "w4")
+        for metric in ("wikitext2/perplexity", "wikitext2/kl", "wikitext2/top1", "arc_easy/acc", "arc_easy/flips")
+    ]  # fmt: skip
+    # The same by hand: means over the seeds, and Holm over all ten.
+    frame, folders = framed((folder, None) for folder in all_runs(sweeps))
+    sides = {row.names[1:]: row.side for row in rows_of(frame, folders)}
+    assert {len(side.draws) for side in sides.values()} == {2}
+    found = {
+        (bits, metric): compare.compare_metric(sides["rtn", bits], sides["gptaq", bits], metric)
+        for bits, metric in ((line[0][-2:], line[1]) for line in named)
+    }
+    adjusted = stats.holm({f"{key}": one.p_value for key, one in found.items()})
+    for line, (key, one) in zip(named, found.items(), strict=True):
+        p_value = adjusted[f"{key}"]
+        shown = f"{p_value:.3f}" if p_value >= 0.001 else f"{p_value:.0e}"
+        assert line[4:] == [stats.in_unit(one, one.difference), f"{stats.in_unit(one, one.low)} to {stats.in_unit(one, one.high)}",
+                            shown, line[-1]]  # fmt: skip
+        assert line[-1] == ("undecided" if p_value >= 0.05 else "better" if one.better else "worse")
+    assert "corrected for the number of lines (10)" in out
+
+
+def test_sweeps_say_what_is_not_finished_and_what_has_no_partner(sweeps, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    one, two = (str(sweeps / f"{name}.yaml") for name in ("one", "two"))
+    status, _, err = run(capsys, sweeps, one, f"{two} calibration.n_samples=3")
+    assert status == 2
+    assert (
+        f"none of its 8 cells is finished; run it first: python -m ptqbench sweep {two} calibration.n_samples=3" in err
     )
-    assert run_named("rtn w3", tmp_path) == done
-    assert run_named("rtn calibration.n_samples=7", tmp_path) == other
-    fidelity_cell(tmp_path, "rtn", seed=2)
-    with pytest.raises(ConfigError, match=r"'rtn' names 3 cells: .*; say more words, or a run id"):
-        run_named("rtn", tmp_path)
+    assert run(capsys, sweeps, one, one)[2].endswith("got none beside equal cells; 4 rows are in both\n")
+    shutil.rmtree(next(sweeps.glob("tiny-gptaq-w4-*s1-*")))
+    shutil.rmtree(next(sweeps.glob("tiny-gptaq-w3-*s0-*")))
+    shutil.rmtree(next(sweeps.glob("tiny-gptaq-w3-*s1-*")))
+    status, out, _ = run(capsys, sweeps, one, two)
+    assert status == 0
+    assert "B has 3 cells without a result: tiny gptaq w3 seed 0 (pending); tiny gptaq w3 seed 1 (pending); tiny" in out
+    assert "without a partner: tiny rtn w3." in out
+    assert "corrected for the number of lines (5)" in out
+
+
+def test_overrides_name_cells_by_identity(sweeps, capsys):
+    words = "model=tiny evaluation.tasks=[] bitwidth=w3"
+    status, out, err = run(capsys, sweeps, f"method=rtn {words} seed=0,1", f"+method=gptaq {words} seed=0,1")
+    assert (status, err) == (0, "")
+    assert "A: tiny rtn w3, seeds 0, 1 (" in out
+    one = next(sweeps.glob("tiny-gptaq-w3-*s1-*"))
+    status, out, _ = run(capsys, sweeps, f"method=rtn {words}", f"method=gptaq {words} seed=1")
+    assert f"({one.name[-12:]})" in out
+    for given, said in {
+        f"method=rtn {words} seed=7": "-s7-",
+        f"method=rtn {words} seed=0,7": "is pending; run it first, or name fewer seeds",
+        f"method=rtn,gptq {words}": "names 2 cells",
+        f"method=rnt {words}": "did you mean 'rtn'",
+        f"method=rtn {words} seed=[": "seed=[",
+        str(sweeps / "one.yaml"): "expected two sweeps or two cells",
+        str(sweeps / "none.yaml"): "no sweep",
+    }.items():
+        status, out, err = run(capsys, sweeps, given, f"method=gptaq {words} seed=1")
+        assert (status, out) == (2, ""), given
+        assert said in err, given
+        assert err.count("\n") == 1, given

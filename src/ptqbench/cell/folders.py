@@ -33,6 +33,11 @@ def reported_folder() -> Path:
     return _given("PTQBENCH_REPORTED", "reported.csv") or _shipped("analysis/reported", "reported.csv")
 
 
+def claims_file() -> Path:
+    """The file with the claims of papers."""
+    return _shipped("analysis", "claims.yaml") / "claims.yaml"
+
+
 def group_names(group: str) -> list[str]:
     """Names of the choices of a configuration group, e.g. ``group_names("method")``."""
     return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))

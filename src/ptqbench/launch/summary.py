@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ptqbench.cell.labels import counted
 from ptqbench.errors import DataNotHereError, StorageError
+from ptqbench.results.detectable import detectable
 from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE
 from ptqbench.sweeps.cells import INVALID, SKIPPED
 from ptqbench.sweeps.measured import COLUMNS, compared
@@ -234,7 +235,7 @@ def _line(console: Console, text: str) -> None:
 
 
 def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
-    """Print a plan: its cells, the sums per group of resources, and how good the estimates were so far.
+    """Print a plan: its cells, sums per group of resources, how good the estimates were, and which differences it can show.
 
     Args:
         rows: The plan.
@@ -276,6 +277,8 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
             f"estimates of {model} on {'GPU' if on_gpu else 'CPU'}: x {found.factor:.2f}, what "
             f"{counted(found.count, 'finished cell')} took (median){peak}",
         )
+    for text in detectable(rows):
+        _line(console, text)
     running = [row for row in rows if row.state == RUNNING]
     _line(
         console,

@@ -19,6 +19,7 @@ from ptqbench.errors import ConfigError
 from ptqbench.results.drawing import new_figure, set_scale
 from ptqbench.results.metrics import kind, known, part
 from ptqbench.results.tables import KEYS, higher_is_better, pivot, records, tidy
+from ptqbench.results.tables.tidy import DRAW
 from ptqbench.runs.folder import RunFolder, all_runs
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def wins(report: pd.DataFrame, first: str, second: str, value: str = "relative_o
         ConfigError: A method has no report.
     """
     key = ["model", "bitwidth", "seed", "block", "linear"]
-    sides = [report[report["method"] == name].set_index(key)[value] for name in (first, second)]
+    sides = [report[report["method"] == name].groupby(key, sort=False)[value].mean() for name in (first, second)]
     for name, side in zip((first, second), sides, strict=True):
         if side.empty:
             known = ", ".join(sorted(set(report["method"])))
@@ -159,31 +160,34 @@ def paired_tests(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
         reference: A method.
 
     Returns:
-        One row per (cell, metric): difference, interval, p-value (Holm over the metrics of the pair), and the verdict in words;
-        a pair that cannot be compared has only the reason as its verdict.
+        One row per (model, method, bitwidth, seed, metric): difference, interval, p-value (Holm over the metrics of the pair), and
+        the verdict in words. Cells that differ in their rotation seed or replicate are one row. A pair that cannot be compared has only the
+        reason as its verdict.
     """
-    from ptqbench.results.compare import compare_cells
+    from ptqbench.results.compare import compare_sides
+    from ptqbench.results.sides import rows_of
 
-    # Every finished cell against the reference of its model, bitwidth and seed.
-    done = records(frame.dropna(subset=["metric"]).drop_duplicates("run_id"))
-    group = ["model", "bitwidth", "seed"]
-    references = {tuple(row[key] for key in group): row for row in done if row["method"] == reference}
-    rows: list[dict[str, Any]] = []
-    for cell in done:
-        base = references.get(tuple(cell[key] for key in group))
-        if base is None or cell["method"] == reference:
-            continue
-        named = {key: cell[key] for key in (*KEYS, "seed")}
-        pair = RunFolder(Path(base["folder"])), RunFolder(Path(cell["folder"]))
-        try:
-            judged = compare_cells(*pair, (reference, cell["method"]))
-        except ConfigError as error:
-            rows.append({**named, "verdict": str(error)})
-            continue
-        for one in judged:
-            said = {"metric": one.metric, "p_value": one.adjusted, "verdict": one.verdict}
-            rows.append(named | dataclasses.asdict(one.found) | said)
-    return pd.DataFrame(rows, columns=[*KEYS, "seed", "metric", "difference", "low", "high", "p_value", "verdict"])
+    # Every finished row of a seed, all its rotation seeds together, against the reference of its model and bitwidth.
+    done = frame.dropna(subset=["metric"])
+    folders = {name: RunFolder(Path(path)) for name, path in zip(done["run_id"], done["folder"], strict=True)}
+    found: list[dict[str, Any]] = []
+    for seed, cells_of_seed in done.groupby("seed", sort=False):
+        rows = rows_of(cells_of_seed, folders)
+        references = {(row.names[0], row.names[2]): row for row in rows if row.names[1] == reference}
+        for row in rows:
+            base = references.get((row.names[0], row.names[2]))
+            if base is None or row.names[1] == reference:
+                continue
+            named = {**dict(zip(KEYS, row.names, strict=True)), "seed": seed}
+            try:
+                judged = compare_sides(base.side, row.side, (reference, row.names[1]))
+            except ConfigError as error:
+                found.append({**named, "verdict": str(error)})
+                continue
+            for one in judged:
+                said = {"metric": one.metric, "p_value": one.adjusted, "verdict": one.verdict}
+                found.append(named | dataclasses.asdict(one.found) | said)
+    return pd.DataFrame(found, columns=[*KEYS, "seed", "metric", "difference", "low", "high", "p_value", "verdict"])
 
 
 def seeds(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -193,7 +197,7 @@ def seeds(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     from ptqbench.results.stats import over_seeds
 
-    rows = frame[frame["metric"] == metric].drop_duplicates([*KEYS, "seed", "rotation_seed"])
+    rows = frame[frame["metric"] == metric].drop_duplicates([*KEYS, *DRAW])
     values = rows.groupby(KEYS, sort=False)["value"]
     found = {key: dataclasses.astuple(over_seeds(group.tolist())) for key, group in values}
     index = pd.MultiIndex.from_tuples(list(found), names=KEYS) if found else None
@@ -298,7 +302,7 @@ def divergence(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     Raises:
         ConfigError: No cell has the metric.
     """
-    rows = frame[frame["metric"] == metric].drop_duplicates([*KEYS, "seed", "rotation_seed"])
+    rows = frame[frame["metric"] == metric].drop_duplicates([*KEYS, *DRAW])
     if rows.empty:
         raise ConfigError(f"no finished cell has {metric}; {WITH_FIDELITY}")
     names = ["median", "p90", "p99", "max", "noise"]

@@ -1,20 +1,40 @@
-"""Compare two finished cells on the same examples, and say which differences are significant. Imports neither torch nor lm_eval."""
+"""Compare two finished cells, or two rows of several seeds, on the same examples, and say which differences are significant.
+
+Imports neither torch nor lm_eval.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable
-from typing import Any, cast
+import re
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar, cast
 
 from ptqbench.errors import ConfigError
 from ptqbench.evaluate.records import example_rows, example_scores, window_scores
 from ptqbench.results import stats
+from ptqbench.results.draws import Sample, compare_draws
 from ptqbench.results.metrics import kind, known, part
 from ptqbench.runs.files import number
 from ptqbench.runs.folder import DONE, RunFolder
 
 UNDECIDED = "undecided"
+AVERAGE = re.compile(r"average\((.+)\)")
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """Finished cells that differ in their seeds alone: a row of a table, or one cell.
+
+    Attributes:
+        draws: Seeds in words -> the cell.
+        random: Whether another seed would give other values.
+    """
+
+    draws: Mapping[str, RunFolder]
+    random: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +80,16 @@ class Apart:
 
 
 def compare_cells(first: RunFolder, second: RunFolder, names: tuple[str, str] = ("first", "second")) -> list[Judged]:
-    """Compare every metric that two finished cells share, and the average over their tasks if both have the same one.
+    """Compare every metric that two finished cells share, as ``compare_sides`` does."""
+    return compare_sides(Side({"": first}), Side({"": second}), names)
+
+
+def compare_sides(first: Side, second: Side, names: tuple[str, str] = ("first", "second")) -> list[Judged]:
+    """Compare every metric that two rows share, and the average over their tasks if both have the same one.
 
     Args:
-        first: A finished cell.
-        second: Another, evaluated on the same data.
+        first: Finished cells.
+        second: Others, evaluated on the same data.
         names: What the verdicts call them.
 
     Returns:
@@ -73,23 +98,69 @@ def compare_cells(first: RunFolder, second: RunFolder, names: tuple[str, str] = 
     Raises:
         ConfigError: A cell is not finished, they share no metric, or a metric was measured on other examples.
     """
-    results = [_finished(folder) for folder in (first, second)]
-    shared = [name for name in results[0]["metrics"] if name in results[1]["metrics"]]
-    if not shared:
-        raise ConfigError(f"{first.path.name} and {second.path.name} share no metric: evaluate both alike")
-    noise = {name: max(number(part(one["metrics"], name), "noise") or 0.0 for one in results) for name in shared}
-    found = {name: _compare(first, second, name, noise[name]) for name in shared}
-    # The average over tasks, if both cells have the same one.
-    for name, average in results[0].get("averages", {}).items():
-        if name in results[1].get("averages", {}):
-            pairs = [(example_scores(first, task), example_scores(second, task)) for task in average["tasks"]]
-            found[name] = stats.compare_average(pairs)
     # The more metrics, the more of them differ by chance: p-values are corrected for their number.
-    adjusted = stats.holm({name: comparison.p_value for name, comparison in found.items()})
-    return [
-        Judged(name, comparison, adjusted[name], stats.verdict(comparison, *names, adjusted[name]))
-        for name, comparison in found.items()
-    ]
+    found = {metric: compare_metric(first, second, metric) for metric in shared_metrics(first, second)}
+    return [judged(metric, found[metric], p_value, names) for metric, p_value in holm(found).items()]
+
+
+def shared_metrics(first: Side, second: Side) -> list[str]:
+    """The metrics and averages over tasks that every cell of two rows has; errors are those of ``compare_sides``."""
+    folders = [*first.draws.values(), *second.draws.values()]
+    results = [_finished(folder) for folder in folders]
+    shared = [name for name in results[0]["metrics"] if all(name in one["metrics"] for one in results)]
+    if not shared:
+        raise ConfigError(f"{folders[0].path.name} and {folders[-1].path.name} share no metric: evaluate both alike")
+    averages = results[0].get("averages", {})
+    return shared + [name for name in averages if all(name in one.get("averages", {}) for one in results)]
+
+
+def compare_metric(first: Side, second: Side, metric: str) -> stats.Comparison:
+    """Compare two rows by one metric, or by ``average(task/metric, ...)``; errors are those of ``compare_sides``."""
+    results = [_finished(folder) for folder in (*first.draws.values(), *second.draws.values())]
+    noise = max(number(part(part(one, "metrics"), metric), "noise") or 0.0 for one in results)
+    several, word = max(len(first.draws), len(second.draws)) > 1, kind(metric)
+    tasks = AVERAGE.fullmatch(metric)
+    try:
+        if several:
+            called = word if word in ("perplexity", "kl", "top1", "flips") else "accuracy"
+            return compare_draws(called, _sample(first, metric), _sample(second, metric), noise)
+        (a,), (b,) = first.draws.values(), second.draws.values()
+        if tasks:
+            return stats.compare_average([(example_scores(a, one), example_scores(b, one)) for one in _tasks(metric)])
+        return _compare(a, b, metric, noise)
+    except ConfigError as error:
+        raise ConfigError(f"{metric}: {error}") from None
+
+
+def holm(found: Mapping[Key, stats.Comparison]) -> dict[Key, float]:
+    """The p-values of comparisons, corrected for their number."""
+    return dict(
+        zip(found, stats.holm({str(i): one.p_value for i, one in enumerate(found.values())}).values(), strict=True)
+    )
+
+
+def judged(metric: str, found: stats.Comparison, adjusted: float, names: tuple[str, str]) -> Judged:
+    """Put a comparison with its corrected p-value into words."""
+    return Judged(metric, found, adjusted, stats.verdict(found, *names, adjusted))
+
+
+def _tasks(metric: str) -> list[str]:
+    """The tasks of ``average(task/metric, ...)``."""
+    found = AVERAGE.fullmatch(metric)
+    return [] if found is None else found[1].split(", ")
+
+
+def _sample(side: Side, metric: str) -> Sample:
+    """The scores of all draws of a row behind a metric."""
+    return Sample({seed: _scores(folder, metric) for seed, folder in side.draws.items()}, side.random)
+
+
+def _scores(folder: RunFolder, metric: str) -> list[Mapping[Hashable, float]]:
+    if known(metric).of_text:
+        values, n_tokens = _windows(folder, metric)
+        n = n_tokens if kind(metric) == "perplexity" else 1  # losses are sums over the tokens of a window
+        return [{window: value / n for window, value in values.items()}]
+    return [example_scores(folder, one, known(one).column) for one in _tasks(metric) or [metric]]
 
 
 def furthest_apart(first: RunFolder, second: RunFolder, metric: str, n: int) -> tuple[list[Apart], int]:
@@ -160,16 +231,13 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
 
 def _compare(first: RunFolder, second: RunFolder, metric: str, noise: float) -> stats.Comparison:
     word, of_text = kind(metric), known(metric).of_text
-    try:
-        if not of_text:
-            a, b = (example_scores(folder, metric, known(metric).column) for folder in (first, second))
-            return stats.compare_flips(a, b) if word == "flips" else stats.compare_accuracy(a, b)
-        (a, n_tokens), (b, _) = (_windows(folder, metric) for folder in (first, second))
-        if word == "perplexity":
-            return stats.compare_perplexity(a, b, n_tokens)
-        return stats.compare_windows(a, b, word, noise)
-    except ConfigError as error:
-        raise ConfigError(f"{metric}: {error}") from None
+    if not of_text:
+        a, b = (example_scores(folder, metric, known(metric).column) for folder in (first, second))
+        return stats.compare_flips(a, b) if word == "flips" else stats.compare_accuracy(a, b)
+    (a, n_tokens), (b, _) = (_windows(folder, metric) for folder in (first, second))
+    if word == "perplexity":
+        return stats.compare_perplexity(a, b, n_tokens)
+    return stats.compare_windows(a, b, word, noise)
 
 
 def _windows(folder: RunFolder, metric: str) -> tuple[dict[Hashable, float], int]:

@@ -1,4 +1,4 @@
-"""Find a run folder by what people call it: its path, its run id, its name, or words of its label."""
+"""Find run folders by what people call them: its path, its run id, its name, or words of its label."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ SHOWN = 4
 """Cells that an error message lists."""
 CHANGES = re.compile(r" (?:calibration|evaluation)[^ ]*=.* seed ")
 """The part of a label between its bits and its seed."""
+SEEDS = re.compile(r" (?:\S*rotation_)?seed[= ]\d+")
+"""The words of a label that say its seeds."""
 
 
-def run_named(name: str, root: Path) -> RunFolder:
-    """Find the one run folder that a name means.
+def runs_named(name: str, root: Path) -> list[RunFolder]:
+    """Find the run folder that a name means, or several that differ in their seeds.
 
     Args:
         name: A run folder; the beginning of a run id; a part of a folder's name between hyphens; or words of a label in any
             order, such as ``gptq w3``. Of several cells that have all words, finished ones are preferred; of cells whose labels
-            differ in values alone, the one with the fewest: ``gptq w3`` is not ``gptq damping=0.1 w3``.
+            differ in values alone, those with the fewest: ``gptq w3`` is not ``gptq damping=0.1 w3``.
         root: Folder of run folders.
 
     Raises:
-        ConfigError: No cell has this name, or several have it.
+        ConfigError: No cell has this name, or several have it that differ in more than seeds.
     """
     if os.path.isfile(os.path.join(name, "spec.json")):  # False, not an error, for what cannot be a name of a file
-        return RunFolder(Path(os.path.abspath(name)))
+        return [RunFolder(Path(os.path.abspath(name)))]
     folders = list(all_runs(root))
     label = functools.partial(label_of, reader=SpecReader())
     found = [one for one in folders if len(name) >= SHORTEST_ID and one.run_id.startswith(name)]
@@ -45,15 +47,20 @@ def run_named(name: str, root: Path) -> RunFolder:
         wanted = set(name.split())
         fitting = {said: several for said, several in called.items() if wanted and wanted <= set(said.split())}
         found = _plainest(fitting) or [one for one in folders if f"-{name}-" in f"-{one.path.name}-"]
-    if len(found) > 1:
-        listed = [
-            f"{said} ({one.run_id})" for said, one in zip(_brief(list(map(label, found[:SHOWN]))), found, strict=False)
-        ]
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise ConfigError(f"{name!r} names {len(found)} cells: {'; '.join(listed)}{more}; say more words, or a run id")
     if not found:
         raise ConfigError(f"no cell in {root} is called {name!r}; {_near(name, called)}")
-    return found[0]
+    if len({SEEDS.sub("", label(one)) for one in found}) > 1:
+        raise ambiguous(name, found)
+    return found
+
+
+def ambiguous(name: str, found: list[RunFolder]) -> ConfigError:
+    """The error for a name of several cells that differ in more than seeds."""
+    listed = [
+        f"{said} ({one.run_id})" for said, one in zip(_brief(list(map(label_of, found[:SHOWN]))), found, strict=False)
+    ]
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return ConfigError(f"{name!r} names {len(found)} cells: {'; '.join(listed)}{more}; say more words, or a run id")
 
 
 def label_of(folder: RunFolder, reader: SpecReader | None = None) -> str:
@@ -65,13 +72,14 @@ def label_of(folder: RunFolder, reader: SpecReader | None = None) -> str:
 
 
 def _plainest(fitting: dict[str, list[RunFolder]]) -> list[RunFolder]:
-    """Finished cells if there are any. Where their labels differ in values alone, those with the fewest values."""
+    """Finished cells if there are any. Where their labels differ in values alone, those with the fewest, whatever their seeds."""
     done = {label: [one for one in several if one.state() == DONE] for label, several in fitting.items()}
     fitting = {label: several for label, several in done.items() if several} or fitting
-    names = {tuple(word for word in label.split() if "=" not in word) for label in fitting}
+    rows = {label: SEEDS.sub("", label).split() for label in fitting}
+    names = {tuple(word for word in words if "=" not in word) for words in rows.values()}
     if len(names) == 1:
-        fewest = min(len(label.split()) for label in fitting)
-        fitting = {label: several for label, several in fitting.items() if len(label.split()) == fewest}
+        fewest = min(map(len, rows.values()))
+        fitting = {label: several for label, several in fitting.items() if len(rows[label]) == fewest}
     return [one for several in fitting.values() for one in several]
 
 

@@ -49,6 +49,7 @@ class Comparison:
         test: Name of the test that gave the p-value.
         confidence: Coverage of the interval.
         noise: What a difference must exceed because the measurement itself is no finer.
+        draws: Number of seeds behind each value.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Comparison:
     test: str
     confidence: float = CONFIDENCE
     noise: float = 0.0
+    draws: tuple[int, int] = (1, 1)
 
     @property
     def distinguishable(self) -> bool:
@@ -328,8 +330,10 @@ def verdict(found: Comparison, first: str, second: str, p_value: float | None = 
     unit = {"perplexity": " % of the perplexity", "kl": " nats"}.get(found.kind, " points")
     difference, low, high = (in_unit(found, value) for value in (found.difference, found.low, found.high))
     what = "windows" if known(found.kind).of_text else "examples"
+    seeds = "" if found.draws == (1, 1) else f", {found.draws[0]} and {found.draws[1]} seeds"
     facts = (
-        f"{difference}{unit}, {100 * found.confidence:.0f} % interval {low} to {high}, p = {p:.2g}, {found.n} {what}"
+        f"{difference}{unit}, {100 * found.confidence:.0f} % interval {low} to {high}, p = {p:.2g}, "
+        f"{found.n} {what}{seeds}"
     )
     if p >= 1 - found.confidence or not found.distinguishable:
         within = abs(found.difference) <= found.noise and found.noise > 0

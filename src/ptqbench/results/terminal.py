@@ -146,21 +146,31 @@ def status_view(lines: Sequence[tuple[str, str, str]], most: int, said: str) -> 
 def table_options(
     given: argparse.Namespace, title: str, columns: tuple[str, ...], papers: tuple[str, ...] = ()
 ) -> TableOptions:
-    """Read the options of the command line. Without ``--format`` the suffix of the output says the style.
+    """Read the options of the command line.
 
     Raises:
-        ConfigError: The suffix says no style, the terminal's style is to be written to a file, or two tables are asked for.
+        ConfigError: As ``output_style``, or two tables are asked for.
     """
     if given.check and given.paper:
         raise ConfigError("--check and --paper are two tables of the same figures; choose one")
     if given.picture and given.paper:
         raise ConfigError("--picture draws the comparison; expected it without --paper")
-    style = given.format or (SUFFIXES.get(Path(given.output).suffix) if given.output else "terminal")
+    style = output_style(given)
+    return TableOptions(style, given.output, given.picture, title, columns, given.check, given.paper, papers)
+
+
+def output_style(given: argparse.Namespace) -> str:
+    """The style of ``--format``; without it, the suffix of ``--output`` says it.
+
+    Raises:
+        ConfigError: The suffix says no style, or the terminal's style is to be written to a file.
+    """
+    style: str | None = given.format or (SUFFIXES.get(Path(given.output).suffix) if given.output else "terminal")
     if style is None:
         raise ConfigError(f"--output {given.output}: expected a name in {', '.join(SUFFIXES)}, or say --format")
     if style == "terminal" and given.output:
         raise ConfigError("--format terminal cannot be written to a file; choose md, latex, html or csv")
-    return TableOptions(style, given.output, given.picture, title, columns, given.check, given.paper, papers)
+    return style
 
 
 def print_table(sources: Iterable[Source], options: TableOptions) -> None:

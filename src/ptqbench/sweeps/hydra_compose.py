@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptqbench.cell.folders import conf_folder
 from ptqbench.errors import ConfigError, PtqbenchError
+from ptqbench.sweeps.files import MOST_CELLS
 from ptqbench.sweeps.hydra_errors import bad_grammar, explain, several_values
 from ptqbench.sweeps.words import check_request, is_simple, rewrite
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 
 def compose_data(words: list[str], read: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -73,6 +79,52 @@ def check_grammar(words: Iterable[str]) -> None:
     for word in words:
         if not is_simple(word):
             value_of(word)
+
+
+def combinations(words: list[str]) -> list[list[str]]:
+    """Every combination of the values of override words, as in a multirun: ``seed=0,1`` has two.
+
+    Raises:
+        ConfigError: A word is not in Hydra's grammar, or as ``jobs``.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    found = []
+    for word in words:
+        try:
+            found.append(OverridesParser.create().parse_override(word))
+        except (HydraException, RecursionError) as error:
+            raise ConfigError(bad_grammar(word, str(error))) from None
+    return jobs(found)
+
+
+def jobs(overrides: Iterable[Override]) -> list[list[str]]:
+    """The override words of every combination of the values of parsed overrides.
+
+    Raises:
+        ConfigError: There are more than ``MOST_CELLS``, or a word has no values that can be listed.
+    """
+    # The product is counted before it is formed.
+    choices = {override.get_key_element(): values(override) for override in overrides}
+    if math.prod(map(len, choices.values())) > MOST_CELLS:
+        raise ConfigError(f"the command line asks for more than {MOST_CELLS:,} cells, which is the most that are taken")
+    pairs = [[f"{key}={value}" for value in given] for key, given in choices.items()]
+    return [list(job) for job in itertools.product(*pairs)]
+
+
+def values(override: Override) -> list[str]:
+    """The values of a parsed override word, as written."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if not override.is_discrete_sweep():
+        raise ConfigError(
+            f"{override.input_line}: expected values that can be listed, such as seed=0,1,2 or seed=range(3)"
+        )
+    found = list(itertools.islice(override.sweep_string_iterator(), MOST_CELLS + 1))
+    if not found:
+        raise ConfigError(f"{override.input_line}: no values, so no cells")
+    return found
 
 
 class _Remembering:

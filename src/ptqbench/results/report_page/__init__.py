@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ptqbench.errors import ConfigError
 from ptqbench.models.source import EMBEDDED
-from ptqbench.results import tables
+from ptqbench.results import claims_sheet, tables
+from ptqbench.results.claims import answer, load_claims
 from ptqbench.results.metrics import known
 from ptqbench.results.report_page import facts, plots
 from ptqbench.results.reported import check, check_sheet
@@ -51,6 +52,8 @@ def report_page(
     found = tables.pivot(averaged)
     references = facts.unquantized(frame)
     cells, papers = facts.read_cells(frame, folders), check(frame)
+    answers = [one for one in answer(load_claims(), sources) if one.tests]
+    lines, about = facts.claims(answers)
     # The page: the template lays out what these functions say.
     environment = Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=StrictUndefined)
     environment.loader = FileSystemLoader(Path(__file__).parent)
@@ -60,6 +63,10 @@ def report_page(
         states=facts.states(cells),
         headlines=facts.headlines(found, references),
         embedded=sorted(name for name in set(frame["model"].dropna()) if name.removesuffix("-outlier") in EMBEDDED),
+        claims=lines,
+        claims_lead=about,
+        claims_remark=claims_sheet.corrected(answers),
+        claim_tests=dataclasses.replace(claims_sheet.tests_sheet(answers), title=""),
         measured=facts.measured(frame, found, cells),
         comparison=tables.comparison_sheet(frame, columns=columns) if len(frame) else None,
         trade_offs=plots.trade_offs(averaged, found, references),

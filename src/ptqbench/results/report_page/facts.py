@@ -17,6 +17,8 @@ from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.engine.timings import EVALUATION_TIMINGS
 from ptqbench.errors import StorageError
 from ptqbench.results import tables
+from ptqbench.results.claims import Answer
+from ptqbench.results.claims_sheet import lacking, limits, speaks_for
 from ptqbench.results.metrics import AVERAGE, MISSING, format_bits, format_value, higher_is_better, known, part
 from ptqbench.results.tables import KEYS, Column, Entry, Pivot, Sheet
 from ptqbench.results.tables.pivot import draw, in_order
@@ -140,6 +142,23 @@ def headlines(found: Pivot, references: set[Names]) -> list[str]:
             value = format_value(metric, float(ties.iloc[0]))
             lines.append(f"{model}, {bitwidth}: {word} {metric} {value}, by {top} at {bits} true bits{tied}{full}.")
     return lines
+
+
+def claims(answers: Sequence[Answer]) -> tuple[list[tuple[str, str, str, str]], str]:
+    """The claims of papers that the cells answer, and sentences about all answers.
+
+    Returns:
+        Of every claim the answer, the claim, who says it, and the p-value with what limits the answer; a limit that all answers
+        share is among the sentences instead.
+    """
+    said = [limits(one) for one in answers]
+    shared = [limit for limit in said[0] if all(limit in other for other in said)] if len(said) > 1 else []
+    lines = []
+    for one, own in zip(answers, said, strict=True):
+        p_value = f"p = {one.p_value:.2g}." if one.p_value is not None else ""
+        rest = " ".join([p_value, *(limit for limit in own if limit not in shared), *lacking(one, "")])
+        lines.append((one.word, one.claim.says, f"{one.claim.paper}, {one.claim.source}", rest))
+    return lines, " ".join([*speaks_for(answers), *shared])
 
 
 def reference_value(found: Pivot, references: set[Names], model: str, metric: str) -> float | None:
