@@ -161,8 +161,8 @@ def paired_tests(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
 
     Returns:
         One row per (model, method, bitwidth, seed, metric): difference, interval, p-value (Holm over the metrics of the pair), and
-        the verdict in words. Cells that differ in their rotation seed or replicate are one row. A pair that cannot be compared has only the
-        reason as its verdict.
+        the verdict in words. Cells that differ in their rotation seed or replicate are one row. A pair that cannot be compared
+        has only the reason as its verdict.
     """
     from ptqbench.results.compare import compare_sides
     from ptqbench.results.sides import rows_of
