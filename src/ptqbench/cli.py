@@ -200,7 +200,7 @@ def _claims(options: argparse.Namespace) -> int:
     from ptqbench.results.sides import sweep_command
 
     claims = load_claims(options.claims)
-    sources, title, _ = _table_sources(options)
+    sources, title, *_ = _table_sources(options)
     command = "" if options.sweep is None else sweep_command([options.sweep, *options.overrides])
     print_claims(answer(claims, sources), options, command, title)
     return 0

@@ -19,8 +19,8 @@ from ptqbench.cell.folders import claims_file, group_names
 from ptqbench.cell.spec import ROLES, build, nearest, strict
 from ptqbench.errors import ConfigError
 from ptqbench.results.compare import UNDECIDED, Judged, compare_metric, holm, judged, shared_metrics
+from ptqbench.results.figures import load
 from ptqbench.results.metrics import KINDS, kind
-from ptqbench.results.reported import load
 from ptqbench.results.sides import Row, framed, rows_of, unfinished
 from ptqbench.results.stats import Comparison
 from ptqbench.results.tables import KEYS, Source, records
