@@ -7,12 +7,10 @@ Exit status: 0 done, 1 a cell or the environment failed, 2 the request was wrong
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import dataclasses
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ptqbench import __version__
 from ptqbench.errors import ConfigError
+from ptqbench.runs.output import discard_output, print_anything
 from ptqbench.runs.places import existing_runs_folder, gib, natural, output_file, picture_file, runs_folder, seconds
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
-    from ptqbench.results.tables import Source
+    from ptqbench.results.sources import Shown
     from ptqbench.runs.folder import RunFolder
     from ptqbench.sweeps.cells import Cell
 
@@ -52,7 +51,7 @@ shell completion: eval "$(ptqbench -sc install=bash)"
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # our progress bar only, none of the libraries'
-    _print_anything()
+    print_anything()
     try:
         status = _dispatch(arguments)
         print(end="", flush=True)
@@ -62,13 +61,13 @@ def main(arguments: list[str]) -> int:
         # The reader of the output has closed it, as ``head`` does; rich then raises SystemExit.
         if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
             raise
-        _discard_output()
+        discard_output()
         return CLOSED
     except (KeyboardInterrupt, Exception) as error:
         from ptqbench.runs.outcome import report
 
         status = report(error)
-        _discard_output()
+        discard_output()
     return status
 
 
@@ -96,30 +95,6 @@ def _dispatch(arguments: list[str]) -> int:
     from ptqbench.hydra_app import run_hydra
 
     return run_hydra(arguments)
-
-
-def _print_anything() -> None:
-    """Print characters that the terminal's encoding lacks in ASCII, instead of raising an error."""
-    # Signs of our own tables and messages have a readable replacement; others are escaped.
-    plain = dict(zip("±×–—−…≤≥→↓↑µ", ["+-", "x", "-", "-", "-", "...", "<=", ">=", "->", "v", "^", "u"], strict=True))
-
-    def written(error: UnicodeError) -> tuple[str | bytes, int]:
-        if not isinstance(error, UnicodeEncodeError):
-            raise error
-        return "".join(plain.get(c) or ascii(c)[1:-1] for c in error.object[error.start : error.end]), error.end
-
-    codecs.register_error("ptqbench", written)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="ptqbench")
-
-
-def _discard_output() -> None:
-    """Drop what standard output did not take; else Python tries again at exit and prints a traceback."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -169,9 +144,8 @@ def _table(options: argparse.Namespace) -> int:
     with _uncollected():
         from ptqbench.results.terminal import print_table, table_options
 
-        find = _wandb_sources if options.from_wandb is not None else _table_sources
-        sources, title, columns, papers = find(options)
-        print_table(sources, table_options(options, title, columns, papers))
+        shown = _shown(options)
+        print_table(shown.cells, table_options(options, shown.title, shown.columns, shown.papers))
     return 0
 
 
@@ -200,9 +174,9 @@ def _claims(options: argparse.Namespace) -> int:
     from ptqbench.results.sides import sweep_command
 
     claims = load_claims(options.claims)
-    sources, title, *_ = _table_sources(options)
+    shown = _shown(options)
     command = "" if options.sweep is None else sweep_command([options.sweep, *options.overrides])
-    print_claims(answer(claims, sources), options, command, title)
+    print_claims(answer(claims, shown.cells), options, command, shown.title)
     return 0
 
 
@@ -210,9 +184,9 @@ def _report(options: argparse.Namespace) -> int:
     from ptqbench.results.report_page import report_page
     from ptqbench.runs.places import write_output
 
-    sources, title, columns, _ = _table_sources(options)
+    shown = _shown(options)
     command = [] if options.sweep is None else [options.sweep, *options.overrides]
-    write_output(options.output, report_page(sources, title, columns, command))
+    write_output(options.output, report_page(shown.cells, shown.title, shown.columns, command))
     print(f"report: {options.output}")
     return 0
 
@@ -270,28 +244,19 @@ def _chosen(options: argparse.Namespace) -> list[tuple[RunFolder, RunSpec | None
     return [(folder, None) for folder in all_runs(Path(options.runs_dir or "runs"))]
 
 
-Shown = tuple["list[Source]", str, tuple[str, ...], tuple[str, ...]]
-"""Cells with the title and the columns of their table, and the papers that they reproduce."""
+def _shown(options: argparse.Namespace) -> Shown:
+    """The cells of a sweep, of a W&B project, or of all run folders, and what there is to say of their table."""
+    from ptqbench.results.sources import Shown, of_sweep
 
+    if getattr(options, "from_wandb", None) is not None:
+        if options.sweep is not None or options.runs_dir is not None:
+            raise ConfigError(
+                "table --from-wandb: expected no sweep and no --runs-dir beside it; it reads a whole project"
+            )
+        from ptqbench.tracking.recorded import sources
 
-def _table_sources(options: argparse.Namespace) -> Shown:
-    """The cells of a sweep and what it says of its table; without a sweep, all run folders."""
-    if options.sweep is None:
-        return [*_chosen(options)], "", ("metric",), ()
-    from ptqbench.results.sources import sweep_cells
-    from ptqbench.sweeps.files import load_sweep
-
-    sweep = load_sweep(options.sweep)
-    return sweep_cells(sweep, _overrides(options)), sweep.title, tuple(sweep.columns), tuple(sweep.papers)
-
-
-def _wandb_sources(options: argparse.Namespace) -> Shown:
-    """The cells of a W&B project, with its name as the title."""
-    if options.sweep is not None or options.runs_dir is not None:
-        raise ConfigError("table --from-wandb: expected no sweep and no --runs-dir beside it; it reads a whole project")
-    from ptqbench.tracking.recorded import sources
-
-    return sources(options.from_wandb), options.from_wandb, ("metric",), ()
+        return Shown(sources(options.from_wandb), options.from_wandb)
+    return Shown(_chosen(options)) if options.sweep is None else of_sweep(options.sweep, _overrides(options))
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

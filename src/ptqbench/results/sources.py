@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from ptqbench.errors import PtqbenchError
 from ptqbench.results.tables import KEYS, Absent, Source
 from ptqbench.runs.folder import DONE, UNREADABLE
 from ptqbench.sweeps.cells import Cell
 from ptqbench.sweeps.compose import Composer, cells
-from ptqbench.sweeps.files import Sweep, Value, describe, excluded, expand, overrides
+from ptqbench.sweeps.files import Sweep, Value, describe, excluded, expand, load_sweep, overrides
 from ptqbench.sweeps.naming import Naming
 from ptqbench.sweeps.resolve import validated
+
+
+class Shown(NamedTuple):
+    """Cells with the title and the columns of their table, and the papers that they reproduce."""
+
+    cells: Sequence[Source]
+    title: str = ""
+    columns: tuple[str, ...] = ("metric",)
+    papers: tuple[str, ...] = ()
+
+
+def of_sweep(name: str, extra: list[str]) -> Shown:
+    """The cells of a sweep file, with overrides for every cell, and what it says of its table."""
+    sweep = load_sweep(name)
+    return Shown(sweep_cells(sweep, extra), sweep.title, tuple(sweep.columns), tuple(sweep.papers))
 
 
 def sweep_cells(sweep: Sweep, extra: list[str]) -> list[Source]:

@@ -1,0 +1,31 @@
+"""Standard output of a command: characters that a terminal lacks, and readers that close it."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+
+
+def print_anything() -> None:
+    """Print characters that the terminal's encoding lacks in ASCII, instead of raising an error."""
+    # Signs of our own tables and messages have a readable replacement; others are escaped.
+    plain = dict(zip("±×–—−…≤≥→↓↑µ", ["+-", "x", "-", "-", "-", "...", "<=", ">=", "->", "v", "^", "u"], strict=True))
+
+    def written(error: UnicodeError) -> tuple[str | bytes, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        return "".join(plain.get(c) or ascii(c)[1:-1] for c in error.object[error.start : error.end]), error.end
+
+    codecs.register_error("ptqbench", written)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="ptqbench")
+
+
+def discard_output() -> None:
+    """Drop what standard output did not take; else Python tries again at exit and prints a traceback."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
