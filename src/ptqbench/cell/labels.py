@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ptqbench.cell.spec import IDENTITY, ROLES, UNTOUCHED_BITS, BitwidthSpec, RunSpec
@@ -23,6 +23,8 @@ FILES = (".path", "_file")
 SECTIONS = ("model", "method", "calibration", "evaluation")
 SLUG_LENGTH = 180
 """Longest slug in bytes. A file name may have 255, of which the run id takes 13."""
+CHANGES = re.compile(r" (?:calibration|evaluation)[^ ]*=.* seed ")
+"""The part of a name between its bits and its seed."""
 _TOKEN = re.compile(r"(fp|kv|w|a|k|v|g)(\d+)")
 
 
@@ -116,6 +118,12 @@ def slug(spec: RunSpec) -> str:
     parts = [*_parts(spec), f"s{spec.seed}" + (f"r{spec.replicate}" if spec.replicate else "")]
     whole = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)
     return whole.encode()[:SLUG_LENGTH].decode(errors="ignore")
+
+
+def brief(names: Sequence[str]) -> list[str]:
+    """Leave the changes of calibration and evaluation out of names, where these are not what tells the names apart."""
+    short = [CHANGES.sub(" seed ", name) for name in names]
+    return short if len(set(short)) == len(set(names)) else list(names)
 
 
 def distinct(names: Iterable[str], ids: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ptqbench.cell.labels import counted
+from ptqbench.cell.labels import brief, counted
 from ptqbench.errors import DataNotHereError, StorageError
 from ptqbench.results.detectable import detectable
 from ptqbench.runs.folder import CANCELLED, DONE, FAILED, RUNNING, UNREADABLE
@@ -55,6 +55,7 @@ class Summary:
             live: Whether a live view is drawn, on a terminal only.
         """
         self.rows, self.console, self.errors = rows, Console(), Console(stderr=True)
+        self._names = _names(rows)
         self.counts: Counter[str] = Counter()
         self._live = (
             Live(console=self.errors, auto_refresh=False, transient=True) if live and self.errors.is_terminal else None
@@ -104,7 +105,7 @@ class Summary:
         self._finished += state == DONE
         result: dict[str, Any] = (cell.folder.result() if cell.folder is not None else None) or {}
         self.counts[state] += 1
-        self.say(f"{cell.name}: {result_line(result) if result else ''}", state, "green")
+        self.say(f"{self._called(cell)}: {result_line(result) if result else ''}", state, "green")
 
     def failed(self, cell: Cell, kind: str, message: str, log: str) -> None:
         """Count and print a cell that has failed and is not tried again.
@@ -115,9 +116,9 @@ class Summary:
             message: One line.
             log: Where to read more; empty for nowhere.
         """
-        self._failed.append((cell.name, f"{kind}: {message}", log))
+        self._failed.append((self._called(cell), f"{kind}: {message}", log))
         self.counts[FAILED] += 1
-        self.say(f"{cell.name}: {kind}: {message}", FAILED, "red")
+        self.say(f"{self._called(cell)}: {kind}: {message}", FAILED, "red")
 
     def failed_on_record(self, cell: Cell, message: str = "see the run folder") -> None:
         """Count and print a cell that has failed, as its ``failure.json`` has it.
@@ -136,7 +137,7 @@ class Summary:
     def note(self, state: str, cell: Cell, message: str) -> None:
         """Count ``state``, and print that something else happened to a cell."""
         self.counts[state] += 1
-        self.say(f"{cell.name}: {message}", state, "yellow")
+        self.say(f"{self._called(cell)}: {message}", state, "yellow")
 
     def warn(self, text: str) -> None:
         """Print something that went wrong beside the cells."""
@@ -166,7 +167,11 @@ class Summary:
         table = Table(show_edge=False, pad_edge=False, show_header=False)
         for cell in running[:RUNNING_SHOWN]:
             beat = (cell.folder.heartbeat() if cell.folder is not None else None) or {}
-            words = (cell.name, str(beat.get("stage", "start")), f"{beat.get('done', 0)}/{beat.get('total', 0)}")
+            words = (
+                self._called(cell),
+                str(beat.get("stage", "start")),
+                f"{beat.get('done', 0)}/{beat.get('total', 0)}",
+            )
             table.add_row(*map(Text, words))
         if len(running) > RUNNING_SHOWN:
             table.add_row(f"and {len(running) - RUNNING_SHOWN} more", "", "")
@@ -192,6 +197,9 @@ class Summary:
         states = sorted(self.counts, key=lambda state: ORDER.index(state) if state in ORDER else len(ORDER))
         return ", ".join(f"{self.counts[state]} {state}" for state in states if self.counts[state])
 
+    def _called(self, cell: Cell) -> str:
+        return self._names.get(cell.name, cell.name)
+
 
 def _repeated(rows: Sequence[Row]) -> dict[str, str]:
     """A mark for each long detail that several cells share: ``(1)``, ``(2)`` and so on."""
@@ -200,10 +208,16 @@ def _repeated(rows: Sequence[Row]) -> dict[str, str]:
     return {detail: f"({number})" for number, detail in enumerate(often, 1)}
 
 
-def _plan_line(row: Row, notes: Mapping[str, str]) -> tuple[str, ...]:
+def _names(rows: Sequence[Row]) -> dict[str, str]:
+    """The name of every cell -> the name without what says nothing beside those of the others."""
+    names = [row.cell.name for row in rows]
+    return dict(zip(names, brief(names), strict=True))
+
+
+def _plan_line(row: Row, names: Mapping[str, str], notes: Mapping[str, str]) -> tuple[str, ...]:
     known = row.needs if row.todo or row.state == INVALID else None
     asked, estimate = (known.describe(), duration(known.estimate_min)) if known else ("", "")
-    return row.cell.name, row.state, asked, estimate, notes.get(row.detail, row.detail)
+    return names[row.cell.name], row.state, asked, estimate, notes.get(row.detail, row.detail)
 
 
 def _print_cells(console: Console, lines: Sequence[tuple[str, ...]]) -> None:
@@ -243,8 +257,8 @@ def print_plan(rows: Sequence[Row], every_cell: bool = True) -> None:
     """
     console = Console()
     if every_cell:
-        notes = _repeated(rows)
-        _print_cells(console, [PLAN_COLUMNS, *(_plan_line(row, notes) for row in rows)])
+        notes, names = _repeated(rows), _names(rows)
+        _print_cells(console, [PLAN_COLUMNS, *(_plan_line(row, names, notes) for row in rows)])
         for reason, mark in notes.items():
             _line(console, f"{mark} {reason}")
     else:

@@ -17,8 +17,6 @@ SHORTEST_ID = 4
 """Digits of a run id that may be given in place of all."""
 SHOWN = 4
 """Cells that an error message lists."""
-CHANGES = re.compile(r" (?:calibration|evaluation)[^ ]*=.* seed ")
-"""The part of a label between its bits and its seed."""
 SEEDS = re.compile(r" (?:\S*rotation_)?seed[= ]\d+")
 """The words of a label that say its seeds."""
 
@@ -57,7 +55,8 @@ def runs_named(name: str, root: Path) -> list[RunFolder]:
 def ambiguous(name: str, found: list[RunFolder]) -> ConfigError:
     """The error for a name of several cells that differ in more than seeds."""
     listed = [
-        f"{said} ({one.run_id})" for said, one in zip(_brief(list(map(label_of, found[:SHOWN]))), found, strict=False)
+        f"{said} ({one.run_id})"
+        for said, one in zip(labels.brief(list(map(label_of, found[:SHOWN]))), found, strict=False)
     ]
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return ConfigError(f"{name!r} names {len(found)} cells: {'; '.join(listed)}{more}; say more words, or a run id")
@@ -92,11 +91,5 @@ def _near(name: str, called: dict[str, list[RunFolder]]) -> str:
     def likeness(label: str) -> tuple[int, float]:
         return len(wanted & set(label.split())), difflib.SequenceMatcher(None, name, label).ratio()
 
-    near = _brief(sorted(called, key=likeness, reverse=True)[:SHOWN])
+    near = labels.brief(sorted(called, key=likeness, reverse=True)[:SHOWN])
     return f"there are {len(called)} labels, the nearest: {'; '.join(near)}"
-
-
-def _brief(said: list[str]) -> list[str]:
-    """Labels without their changes of calibration and evaluation, where these are not what tells them apart."""
-    short = [CHANGES.sub(" seed ", label) for label in said]
-    return short if len(set(short)) == len(said) else said
