@@ -391,7 +391,7 @@ def test_a_sweep_of_which_nothing_is_done_says_so(tmp_path, monkeypatch, capsys)
     assert "0 of 2 cells are done; 2 pending." in page.words()
     assert page.text.count("nothing to plot yet") == 2
     assert not page.all("img")
-    assert [row[1] for row in page.tables[0][2:]] == ["rtn^1", "rtn^1"]
+    assert [row[0] for row in page.tables[0][2:]] == ["rtn^1", "rtn^1"]
     assert "an instrument, not a benchmark" in page.words()
     assert "python -m ptqbench sweep mine.yaml model=tiny --runs-dir reproduced" in page.words()
 

@@ -10,16 +10,21 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ptqbench.errors import ConfigError
 from ptqbench.models.source import EMBEDDED
 from ptqbench.results import claims_sheet, tables
 from ptqbench.results.claims import answer, load_claims
+from ptqbench.results.layout import without_common
 from ptqbench.results.metrics import known
 from ptqbench.results.report_page import facts, plots
 from ptqbench.results.reported import check, check_sheet
 from ptqbench.results.tables import Sheet, Source
 from ptqbench.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TEMPLATE = "page.html.jinja"
 
@@ -68,7 +73,7 @@ def report_page(
         claims_remark=claims_sheet.corrected(answers),
         claim_tests=dataclasses.replace(claims_sheet.tests_sheet(answers), title=""),
         measured=facts.measured(frame, found, cells),
-        comparison=tables.comparison_sheet(frame, columns=columns) if len(frame) else None,
+        comparison=_comparison(frame, columns) if len(frame) else None,
         trade_offs=plots.trade_offs(averaged, found, references),
         fidelity=any(known(metric).relative for metric in found.mean.columns),
         layers=plots.layers(frame),
@@ -80,6 +85,12 @@ def report_page(
         html=tables.html,
         bare=_bare,
     )
+
+
+def _comparison(frame: pd.DataFrame, columns: Sequence[str]) -> Sheet:
+    """The comparison; a model that all rows share stands above it, as in a terminal."""
+    sheet, common = without_common(tables.comparison_sheet(frame, columns=columns), ("model",))
+    return dataclasses.replace(sheet, title="; ".join(common))
 
 
 def _bare(sheet: Sheet) -> Sheet:

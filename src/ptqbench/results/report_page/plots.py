@@ -36,6 +36,7 @@ ROOM_FOR_NAMES = 0.3
 HAIR = 1e-6
 """Boxes that overlap by no more than this only touch."""
 ASIDE, MARK, POINTS_PER_INCH = 8.0, 6.0, 72.0
+LONGEST_NAME = 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _name(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_xlim(right=float(scale.inverted().transform((right, 0.0))[0]))
     figure = cast("Figure", axis.figure)
     names = [
-        axis.annotate(row["method"], (row["cost"], row["quality"]), (ASIDE, 0), "data", "offset points", va="center",
+        axis.annotate(_cut(row["method"]), (row["cost"], row["quality"]), (ASIDE, 0), "data", "offset points", va="center",
                       fontsize=7.5, in_layout=False)
         for row in records(rows)
     ]  # fmt: skip
@@ -218,6 +219,11 @@ def _name(axis: Axes, rows: pd.DataFrame) -> None:
         ends = np.array([[x, x + (ASIDE - 1) * pixel], [y, y + shift]]) / figure.dpi
         leader = Line2D(*ends, color="0.65", linewidth=0.6, transform=figure.dpi_scale_trans, zorder=1)
         axis.add_artist(leader)
+
+
+def _cut(name: str) -> str:
+    """A name that fits beside its mark; options at its end are left out."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _shifts(boxes: np.ndarray, n_free: int) -> list[float]:
