@@ -21,6 +21,7 @@ MARKERS = "osD^vP*X<>hp"
 LINES = ("-", "--", ":", "-.")
 WIDE = 5.0
 """Ratio of largest to smallest value from which an axis is logarithmic."""
+LONGEST_NAME = 26
 SHARPNESS = 2
 """Dots of a picture in a notebook per dot of the page."""
 
@@ -87,6 +88,11 @@ def set_scale(axis: Axes, which: str, values: pd.Series[float], wide: float) -> 
     )
     line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     line.set_minor_locator(NullLocator())
+
+
+def cut(name: str) -> str:
+    """A name that fits beside a mark or an axis; options at its end are left out."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def save(figure: Figure, name: str, folder: str | Path | None = None) -> list[Path]:

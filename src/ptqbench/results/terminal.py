@@ -194,7 +194,7 @@ def print_table(sources: Iterable[Source], options: TableOptions) -> None:
     if options.picture is not None and ours_alone and not frame["metric"].isna().all():
         from ptqbench.results.picture import draw
 
-        draw(tables.pivot(frame), options.picture)
+        draw(tables.pivot(tables.averaged(frame)[0]), options.picture)
         print(f"picture: {options.picture}")
 
 

@@ -6,13 +6,11 @@ plots are SVG inside the page, and the style is in its head.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptqbench.errors import ConfigError
 from ptqbench.models.source import EMBEDDED
 from ptqbench.results import claims_sheet, tables
 from ptqbench.results.claims import answer, load_claims
@@ -49,11 +47,7 @@ def report_page(
     folders = {one[0].run_id: one[0] for one in sources if isinstance(one, tuple) and isinstance(one[0], RunFolder)}
     frame = tables.tidy(sources)
     frame = frame.assign(folder=[str(folders[name].path) if name in folders else "" for name in frame["run_id"]])
-    averaged = frame
-    with contextlib.suppress(
-        ConfigError
-    ):  # no average over tasks where cells were measured differently, as in the comparison
-        averaged = tables.task_average(frame)
+    averaged, _ = tables.averaged(frame)  # the comparison says so where there is no average
     found = tables.pivot(averaged)
     references = facts.unquantized(frame)
     cells, papers = facts.read_cells(frame, folders), check(frame)

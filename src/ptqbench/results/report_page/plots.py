@@ -13,7 +13,7 @@ import pandas as pd
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.results import analysis
-from ptqbench.results.drawing import WIDE, Look, deal_looks, new_figure, set_scale
+from ptqbench.results.drawing import WIDE, Look, cut, deal_looks, new_figure, set_scale
 from ptqbench.results.metrics import kind, known
 from ptqbench.results.report_page.facts import Names, main_metrics, reference_value, unquantized
 from ptqbench.results.tables import Pivot, format_value, higher_is_better, pivot, records
@@ -36,7 +36,6 @@ ROOM_FOR_NAMES = 0.3
 HAIR = 1e-6
 """Boxes that overlap by no more than this only touch."""
 ASIDE, MARK, POINTS_PER_INCH = 8.0, 6.0, 72.0
-LONGEST_NAME = 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _name(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_xlim(right=float(scale.inverted().transform((right, 0.0))[0]))
     figure = cast("Figure", axis.figure)
     names = [
-        axis.annotate(_cut(row["method"]), (row["cost"], row["quality"]), (ASIDE, 0), "data", "offset points", va="center",
+        axis.annotate(cut(row["method"]), (row["cost"], row["quality"]), (ASIDE, 0), "data", "offset points", va="center",
                       fontsize=7.5, in_layout=False)
         for row in records(rows)
     ]  # fmt: skip
@@ -219,11 +218,6 @@ def _name(axis: Axes, rows: pd.DataFrame) -> None:
         ends = np.array([[x, x + (ASIDE - 1) * pixel], [y, y + shift]]) / figure.dpi
         leader = Line2D(*ends, color="0.65", linewidth=0.6, transform=figure.dpi_scale_trans, zorder=1)
         axis.add_artist(leader)
-
-
-def _cut(name: str) -> str:
-    """A name that fits beside its mark; options at its end are left out."""
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _shifts(boxes: np.ndarray, n_free: int) -> list[float]:

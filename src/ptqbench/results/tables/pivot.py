@@ -122,6 +122,14 @@ def best(found: Pivot) -> pd.DataFrame:
     return ((loss - top).abs() <= noise) & (groups.transform("count") > 1)
 
 
+def averaged(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Add averages over tasks to a tidy frame; where there can be none, the frame as it is and a sentence that says why."""
+    try:
+        return task_average(frame), []
+    except ConfigError as refusal:
+        return frame, [f"{refusal}."]
+
+
 def task_average(frame: pd.DataFrame, tasks: Sequence[str] | None = None) -> pd.DataFrame:
     """Append the mean accuracy over tasks of every cell, as metric ``average_N/acc``.
 

@@ -10,11 +10,10 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from ptqbench.errors import ConfigError
 from ptqbench.evaluate.records import LARGEST
 from ptqbench.results.metrics import AVERAGE, KINDS, MISSING, format_nats, format_spread, higher_is_better, kind, known
 from ptqbench.results.tables.names import KEYS
-from ptqbench.results.tables.pivot import BITS, NOT_MEASURED, Pivot, best, pivot, task_average
+from ptqbench.results.tables.pivot import BITS, NOT_MEASURED, Pivot, averaged, best, pivot
 
 BOLD = (
     "Bold: best of a model and bitwidth, and what is within the spread of the difference to it "
@@ -165,21 +164,23 @@ def comparison_sheet(
     Returns:
         The sheet. Nominal and true bits stand side by side; a missing value is a dash with a footnote.
     """
-    remarks = []
-    try:
-        frame = task_average(frame)
-    except ConfigError as refusal:
-        remarks.append(f"{refusal}.")
+    frame, remarks = averaged(frame)
     found = pivot(frame)
     metrics = list(found.mean.columns)
-    if brief and any(name.startswith(AVERAGE) for name in metrics):
-        metrics = [name for name in metrics if known(name).of_text or name.startswith(AVERAGE)]
+    if brief and (fewer := main_metrics(metrics)) != metrics:
+        metrics = fewer
         remarks.append("The scores of single tasks: --format md or csv.")
     look = _Lookup(found)
     sheet = _lay_out(look, metrics, "model" in columns and found.mean.index.get_level_values("model").nunique() > 1)
     sheet.title = title
     sheet.remarks = [*_legend(found, metrics, look), *remarks, *_unknown(frame)]
     return sheet
+
+
+def main_metrics(metrics: Sequence[str]) -> list[str]:
+    """The metrics of texts and the averages over tasks; all metrics where there is no average."""
+    fewer = [name for name in metrics if known(name).of_text or name.startswith(AVERAGE)]
+    return fewer if any(name.startswith(AVERAGE) for name in metrics) else list(metrics)
 
 
 class _Lookup:
