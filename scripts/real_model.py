@@ -67,16 +67,16 @@ def model_words(folder: Path) -> list[str]:
 def text_words(folder: Path) -> list[str]:
     """Calibration on the second half of a text, perplexity on the beginning of the first."""
     text = _data() / "text" / "wikitext2.test.raw"
-    label, separator, portion = "wikitext2", "null", "[0,0.04]"
+    label, portion = "wikitext2", "[0,0.04]"
     if not text.is_file():
-        text, label, separator, portion = folder / "news.txt", "file", r"'\n'", "[0,0.15]"
+        text, label, portion = folder / "news.txt", "file", "[0,0.15]"
         if not text.is_file():
             print(f"fetching {TEXT[0]} (28 MB) for its news articles ...", flush=True)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 fetch(*TEXT, Path(temporary)).rename(text)
-    evaluated = {"path": text, "portion": portion, "seq_len": 512} | ({"separator": separator} if label == "file" else {})
+    evaluated = {"path": text, "portion": portion, "seq_len": 512}
     return [
-        "calibration=file", f"calibration.path={text}", f"calibration.separator={separator}", "calibration.portion=[0.5,1]",
+        "calibration=file", f"calibration.path={text}", "calibration.portion=[0.5,1]",
         f"evaluation={label}", *(f"++evaluation.texts.{label}.{key}={value}" for key, value in evaluated.items()),
     ]  # fmt: skip
 
