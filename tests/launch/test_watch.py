@@ -146,7 +146,10 @@ COMMAND = [sys.executable, "-m", "ptqbench", "status", "--watch", "0.2", "--runs
 
 
 def test_ctrl_c_leaves_with_130_and_no_escape_codes_go_to_a_pipe(folders, tmp_path):
-    process = subprocess.Popen([*COMMAND, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [*COMMAND, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     assert process.stdout.readline().startswith("4 pending")
     finish(folders[0])
     assert f"{folders[0].path.name}: done\n" in process.stdout.readline()
