@@ -18,6 +18,7 @@ SEED ?= 0
 WORKERS ?= 2
 ONLY ?=
 NUMBER ?=
+FIRST ?=
 PROVE ?=
 
 .PHONY: demo real notebooks test test-fast docs torture lint format clean help
@@ -60,7 +61,7 @@ docs: $(VENV)/.docs
 
 torture: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m torture --minutes $(MINUTES) --seed $(SEED) --workers $(WORKERS) \
-		$(if $(ONLY),--only $(ONLY)) $(if $(NUMBER),--number $(NUMBER)) $(if $(PROVE),--prove)
+		$(if $(ONLY),--only $(ONLY)) $(if $(NUMBER),--number $(NUMBER)) $(if $(FIRST),--first $(FIRST)) $(if $(PROVE),--prove)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="trials at once")
     parser.add_argument("--only", default="", help=f"parts, by commas: {', '.join(PARTS)}")
     parser.add_argument("--number", type=int, default=None, help="one trial of the part that --only names")
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial: goes on with a campaign")
     parser.add_argument("--output", type=Path, default=None, help="where findings and torture.json stay")
     parser.add_argument("--prove", action="store_true", help="break the code on purpose: every check must notice")
     options = parser.parse_args()
@@ -69,7 +70,7 @@ def main() -> int:
         return prove(world, parts)
     begun, reports = time.time(), []
     for place, name in enumerate(parts):
-        report = run_part(world, name, parts[place:], begun + 60 * options.minutes, options.number)
+        report = run_part(world, name, parts[place:], begun + 60 * options.minutes, options.number, options.first)
         reports.append(report)
         print(
             f"{name}: {report['trials']} trials, {len(report['findings'])} findings, {report['seconds']:.0f} s",
@@ -78,7 +79,7 @@ def main() -> int:
     return conclude(world, reports, begun, options.output)
 
 
-def run_part(world: World, name: str, left: list[str], end: float, number: int | None) -> dict[str, Any]:
+def run_part(world: World, name: str, left: list[str], end: float, number: int | None, first: int) -> dict[str, Any]:
     """Run one part for its share of the time that is left; returns its report."""
     begun, counts, findings, trials = time.time(), Counter[str](), [], 0
     module = importlib.import_module(f"torture.{name}")
@@ -88,7 +89,7 @@ def run_part(world: World, name: str, left: list[str], end: float, number: int |
         module.prepare(world)
         shares = [importlib.import_module(f"torture.{other}").SHARE for other in left]
         until = end if len(left) == 1 else time.time() + (end - time.time()) * shares[0] / sum(shares)
-        for at, outcome in trials_of(world, module, until, number):
+        for at, outcome in trials_of(world, module, until, number, first):
             trials += 1
             counts += outcome.counts
             for check, seen in outcome.findings:
@@ -103,11 +104,13 @@ def run_part(world: World, name: str, left: list[str], end: float, number: int |
     }
 
 
-def trials_of(world: World, module: ModuleType, until: float, number: int | None) -> Iterator[tuple[int, Outcome]]:
+def trials_of(
+    world: World, module: ModuleType, until: float, number: int | None, first: int
+) -> Iterator[tuple[int, Outcome]]:
     """Yield (number, outcome) of trials in forked workers until the time is over."""
     limit = module.LIMIT if hasattr(module, "LIMIT") else None
     total = min(x for x in (limit, module.total(world) if hasattr(module, "total") else None, 10**9) if x is not None)
-    numbers = iter(range(total) if number is None else [number])
+    numbers = iter(range(first, total) if number is None else [number])
     workers = min(world.workers, getattr(module, "WORKERS", world.workers))
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
