@@ -34,7 +34,7 @@ def draw(found: Pivot, path: str) -> None:
     from matplotlib.figure import Figure
 
     # A row of panels per metric, a column per model and bitwidth; if nothing is quantized, the reference alone.
-    metrics = main_metrics(found.mean.columns)
+    metrics = main_metrics(list(found.mean.columns))
     metrics = [metric for metric in metrics if not metric.endswith("/acc_norm")] or metrics
     bits = found.bits["effective_w_bits"]
     reference, quantized = found.mean[bits >= UNTOUCHED_BITS], found.mean[bits < UNTOUCHED_BITS]
@@ -50,7 +50,7 @@ def draw(found: Pivot, path: str) -> None:
             direction = "higher" if higher_is_better(metric) else "lower"
             axis.set_xlabel(f"{metric.replace('/', ' ')} ({direction} is better)", fontsize=8)
     if len(models) == 1:
-        figure.suptitle(models.pop(), fontsize=9)
+        figure.suptitle(str(models.pop()), fontsize=9)
     # Drawn in memory first: what matplotlib leaves behind on a full disk hides the error of the disk.
     drawn = io.BytesIO()
     figure.savefig(drawn, format=Path(path).suffix.removeprefix("."), dpi=150)
