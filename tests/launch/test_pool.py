@@ -80,7 +80,7 @@ def test_bad_cells_stop_no_other_and_are_listed_with_class_reason_and_log(small,
         "PYTHONPATH": f"{hook}:{source}",
         "TEST_CRASH": "-rtn-w3-",
         "TEST_HUNGRY": "-rtn-w2-",
-        "COLUMNS": "250",
+        "COLUMNS": "400",
     }
     command = [sys.executable, "-m", "ptqbench", "sweep", small.sweep, "launcher=local", "launcher.workers=2"]
     done = subprocess.run(command, cwd=small.folder, env=os.environ | environment, capture_output=True, text=True)
