@@ -139,16 +139,21 @@ def test_a_sweep_with_a_failing_cell_is_honest_on_both_sides(slurm):
     assert slurm.results() == on_slurm
 
 
-def test_a_killed_worker_is_submitted_again_by_the_waiting_command(slurm):
-    slurm.grids("{method: [gptq], bitwidth: [w4]}")
-    process = slurm.start("sweep", slurm.sweep, "launcher=slurm", "--wait")
+def killed_and_submitted_again(slurm, *words):
+    """Kill the worker of the one cell of a sweep while a command waits for it, to the end of that; the cell's run folder."""
+    process = slurm.start("sweep", slurm.sweep, "launcher=slurm", *words, "--wait")
     wait_for(slurm.heartbeats)
     (folder,) = slurm.runs
     os.kill(json.loads((folder / "lease.json").read_text())["pid"], 9)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
     assert "whose jobs ended without a result" in out
-    assert attempts(folder) == 2
+    return folder
+
+
+def test_a_killed_worker_is_submitted_again_by_the_waiting_command(slurm):
+    slurm.grids("{method: [gptq], bitwidth: [w4]}")
+    assert attempts(killed_and_submitted_again(slurm)) == 2
 
 
 def test_preemption_requeues_and_the_cell_goes_on(slurm):
@@ -260,7 +265,6 @@ def test_one_mail_and_one_command_when_the_sweep_has_ended(slurm, cluster):
     told = slurm.folder / "told"
     command = f"echo $PTQBENCH_SWEEP_NAME $PTQBENCH_SWEEP_DONE $PTQBENCH_SWEEP_FAILED $PTQBENCH_SWEEP_STATUS >> {told}"
     words = [
-        "launcher=slurm",
         "launcher.mail=me@example.org",
         f"launcher.on_done='{command}'",
         "launcher.exclude=[node2]",
@@ -293,17 +297,10 @@ def test_the_last_job_looks_again_after_a_cell_was_killed(slurm, cluster):
     before = len(log.read_text().splitlines()) if log.exists() else 0
     slurm.grids("{method: [gptq], bitwidth: [w4]}")
     words = [
-        "launcher=slurm",
         "launcher.mail=me@example.org",
         f"launcher.on_done='echo $PTQBENCH_SWEEP_LEFT >> {told}'",
     ]
-    process = slurm.start("sweep", slurm.sweep, *words, "--wait")
-    wait_for(slurm.heartbeats)
-    (folder,) = slurm.runs
-    os.kill(json.loads((folder / "lease.json").read_text())["pid"], 9)
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, out + err
-    assert "whose jobs ended without a result" in out
+    killed_and_submitted_again(slurm, *words)
     wait_for(lambda: not queue())
     assert "not over yet" in (slurm.folder / "runs/.slurm/end-small.log").read_text()
     assert told.read_text() == "0\n"

@@ -33,6 +33,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def tallied(counts: Mapping[str, int]) -> str:
+    """Numbers by state in words: ``2 done, 1 failed``; empty where there are none."""
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+
+
 def bits_name(bits: BitwidthSpec) -> str:
     """Name bits by their values.
 

@@ -22,10 +22,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptqbench.cell.labels import tallied
 from ptqbench.cell.spec import LauncherSpec, build
 from ptqbench.errors import StorageError
 from ptqbench.launch.slurm import JOBS_FOLDER, clean_environment
@@ -42,6 +43,8 @@ MINUTES, MEMORY = 60, "2G"
 """What the last job asks for."""
 NEEDED_EVERYWHERE = ("reservation", "wckey", "clusters")
 """Options of ``launcher.sbatch`` without which a cluster may not take a job, whatever it needs."""
+ENDED = (DONE, FAILED, CANCELLED, UNREADABLE, SKIPPED, INVALID)
+"""States of cells that have ended."""
 Say = Callable[[str], None]
 
 
@@ -86,6 +89,11 @@ def status_of(counts: Counter[str]) -> int:
     return INTERRUPTED if counts[CANCELLED] else 0
 
 
+def left_over(counts: Mapping[str, int]) -> int:
+    """Number of cells that have not ended."""
+    return sum(count for state, count in counts.items() if state not in ENDED)
+
+
 def conclude(sweep: Sweep, say: Say) -> Counter[str]:
     """Run the command of a sweep if the sweep has ended and nobody has done so yet.
 
@@ -120,9 +128,9 @@ def _told(sweep: Sweep, counts: Counter[str]) -> dict[str, Any]:
     """What the command learns from its environment."""
     failed = counts[FAILED] + counts[INVALID] + counts[UNREADABLE]
     known = {"DONE": counts[DONE], "FAILED": failed, "SKIPPED": counts[SKIPPED], "CANCELLED": counts[CANCELLED]}
-    left = sum(counts.values()) - sum(known.values())
     return {
-        "NAME": sweep.name, "STATUS": status_of(counts), "CELLS": sum(counts.values()), **known, "LEFT": left, "RUNS": sweep.root,
+        "NAME": sweep.name, "STATUS": status_of(counts), "CELLS": sum(counts.values()), **known, "LEFT": left_over(counts),
+        "RUNS": sweep.root,
     }  # fmt: skip
 
 
@@ -226,17 +234,14 @@ def main(arguments: Sequence[str]) -> int:
     sweep = build(Sweep, {key: value for key, value in data.items() if key != "job"})
     first = not int(os.environ.get("SLURM_RESTART_COUNT", 0))
     counts = conclude(dataclasses.replace(sweep, on_done=None), print)
-    left = sum(counts.values()) - sum(
-        counts[state] for state in (DONE, FAILED, CANCELLED, SKIPPED, INVALID, UNREADABLE)
-    )
     # Cells run or wait elsewhere, or were killed a moment ago, so that a waiting command may submit them again.
-    if counts[RUNNING] or counts[QUEUED] or (left and first):
+    if counts[RUNNING] or counts[QUEUED] or (left_over(counts) and first):
         print("not over yet:", dict(counts), flush=True)
         if subprocess.run(["scontrol", "requeue", me]).returncode == 0:
             time.sleep(60)  # SLURM ends this process
             return 0
     counts = conclude(sweep, print)
-    print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())), flush=True)
+    print(tallied(counts), flush=True)
     return status_of(counts)
 
 

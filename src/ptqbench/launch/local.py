@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptqbench.cell.spec import RunSpec
+from ptqbench.cell.spec import ModelSpec
 from ptqbench.errors import StorageError
 from ptqbench.launch.summary import Summary
 from ptqbench.launch.worker import Child, Slot, start
@@ -98,16 +98,17 @@ def slots(rows: Sequence[Row], workers: int | None) -> list[Slot]:
         chosen = together[: workers or len(together)]
         return [Slot(devices, max(1, cores // len(chosen))) for devices in chosen]
     # On CPU: as many of the largest cell as fit into the free memory, each with the cores that a cell asks for.
-    threads = [_threads(row.cell.spec) for row in rows if row.cell.spec is not None]
-    share = min(max(threads, default=1), cores)
+    specs = [row.cell.spec for row in rows if row.cell.spec is not None]
+    asked = {(spec.model, spec.execution.threads) for spec in specs}  # the files of a model are read once
+    share = min(max((_threads(*one) for one in asked), default=1), cores)
     largest = max([row.needs.host_mem_gib for row in rows if row.needs is not None] or [1.0])
     count = workers or max(1, min(cores // share, int(_memory_gib() // largest), len(rows)))
     return [Slot(None, max(1, cores // count)) for _ in range(count)]
 
 
-def _threads(spec: RunSpec) -> int:
+def _threads(model: ModelSpec, asked: int | None) -> int:
     """The threads that a cell asks for; else those that its model keeps busy, at most ``CPU_SHARE``."""
-    return spec.execution.threads or min(CPU_SHARE, from_config(locate(spec.model).config).useful_threads)
+    return asked or min(CPU_SHARE, from_config(locate(model).config).useful_threads)
 
 
 def visible_gpus() -> list[str]:

@@ -16,14 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Console, Group
 from rich.live import Live
 
+from ptqbench.cell.labels import tallied
 from ptqbench.errors import ConfigError, StorageError
-from ptqbench.launch.ending import status_of
+from ptqbench.launch.ending import ENDED, left_over, status_of
 from ptqbench.launch.slurm import STUCK_S
 from ptqbench.results.terminal import status_view
 from ptqbench.runs.files import number
 from ptqbench.runs.folder import CANCELLED, DAMAGED, DONE, FAILED, INTERRUPTED, PENDING, RUNNING, UNREADABLE, RunFolder
 from ptqbench.runs.queue import QUEUED, SHORT_S, Queue, ask, submission
-from ptqbench.sweeps.cells import INVALID, SKIPPED, Cell
+from ptqbench.sweeps.cells import Cell
 from ptqbench.sweeps.plan import describe
 from ptqbench.sweeps.resources import duration
 
@@ -31,7 +32,6 @@ RACY_S = 2.0
 """Age from which a folder's time tells a later change apart; some file systems count whole seconds."""
 UNSETTLED = (RUNNING, INTERRUPTED, UNREADABLE)
 """States that a sign of life or the clock ends, without a change in the run folder itself."""
-ENDED = (DONE, FAILED, CANCELLED, UNREADABLE, SKIPPED, INVALID)
 SHOWN = (FAILED, UNREADABLE, DAMAGED, CANCELLED, RUNNING, INTERRUPTED, QUEUED)
 """States that are listed, the most urgent first."""
 FRAME = 8
@@ -154,7 +154,7 @@ def watch(find: Callable[[], Sequence[RunFolder]], seconds: float, others: Mappi
             # A job is given up once it has been stuck for a while: SLURM shows some reasons for a moment only.
             since = {look.name: since.get(look.name, time.time()) for look in looks if look.stuck}
             stuck = sum(time.time() - moment >= STUCK_S for moment in since.values())
-            left = sum(count for state, count in counts.items() if state not in ENDED) - stuck
+            left = left_over(counts) - stuck
             said = _said(counts, left, sum(look.state == DONE for look in first), time.time() - began, watcher.problem)
             if live is not None:
                 live.update(_view(looks, said, console.height), refresh=True)
@@ -174,7 +174,7 @@ def watch(find: Callable[[], Sequence[RunFolder]], seconds: float, others: Mappi
 
 def _said(counts: Counter[str], left: int, done_before: int, spent: float, problem: str) -> str:
     """The counts in one line, with the time left at the rate of the cells that were finished meanwhile."""
-    said = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no run folders"
+    said = tallied(counts) or "no run folders"
     finished = counts[DONE] - done_before
     said += f"; time left: {duration(spent / finished * left / 60)}" if left and finished > 0 else ""
     if left and not counts[RUNNING] and not counts[QUEUED]:

@@ -11,7 +11,7 @@ from ptqbench.results.claims import NOT_RUN, SO_FAR, Answer, Tested, of_paper, s
 from ptqbench.results.compare import UNDECIDED
 from ptqbench.results.metrics import format_value
 from ptqbench.results.named import SHOWN
-from ptqbench.results.stats import in_unit
+from ptqbench.results.stats import in_unit, p_text
 from ptqbench.results.tables import Column, Entry, Sheet
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _test_row(test: Tested, sheet: Sheet) -> list[Entry]:
     # Both values and what the test says.
     shown = "acc" if found.kind == "accuracy" else found.kind
     values = [format_value(shown, value) for value in (found.second, found.first)]
-    figures = [*values, in_unit(found, found.difference), _p_text(test.judged.adjusted)]
+    figures = [*values, in_unit(found, found.difference), p_text(test.judged.adjusted)]
     word = Entry(test.judged.word, test.judged.word != UNDECIDED)
     return [Entry(first[0]), Entry(pair, note=several), Entry(name, note=note), *map(Entry, figures), word]
 
@@ -176,8 +176,4 @@ def _n_tests(answers: Iterable[Answer]) -> int:
 
 
 def _p_value(answer: Answer) -> str:
-    return "" if answer.p_value is None else _p_text(answer.p_value)
-
-
-def _p_text(p_value: float) -> str:
-    return f"{p_value:.3f}" if p_value >= 0.001 else f"{p_value:.0e}"
+    return "" if answer.p_value is None else p_text(answer.p_value)

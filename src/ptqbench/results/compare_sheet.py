@@ -19,7 +19,7 @@ from ptqbench.results.compare import (
 from ptqbench.results.metrics import MISSING, format_value, kind, known, order
 from ptqbench.results.named import SHOWN
 from ptqbench.results.sides import Row, asked, pairs
-from ptqbench.results.stats import CONFIDENCE, Comparison, in_unit
+from ptqbench.results.stats import CONFIDENCE, Comparison, in_unit, p_text
 from ptqbench.results.tables import Column, Entry, Sheet, records, tidy
 from ptqbench.results.terminal import print_sheets
 from ptqbench.runs.folder import RunFolder
@@ -90,8 +90,7 @@ def _overview(rows: tuple[Row, Row], verdicts: list[Judged]) -> Sheet:
     measured_on = [_protocols(row) for row in rows]
     # In the order of tables.
     for one in sorted(verdicts, key=lambda one: order(one.metric)):
-        a, b = (said.get(one.metric) for said in measured_on)
-        note = None if a == b else sheet.note(f"measured differently: A {a}; B {b}")
+        note = _note(sheet, *(said.get(one.metric) for said in measured_on))
         sheet.rows.append([Entry(_short(one.metric), note=note), *_row(one)])
     sheet.remarks = [UNITS, TESTS.format("metrics"), *_remarks(verdicts)]
     return sheet
@@ -120,15 +119,17 @@ def _sweeps(first: Sequence[Row], second: Sequence[Row], words: tuple[str, str])
     protocols = {row.run_ids: _protocols(row) for pair in together for row in pair}
     for place, one in sorted(verdicts, key=lambda pair: (pair[0], order(pair[1].metric))):
         a, b = together[place]
-        measured_on = [protocols[row.run_ids].get(one.metric) for row in (a, b)]
-        note = None
-        if measured_on[0] != measured_on[1]:
-            note = sheet.note(f"measured differently: A {measured_on[0]}; B {measured_on[1]}")
+        note = _note(sheet, *(protocols[row.run_ids].get(one.metric) for row in (a, b)))
         labels = [Entry(a.names[0]), Entry(_pair(a, b)), Entry(_short(one.metric), note=note)]
         sheet.add([*labels, *_row(one)], place)
     sheet.remarks += [UNITS, TESTS.format(f"lines ({len(verdicts)})"), *_remarks([one for _, one in verdicts])]
     sheet.remarks += [f"without a partner: {'; '.join(' '.join(row.names) for row in alone)}."] if alone else []
     return sheet
+
+
+def _note(sheet: Sheet, a: str | None, b: str | None) -> int | None:
+    """The footnote of a metric that the two sides measured differently; None where they did not."""
+    return None if a == b else sheet.note(f"measured differently: A {a}; B {b}")
 
 
 def _pair(a: Row, b: Row) -> str:
@@ -157,8 +158,10 @@ def _row(one: Judged) -> list[Entry]:
     shown = "acc" if found.kind == "accuracy" else found.kind
     values = [format_value(shown, value) for value in (found.first, found.second)]
     difference, low, high = (in_unit(found, value) for value in (found.difference, found.low, found.high))
-    p_value = f"{one.adjusted:.3f}" if one.adjusted >= 0.001 else f"{one.adjusted:.0e}"
-    return [*map(Entry, [*values, difference, f"{low} to {high}", p_value]), Entry(one.word, one.word != UNDECIDED)]
+    return [
+        *map(Entry, [*values, difference, f"{low} to {high}", p_text(one.adjusted)]),
+        Entry(one.word, one.word != UNDECIDED),
+    ]
 
 
 def _short(metric: str) -> str:

@@ -17,8 +17,7 @@ from ptqbench.results.compare import Side
 from ptqbench.results.named import ambiguous, label_of, runs_named
 from ptqbench.results.sources import sweep_cells
 from ptqbench.results.tables import KEYS, Source, records, tidy
-from ptqbench.results.tables.pivot import NEVER_RUN, draw, in_order
-from ptqbench.results.tables.tidy import DRAW
+from ptqbench.results.tables.pivot import NEVER_RUN, draw_of, in_order
 from ptqbench.runs.folder import DONE, RunFolder
 from ptqbench.sweeps.words import assign
 
@@ -107,7 +106,7 @@ def unfinished(frame: pd.DataFrame) -> Iterator[str]:
     """Name every cell of a tidy frame that could have a result and has none, with its state."""
     waiting = frame[frame["metric"].isna() & ~frame["state"].isin([*NEVER_RUN, DONE])]
     for cell in records(waiting):
-        seed = draw(*(cell[name] for name in DRAW))
+        seed = draw_of(cell)
         yield f"{cell['model']} {cell['method']} {cell['bitwidth']} seed {seed} ({cell['state']})"
 
 
@@ -170,7 +169,7 @@ def rows_of(frame: pd.DataFrame, folders: Mapping[str, RunFolder]) -> list[Row]:
     for cell in records(frame.dropna(subset=["model", "metric"]).drop_duplicates("run_id")):
         if cell["run_id"] in folders:
             key = (*(str(cell[name]) for name in KEYS), str(cell["evaluation"]))
-            found.setdefault(key, {}).setdefault(draw(*(cell[name] for name in DRAW)), cell)
+            found.setdefault(key, {}).setdefault(draw_of(cell), cell)
     rows = []
     for (model, method, bitwidth, _), cells in found.items():
         first = next(iter(cells.values()))

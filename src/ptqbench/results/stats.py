@@ -342,6 +342,11 @@ def verdict(found: Comparison, first: str, second: str, p_value: float | None = 
     return f"{second} is {'better' if found.better else 'worse'} than {first} ({facts})"
 
 
+def p_text(p_value: float) -> str:
+    """A p-value as tables print it."""
+    return f"{p_value:.3f}" if p_value >= 0.001 else f"{p_value:.0e}"
+
+
 def in_unit(found: Comparison, value: float) -> str:
     """A difference with its sign: in nats for a KL divergence, in percent of a perplexity, in points of a share."""
     return f"{value:+.3g}" if found.kind == "kl" else f"{100 * value:+.2f}"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptqbench.cell.labels import tallied
 from ptqbench.errors import ConfigError
 from ptqbench.results.metrics import MISSING, format_value, measured, part
 from ptqbench.runs.files import number
@@ -117,7 +118,7 @@ def print_status(folders: Sequence[RunFolder], every: bool = False) -> None:
     queue = look(folders)
     lines = [(folder.path.name, *describe(folder, queue)) for folder in folders]
     counts = Counter(state for _, state, _ in lines)
-    said = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no run folders"
+    said = tallied(counts) or "no run folders"
     listed = [line for line in lines if every or line[1] not in (DONE, PENDING)]
     Console().print(status_view(listed, len(listed) if every else STATUS_ROWS, said))
 

@@ -7,7 +7,7 @@ different protocols, which get columns of their own (``name@2``).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -243,6 +243,11 @@ def draw(seed: Any, rotation_seed: Any, replicate: Any) -> str:
     """The draw of a cell in words: ``0``; ``0/1`` with seed 1 of random rotations; ``0r2`` for replicate 2; ``?`` if unknown."""
     words = [f"{one:g}" if isinstance(one, float) else str(one) for one in (seed, rotation_seed) if pd.notna(one)]
     return ("/".join(words) or "?") + (f"r{replicate:g}" if pd.notna(replicate) else "")
+
+
+def draw_of(cell: Mapping[str, Any]) -> str:
+    """The draw of a record of the tidy frame in words."""
+    return draw(*(cell[name] for name in DRAW))
 
 
 def in_order(seeds: Iterable[str]) -> list[str]:
