@@ -89,7 +89,14 @@ def test_bad_values_give_one_line_with_place_and_remedy(path, value, words):
 def test_missing_value_is_named():
     data = cell()
     del data["bitwidth"]["a_bits"]
-    with pytest.raises(ConfigError, match=r"missing value for 'bitwidth\.a_bits'"):
+    with pytest.raises(ConfigError, match=r"missing value for 'bitwidth\.a_bits': give bitwidth\.a_bits=\.\.\.$"):
+        build(RunSpec, data)
+    with pytest.raises(
+        ConfigError, match=r"missing value for 'spec\.json\.bitwidth\.a_bits'$"
+    ):  # a file has no override
+        build(RunSpec, data, "spec.json")
+    data["bitwidth"]["a_bts"] = 4
+    with pytest.raises(ConfigError, match=r"unknown key 'bitwidth\.a_bts' .*did you mean 'a_bits'"):
         build(RunSpec, data)
 
 

@@ -360,6 +360,9 @@ def test_sweeps_say_what_is_not_finished_and_what_has_no_partner(sweeps, capsys,
     assert (
         f"none of its 8 cells is finished; run it first: python -m ptqbench sweep {two} calibration.n_samples=3" in err
     )
+    status, _, err = run(capsys, sweeps, one, f"{two} replicate=x")
+    wrong = "none of its 8 cells can be composed: replicate: input should be a valid integer, got 'x'"
+    assert (status, wrong in err) == (2, True), err
     assert run(capsys, sweeps, one, one)[2].endswith("got none beside equal cells; 4 rows are in both\n")
     shutil.rmtree(next(sweeps.glob("tiny-gptaq-w4-*s1-*")))
     shutil.rmtree(next(sweeps.glob("tiny-gptaq-w3-*s0-*")))

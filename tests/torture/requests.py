@@ -94,13 +94,13 @@ def prepare(world: World) -> None:
 
 def generators() -> list[Callable[..., Request]]:
     """Every layer, as often as it shall be drawn."""
-    from torture import wrong_folders, wrong_models, wrong_sweeps, wrong_words
+    from torture import wrong_claims, wrong_folders, wrong_models, wrong_sweeps, wrong_words
 
     return [
         wrong_words.command_line, wrong_words.value, wrong_words.value, wrong_words.word, wrong_sweeps.sweep_file,
         wrong_sweeps.sweep_file, wrong_models.config, wrong_models.weights, wrong_models.tokenizer, wrong_models.text,
         wrong_models.task, wrong_folders.record, wrong_folders.record, wrong_folders.output, wrong_folders.terminal,
-        wrong_folders.unwritable,
+        wrong_folders.unwritable, wrong_claims.claims_file,
     ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ COMMANDS = (
     "status",
     "table",
     "compare",
+    "claims",
     "report",
     "sync",
     "prefetch",
@@ -100,6 +101,11 @@ NONSENSE: dict[str, list[str]] = {
     "launcher.workers": ["0", "-1", "x"],
     "launcher.kind": ["slrum", "7", "null"],
     "launcher.max_requeues": ["-1", "x"],
+    "launcher.mail": ["x", "''", "a@", "'a@b, c@d'", "'a b@c'", "[a@b]", "7"],
+    "launcher.on_done": ["''", "'  '", "'echo \"open'", "[a]", "{a:1}"],
+    "launcher.exclude": ["node7", "['']", "['a b']", "['node[1-']", "[[a]]", "{a:1}", "['a,b']"],
+    "launcher.forgive_h": ["-1", "x", "nan", "-inf", "[1]", "''"],
+    "replicate": ["x", "-1", "1.5", "null", "true", "[1]", "1e400", "2147483648", "''"],
     "tracking.mode": ["ofline", "7", "null"],
     "model.dtype": ["int8", "float8", "fp16", "7"],
     "model.outlier_channels": ["-1", "x", "1.5", "1000000"],
@@ -125,7 +131,8 @@ GRAMMAR = (
 KEYS = (
     "seed", "calibration.n_samples", "calibration.seq_len", "evaluation.limit", "evaluation.batch_size", "bitwidth.w_bits",
     "method.solver.damping", "execution.threads", "execution.runs_dir", "resources.time_min", "launcher.workers", "model.dtype",
-    "evaluation.texts.tiny.seq_len", "method.grid.scheme", "tracking.project", "execution.device",
+    "evaluation.texts.tiny.seq_len", "method.grid.scheme", "tracking.project", "execution.device", "replicate", "launcher.mail",
+    "launcher.on_done", "launcher.exclude",
 )  # fmt: skip
 
 
@@ -136,6 +143,13 @@ def command_line(draw: Random, place: Place) -> Request:
     reader = draw.choice(("status", "table", "report"))
     file = str(place.write("a-file", "x"))
     nothing = str(place.here / "nothing")
+    shown = [*draw.choice((["demo"], [])), "--runs-dir", str(place.runs)]
+    period = draw.choice(("0", "-1", "nan", "inf", "x", "", "1e400", "0.01", "1e9", "demo"))
+    cell, no_cell = (
+        draw.choice(("rtn w3", "gptq", "fp16")),
+        draw.choice(("", " ", "nosuch", "7", "a" * 300, "[/x]", "demo seed=x")),
+    )
+    whole = draw.choice(("-1", "1.5", "x", "", "nan", "1e400"))
     budget = draw.choice(("nan", "inf", "-inf", "-1", "1e400", "", "much", "1GiB", "-0.001", "1e300"))
     kinds = [
         lambda: ("misspelled command", [typo(draw, name)]),
@@ -154,6 +168,15 @@ def command_line(draw: Random, place: Place) -> Request:
         lambda: ("Hydra's options", ["+method=rtn", draw.choice(HYDRA), "nosuch"]),
         lambda: ("extra word", ["doctor", "extra"]),
         lambda: ("sweep and cell", ["plan", "demo", "+method"]),
+        lambda: ("period of --watch", ["status", *shown, "--watch", period]),
+        lambda: ("nothing to run", [draw.choice(("plan", "status", "cancel", "table")), "demo", "--dry-run"]),
+        lambda: ("two tables", ["table", *shown, "--paper", "--check"]),
+        lambda: ("picture of a paper's table", ["table", *shown, "--paper", "--picture", "x.png"]),
+        lambda: ("one side", ["compare", cell, "--runs-dir", str(place.runs)]),
+        lambda: ("a cell with itself", ["compare", cell, cell, "--runs-dir", str(place.runs)]),
+        lambda: ("a side that does not exist", ["compare", *draw.sample((cell, no_cell), 2), "--runs-dir", str(place.runs)]),
+        lambda: ("number of examples", ["compare", "rtn", "gptq", "--examples", whole, "--runs-dir", str(place.runs)]),
+        lambda: ("no file of claims", ["claims", *shown, "--claims", draw.choice((nothing, str(place.here), "", "a" * 300))]),
     ]  # fmt: skip
     title, words = draw.choice(kinds)()
     if words[:1] == ["gc"] and "--budget-gib" not in words and "--runs-dir" in words:

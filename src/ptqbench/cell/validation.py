@@ -77,16 +77,21 @@ def may_hold(cls: type, path: Iterable[str]) -> set[str] | None:
     return None if get_origin(inner) is dict else {field.name for field in dataclasses.fields(inner)}
 
 
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+"""Pydantic's names for a key that a class does not have."""
+
+
 def _one_line(cls: type, error: ValidationError, where: str) -> str:
-    problem = error.errors(include_url=False)[0]
+    # A misspelled key is missing too: what is unknown says more.
+    problem = min(error.errors(include_url=False), key=lambda one: one["type"] not in UNKNOWN)
     path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("tuple["))]
     place = ".".join(str(part) for part in ([where] if where else []) + path)
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if problem["type"] in UNKNOWN:
         owner = _class_at(cls, path[:-1])
         known = [f.name for f in dataclasses.fields(owner)] if owner else []
         return f"unknown key {place!r} (given {problem['input']!r}); {nearest(str(path[-1]), known)}"
     if problem["type"] in ("missing", "missing_argument"):
-        return f"missing value for {place!r}: give {place}=..."
+        return f"missing value for {place!r}" + ("" if where else f": give {place}=...")
     return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
 
 

@@ -15,7 +15,7 @@ from ptqbench.cell.folders import sweep_folder
 from ptqbench.errors import ConfigError
 from ptqbench.results.compare import Side
 from ptqbench.results.named import ambiguous, label_of, runs_named
-from ptqbench.results.sources import sweep_cells
+from ptqbench.results.sources import NOT_COMPOSED, sweep_cells
 from ptqbench.results.tables import KEYS, Source, records, tidy
 from ptqbench.results.tables.pivot import NEVER_RUN, draw_of, in_order
 from ptqbench.runs.folder import DONE, RunFolder
@@ -88,6 +88,9 @@ def asked(word: str, root: str | None) -> Asked:
         frame, folders = framed(sweep_cells(load_sweep(words[0]), words[1:] + here))
         rows, missing = rows_of(frame, folders), tuple(unfinished(frame))
         if not rows:
+            wrong = frame.loc[frame["state"] == NOT_COMPOSED, "reason"]
+            if missing and len(wrong) == len(missing):
+                raise ConfigError(f"{word!r}: none of its {len(missing)} cells can be composed: {wrong.iloc[0]}")
             raise ConfigError(
                 f"{word!r}: none of its {len(missing)} cells is finished; run it first: {sweep_command(words)}"
             )

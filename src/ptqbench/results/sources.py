@@ -14,6 +14,9 @@ from ptqbench.sweeps.files import Sweep, Value, describe, excluded, expand, load
 from ptqbench.sweeps.naming import Naming
 from ptqbench.sweeps.resolve import validated
 
+NOT_COMPOSED = "not composed"
+"""State of a cell that cannot be composed here."""
+
 
 class Shown(NamedTuple):
     """Cells with the title and the columns of their table, and the papers that they reproduce."""
@@ -39,7 +42,7 @@ def sweep_cells(sweep: Sweep, extra: list[str]) -> list[Source]:
 
     Returns:
         The run folder of a cell, with the cell; or an ``Absent`` with the reason why there is none: ``skipped`` by a role,
-        ``not composed`` (its model is not at hand, for example), or ``excluded`` by the sweep.
+        ``NOT_COMPOSED`` (its model is not at hand, for example), or ``excluded`` by the sweep.
     """
     compose = Composer()
     points = {describe(point): point for point in expand(sweep)}
@@ -47,9 +50,9 @@ def sweep_cells(sweep: Sweep, extra: list[str]) -> list[Source]:
     for cell in cells(sweep, extra):
         reason = str(cell.problem)
         if cell.draft is not None:
-            found.append(Absent.of(cell.draft, "not composed", reason))
+            found.append(Absent.of(cell.draft, NOT_COMPOSED, reason))
         elif cell.spec is None:
-            found.append(_absent(compose, sweep, points[cell.name], extra, "not composed", reason))
+            found.append(_absent(compose, sweep, points[cell.name], extra, NOT_COMPOSED, reason))
         else:
             found.append(_source(cell))
     return found + [_absent(compose, sweep, point, extra, "excluded", why) for point, why in excluded(sweep)]
