@@ -19,7 +19,7 @@ from random import Random
 from torture import cells
 from torture.kit import Outcome, Running, World, command, job
 
-SHARE, LIMIT, WORKERS = 10.0, None, 1
+SHARE, LIMIT, WORKERS = 7.0, None, 1
 SCRIPT = Path(__file__).parents[1] / "cluster" / "slurm.sh"
 CELLS, FAULTS, ROUND_S = 12, 10, 900.0
 NAME = "ptqbench-"

@@ -14,7 +14,7 @@ from random import Random
 from torture import cells, shim
 from torture.kit import Ended, Outcome, Running, World, command
 
-SHARE, LIMIT = 8.0, 400
+SHARE, LIMIT = 3.0, 400
 METHODS = ("gptq", "coquant", "rtn", "spinquant")
 CODES = (errno.ENOSPC, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 

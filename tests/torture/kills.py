@@ -15,7 +15,7 @@ from random import Random
 from torture import cells
 from torture.kit import CELL_S, Ended, Outcome, Running, World, command, job
 
-SHARE, LIMIT = 40.0, None
+SHARE, LIMIT = 5.0, None
 SIGNALS = {signal.SIGKILL: 8, signal.SIGINT: 5, signal.SIGTERM: 4, signal.SIGSTOP: 3}
 ENDS = {signal.SIGKILL: (-9,), signal.SIGINT: (130,), signal.SIGTERM: (-15, 143), signal.SIGSTOP: ()}
 PER_TRIAL = 6

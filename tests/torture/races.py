@@ -18,7 +18,7 @@ import psutil
 from torture import cells
 from torture.kit import Ended, Outcome, Running, World, command, job
 
-SHARE, LIMIT, WORKERS = 12.0, None, 1  # each trial is several processes
+SHARE, LIMIT, WORKERS = 5.0, None, 1  # each trial is several processes
 PROCESSES, POOLS, CELLS = 10, 4, 100
 METHODS = ("gptq", "coquant", "rtn", "fp16", "q2n")
 

@@ -18,7 +18,7 @@ from random import Random
 from torture import cells
 from torture.kit import HANG_S, Outcome, Running, World, command
 
-SHARE, LIMIT = 12.0, 500
+SHARE, LIMIT = 8.0, 500
 MEMORY = 6 << 30
 RAW = (
     "a defect of ptqbench",
