@@ -19,7 +19,7 @@ from small_sweep import wait_for
 pytestmark = pytest.mark.slurm  # every process of a parallel test run has its own cluster
 
 SCRIPT = Path(__file__).parent / "slurm.sh"
-KILLS = int(os.environ.get("PTQBENCH_TEST_KILLS", "20"))
+KILLS = int(os.environ.get("PTQBENCH_TEST_KILLS", "3"))
 
 
 @pytest.fixture(scope="session")

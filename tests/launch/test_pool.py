@@ -21,8 +21,8 @@ from ptqbench.launch.local import Pool, Task, Worker
 from ptqbench.runs.folder import PENDING, RunFolder
 from small_sweep import wait_for
 
-KILLS = int(os.environ.get("PTQBENCH_TEST_KILLS", "20"))
-CELLS = int(os.environ.get("PTQBENCH_TEST_CELLS", "100"))
+KILLS = int(os.environ.get("PTQBENCH_TEST_KILLS", "3"))
+CELLS = int(os.environ.get("PTQBENCH_TEST_CELLS", "12"))
 
 # Injected into the server that workers are forked from by Python's own start-up hook: the product has no switch for failing.
 HOOK = """
