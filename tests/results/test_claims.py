@@ -299,7 +299,7 @@ def test_an_error_in_a_file_is_one_line_with_its_place(root, tmp_path, capsys, c
 def test_other_errors_of_a_file(tmp_path):
     path = tmp_path / "my.yaml"
     for text, said in {
-        "claims: []": "at least 1 item", "claims: {": "not valid YAML", "- 3": "expected a mapping with claims, got list",
+        "claims: []": "at least 1 item", "claims: {": "not valid YAML", "- 3": "expected a mapping with claims, got a list",
         yaml.safe_dump({"claims": [CLAIM, CLAIM]}): r"my.yaml.claims.1 \(c\): expected a name of its own",
     }.items():  # fmt: skip
         path.write_text(text)

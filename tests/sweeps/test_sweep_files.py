@@ -51,6 +51,7 @@ def test_scalar_axes_are_lists_of_one():
         ({"common": "seed=1"}, "common"),
         ({"grids": [{}]}, "expected a grid"),
         ({"grids": [{"zip": {}}]}, "expected a grid"),
+        ({"grids": [{"zip": {"zip": {"method": ["gptq"]}}}]}, "expected an axis .* got 'zip'"),
         ({"grids": [{"method": []}]}, "axis method has no values"),
         ({"grids": [{"zip": {"method": []}}]}, "axis method has no values"),
         ({"grids": [{"a=1 b": [1]}]}, "expected an axis"),
@@ -100,7 +101,7 @@ def test_an_axis_may_stand_beside_the_choice_of_its_section_or_follow_its_parent
         (b"name: s\ngrids: [{a: 1, a: 2}]", "'a' is given twice"),
         (b"[" * 3000, "nested too deep"),
         (b"[" * 40 + b"]" * 40, "nested too deep"),
-        (b"&a [*a]", "aliases"),
+        (b"&a [*a]", "an alias stands for a value that contains it"),
         (b"a0: &a0 [1,1,1,1,1,1,1,1,1]\n"
          + b"".join(b"a%d: &a%d [%s]\n" % (i + 1, i + 1, b",".join([b"*a%d" % i] * 9)) for i in range(8)), "aliases"),
         (b"!!python/object/apply:os.getcwd []", "not valid YAML"),
@@ -111,7 +112,7 @@ def test_an_axis_may_stand_beside_the_choice_of_its_section_or_follow_its_parent
         (b"name: !!map [x]", "not valid YAML"),
         (b"name: !!float {a: 1}", "not valid YAML"),
         (b"seed: " + b"9" * 5000, "digits"),
-        (b"", "expected a mapping"),
+        (b"", "expected a mapping with name and grids, got nothing"),
     ],
     ids=range(16),
 )  # fmt: skip

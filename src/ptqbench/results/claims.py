@@ -26,7 +26,7 @@ from ptqbench.results.stats import Comparison
 from ptqbench.results.tables import KEYS, Source, records
 from ptqbench.results.tables.pivot import NEVER_RUN
 from ptqbench.results.tables.tidy import DRAW, SETTINGS
-from ptqbench.sweeps.yaml_file import read_yaml
+from ptqbench.sweeps.yaml_file import read_mapping
 
 SUPPORTED, CONTRADICTED, UNDISTINGUISHABLE, NOT_RUN = "supported", "contradicted", "not distinguishable", "not run"
 SO_FAR = "supported so far"
@@ -152,10 +152,7 @@ def load_claims(path: str | None = None) -> list[Claim]:
     file = claims_file() if path is None else Path(path)
     if not file.is_file():
         raise ConfigError(f"no file of claims {path!r} (looked in {Path.cwd()})")
-    data = read_yaml(file)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file}: expected a mapping with claims, got {type(data).__name__}")
-    found: ClaimsFile = build(strict(ClaimsFile), data, file.name)
+    found: ClaimsFile = build(strict(ClaimsFile), read_mapping(file, "claims"), file.name)
     seen: set[str] = set()
     for place, claim in enumerate(found.claims):
         where = f"{file.name}.claims.{place} ({claim.name})"

@@ -63,7 +63,7 @@ def load_sweep(name: str) -> Sweep:
             removes nothing, or the number of cells is not ``expect_cells``.
         OSError: The file cannot be read.
     """
-    from ptqbench.sweeps.yaml_file import read_yaml
+    from ptqbench.sweeps.yaml_file import read_mapping
 
     path = Path(name) if name.endswith((".yaml", ".yml")) else sweep_folder() / f"{name}.yaml"
     try:
@@ -73,11 +73,8 @@ def load_sweep(name: str) -> Sweep:
     if not there:
         shipped = [p.stem for p in sweep_folder().glob("*.yaml")]
         raise ConfigError(f"no sweep {name!r}; {nearest(name, shipped)} (or give the path of a YAML file)")
-    data = read_yaml(path)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping with name and grids, got {type(data).__name__}")
     # What the file says is checked before any cell is composed.
-    sweep: Sweep = build(strict(Sweep), data, path.name)
+    sweep: Sweep = build(strict(Sweep), read_mapping(path, "name and grids"), path.name)
     _check_size(sweep, str(path))
     _check_exclusions(sweep, str(path))
     count = len(expand(sweep))
@@ -133,7 +130,7 @@ def _axes(grid: Mapping[str, Any], where: str) -> tuple[dict[str, list[Any]], bo
     # Each axis by itself: its name and its values.
     lists = {axis: values if isinstance(values, list) else [values] for axis, values in axes.items()}
     for axis, values in lists.items():
-        if not is_axis(axis) or re.match(r"hydra\b", key_of(axis)):
+        if axis == "zip" or not is_axis(axis) or re.match(r"hydra\b", key_of(axis)):
             raise ConfigError(
                 f"sweep {where}: expected an axis such as seed, model.path or method/solver, got {axis!r}"
             )

@@ -91,8 +91,23 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: {error}") from None
     if depth > DEEPEST and size < math.inf:
         raise ConfigError(f"{path}: nested too deep, expected at most {DEEPEST} lists and mappings inside each other")
+    if size == math.inf:
+        raise ConfigError(f"{path}: an alias stands for a value that contains it; expected none that does")
     if size > LARGEST:
         raise ConfigError(f"{path}: its aliases stand for {size:.3g} values, expected at most {LARGEST:,}")
+    return data
+
+
+def read_mapping(path: Path, keys: str) -> dict[Any, Any]:
+    """Read a YAML file that is a mapping; ``keys`` says of what, for the error.
+
+    Raises:
+        ConfigError: As for ``read_yaml``, or the file is not a mapping.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        given = "nothing" if data is None else f"a {type(data).__name__}"
+        raise ConfigError(f"{path}: expected a mapping with {keys}, got {given}")
     return data
 
 
