@@ -7,18 +7,17 @@ Exit status: 0 done, 1 a cell or the environment failed, 2 the request was wrong
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ptqbench import __version__
+from ptqbench.cell.folders import with_own
 from ptqbench.errors import ConfigError
-from ptqbench.runs.output import discard_output, print_anything
+from ptqbench.runs.output import discard_output, print_anything, uncollected
 from ptqbench.runs.places import existing_runs_folder, gib, natural, output_file, picture_file, runs_folder, seconds
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ commands:
 {commands}
 
 help of a command: python -m ptqbench COMMAND --help
-names of methods, models and bitwidths: the files in conf/method, conf/model and conf/bitwidth (doctor prints where conf is)
+files of your own (method/mine.yaml, bitwidth/w5.yaml): --config-dir FOLDER with any command, config_dir: FOLDER in a sweep file
 values with , = : ( ) [ ] {{ }} # ' " or a space: in quotes that the shell keeps, as in "model.path='/data/a=b'"
 shell completion: eval "$(ptqbench -sc install=bash)"
 """
@@ -104,6 +103,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog.rpartition(' ')[2]}: {message}; see {self.prog} --help")
 
 
+def _list(options: argparse.Namespace) -> int:
+    from ptqbench.sweeps.listing import print_kinds
+
+    print_kinds(options.kind, options.name)
+    return 0
+
+
 def _plan(options: argparse.Namespace) -> int:
     from ptqbench.launch.summary import print_plan
     from ptqbench.sweeps.plan import plan
@@ -141,24 +147,12 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    with _uncollected():
+    with uncollected():
         from ptqbench.results.terminal import print_table, table_options
 
         shown = _shown(options)
         print_table(shown.cells, table_options(options, shown.title, shown.columns, shown.papers))
     return 0
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Pause the cyclic garbage collector, which would search thousands of rows that all stay in use to the end."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -175,7 +169,7 @@ def _claims(options: argparse.Namespace) -> int:
 
     claims = load_claims(options.claims)
     shown = _shown(options)
-    command = "" if options.sweep is None else sweep_command([options.sweep, *options.overrides])
+    command = "" if options.sweep is None else sweep_command(_given(options))
     print_claims(answer(claims, shown.cells), options, command, shown.title)
     return 0
 
@@ -185,7 +179,7 @@ def _report(options: argparse.Namespace) -> int:
     from ptqbench.runs.places import write_output
 
     shown = _shown(options)
-    command = [] if options.sweep is None else [options.sweep, *options.overrides]
+    command = [] if options.sweep is None else _given(options)
     write_output(options.output, report_page(shown.cells, shown.title, shown.columns, command))
     print(f"report: {options.output}")
     return 0
@@ -266,6 +260,12 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     return given + (assign("execution.runs_dir", options.runs_dir) if options.runs_dir else [])
 
 
+def _given(options: argparse.Namespace) -> list[str]:
+    """The words of a command line that say which cells are meant."""
+    own = [] if options.config_dir is None else ["--config-dir", options.config_dir]
+    return [options.sweep, *options.overrides, *own]
+
+
 def _option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, settings
 
@@ -300,6 +300,13 @@ _WRITTEN = (
 )
 
 COMMANDS = {
+    "list": Command(
+        _list, "what can be composed: methods, models, bitwidths, members of the roles with their options, tasks, sweeps", "",
+        (
+            _option("kind", metavar="KIND", nargs="?", help="methods, models, bitwidths, transforms, targets, solvers, ..."),
+            _option("name", metavar="NAME", nargs="?", help="one of them"),
+        ),
+    ),
     "plan": Command(
         _plan, "every cell with its state, resources and estimated time; runs nothing", "SWEEP",
         (_option("--groups", action="store_true", help="only the sums per resource group"),),
@@ -383,4 +390,9 @@ def _run(name: str, arguments: list[str]) -> int:
     parser.add_argument(
         "--runs-dir", metavar="FOLDER", type=command.runs_dir, help="where the run folders are (default: runs)"
     )
-    return command.run(parser.parse_intermixed_args(arguments))  # options may stand between overrides
+    parser.add_argument(
+        "--config-dir", metavar="FOLDER", help="configuration files of your own, such as FOLDER/method/mine.yaml"
+    )
+    options = parser.parse_intermixed_args(arguments)  # options may stand between overrides
+    with with_own(options.config_dir):
+        return command.run(options)

@@ -12,13 +12,14 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ptqbench.cell.folders import conf_folder
+from ptqbench.cell.folders import conf_folder, with_own
 from ptqbench.errors import ConfigError
 from ptqbench.sweeps.compose import Composer, named, resolved
 from ptqbench.sweeps.hydra_compose import jobs, refusal
-from ptqbench.sweeps.words import DRY, check_request, rewrite, split
+from ptqbench.sweeps.words import CONFIG_DIR, DRY, check_request, rewrite, split
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -48,6 +49,11 @@ def run_hydra(arguments: list[str]) -> int:
         PtqbenchError: The request is wrong, or the cell failed.
     """
     flags, words = split(arguments)
+    with with_own(next((value for flag, value in pairwise(flags) if flag in CONFIG_DIR), None)):
+        return _run(arguments, flags, words)
+
+
+def _run(arguments: list[str], flags: list[str], words: list[str]) -> int:
     check_request(words, flags)
     dry, arguments = DRY in flags, [argument for argument in arguments if argument != DRY]
     asked = _ask(rewrite(arguments), words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ptqbench.cell.folders import with_own
 from ptqbench.errors import PtqbenchError
 from ptqbench.results.tables import KEYS, Absent, Source
 from ptqbench.runs.folder import DONE, UNREADABLE
@@ -44,18 +45,19 @@ def sweep_cells(sweep: Sweep, extra: list[str]) -> list[Source]:
         The run folder of a cell, with the cell; or an ``Absent`` with the reason why there is none: ``skipped`` by a role,
         ``NOT_COMPOSED`` (its model is not at hand, for example), or ``excluded`` by the sweep.
     """
-    compose = Composer()
-    points = {describe(point): point for point in expand(sweep)}
-    found: list[Source] = []
-    for cell in cells(sweep, extra):
-        reason = str(cell.problem)
-        if cell.draft is not None:
-            found.append(Absent.of(cell.draft, NOT_COMPOSED, reason))
-        elif cell.spec is None:
-            found.append(_absent(compose, sweep, points[cell.name], extra, NOT_COMPOSED, reason))
-        else:
-            found.append(_source(cell))
-    return found + [_absent(compose, sweep, point, extra, "excluded", why) for point, why in excluded(sweep)]
+    with with_own(sweep.config_dir):
+        compose = Composer()
+        points = {describe(point): point for point in expand(sweep)}
+        found: list[Source] = []
+        for cell in cells(sweep, extra):
+            reason = str(cell.problem)
+            if cell.draft is not None:
+                found.append(Absent.of(cell.draft, NOT_COMPOSED, reason))
+            elif cell.spec is None:
+                found.append(_absent(compose, sweep, points[cell.name], extra, NOT_COMPOSED, reason))
+            else:
+                found.append(_source(cell))
+        return found + [_absent(compose, sweep, point, extra, "excluded", why) for point, why in excluded(sweep)]
 
 
 def _source(cell: Cell) -> Source:

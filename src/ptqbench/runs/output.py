@@ -1,10 +1,13 @@
-"""Standard output of a command: characters that a terminal lacks, and readers that close it."""
+"""A command and its standard output: characters that a terminal lacks, readers that close it, and no pauses for garbage."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import gc
 import os
 import sys
+from collections.abc import Iterator
 
 
 def print_anything() -> None:
@@ -29,3 +32,15 @@ def discard_output() -> None:
         print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Pause the cyclic garbage collector, which would search thousands of rows that all stay in use to the end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from ptqbench.cell import labels
+from ptqbench.cell.folders import with_own
 from ptqbench.cell.spec import RunSpec
 from ptqbench.errors import NotHereError, PtqbenchError
 from ptqbench.runs.outcome import as_problem
@@ -45,10 +46,11 @@ def cells(sweep: Sweep, extra: list[str]) -> list[Cell]:
     given.
 
     Raises:
-        ConfigError: A word that all cells share is not in Hydra's grammar.
+        ConfigError: A word that all cells share is not in Hydra's grammar, or the sweep's folder of configuration files is wrong.
     """
-    check_grammar([*sweep.common, *extra])
-    found = resolved([(describe(point), overrides(sweep, point) + extra) for point in expand(sweep)])
+    with with_own(sweep.config_dir):
+        check_grammar([*sweep.common, *extra])
+        found = resolved([(describe(point), overrides(sweep, point) + extra) for point in expand(sweep)])
     return [_grouped(cell, sweep.name) for cell in found]
 
 
@@ -70,10 +72,12 @@ def requested(words: list[str]) -> list[Cell]:
     """
     if "=" in words[0]:
         return [Cell(" ".join(words), None, draft=validated(compose_data(words)))]
-    sweep, composer = load_sweep(words[0]), Composer()
-    check_grammar([*sweep.common, *words[1:]])
-    found = [_drafted(describe(point), overrides(sweep, point) + words[1:], composer) for point in expand(sweep)]
-    composer.save()
+    sweep = load_sweep(words[0])
+    with with_own(sweep.config_dir):
+        composer = Composer()
+        check_grammar([*sweep.common, *words[1:]])
+        found = [_drafted(describe(point), overrides(sweep, point) + words[1:], composer) for point in expand(sweep)]
+        composer.save()
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptqbench.cell.folders import conf_folder
+from ptqbench.cell.folders import conf_texts
 from ptqbench.errors import ConfigError
 from ptqbench.sweeps.compose_cache import Compositions
 from ptqbench.sweeps.hydra_compose import compose_data, value_of
@@ -40,9 +40,9 @@ class Composer:
         self._read: dict[str, Any] = {}
         self._sections: dict[tuple[str, tuple[str, ...]], bytes] = {}
         self._whole: dict[str, Any] | None = None
-        folder = conf_folder()
-        files = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob("*.yaml")}
-        self._interpolates = any("${" in text for text in files.values())
+        files = conf_texts()
+        # A file of the user may write to another section than its own.
+        self._interpolates = any("${" in text or "@package" in text for text in files.values())
         code = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in CODE}
         self._before = None if compose or self._interpolates else Compositions({"files": files, "code": code})
 

@@ -9,6 +9,7 @@
     exclude: [{method: gptq, bitwidth: w4, reason: "..."}]
     expect_cells: 3                                   # guards against a typo that halves a table
     papers: ["ResQ, Table 1"]                         # what it reproduces, for `table --paper`
+    config_dir: my                                    # a folder beside this file with configuration files of one's own
 
 A cell gets every value of an axis exactly as it is written, of whatever type. Words of ``common`` are in Hydra's grammar, as on
 the command line. Imports neither torch nor hydra; composing the override lists is ``compose.cells``.
@@ -53,6 +54,7 @@ class Sweep:
     rows: list[Literal["method", "bitwidth"]] = dataclasses.field(default_factory=lambda: ["method", "bitwidth"])
     columns: list[Literal["model", "metric"]] = dataclasses.field(default_factory=lambda: ["model", "metric"])
     papers: list[str] = dataclasses.field(default_factory=list)
+    config_dir: str | None = None
 
 
 def load_sweep(name: str) -> Sweep:
@@ -75,6 +77,8 @@ def load_sweep(name: str) -> Sweep:
         raise ConfigError(f"no sweep {name!r}; {nearest(name, shipped)} (or give the path of a YAML file)")
     # What the file says is checked before any cell is composed.
     sweep: Sweep = build(strict(Sweep), read_mapping(path, "name and grids"), path.name)
+    if sweep.config_dir is not None:  # relative to the file
+        sweep = dataclasses.replace(sweep, config_dir=str(path.parent / sweep.config_dir))
     _check_size(sweep, str(path))
     _check_exclusions(sweep, str(path))
     count = len(expand(sweep))

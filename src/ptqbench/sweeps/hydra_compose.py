@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ptqbench.cell.folders import conf_folder
+from ptqbench.cell.folders import conf_folder, own_folders
 from ptqbench.errors import ConfigError, PtqbenchError
 from ptqbench.sweeps.files import MOST_CELLS
 from ptqbench.sweeps.hydra_errors import bad_grammar, explain, several_values
-from ptqbench.sweeps.words import check_request, is_simple, rewrite
+from ptqbench.sweeps.words import check_request, is_simple, literal, rewrite
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -39,7 +39,10 @@ def compose_data(words: list[str], read: dict[str, Any] | None = None) -> dict[s
         with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="ptqbench"):
             if read is not None:
                 _Remembering.install(GlobalHydra.instance().config_loader(), read)
-            data = OmegaConf.to_container(hydra.compose("config", rewrite(words)), resolve=True)
+            searched = (
+                [f"hydra.searchpath={literal([f'file://{one}' for one in own])}"] if (own := own_folders()) else []
+            )
+            data = OmegaConf.to_container(hydra.compose("config", rewrite(words) + searched), resolve=True)
     except Exception as error:
         raise refusal(error, words) from None
     assert isinstance(data, dict)

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-from ptqbench.cell.folders import conf_folder, group_names
+from ptqbench.cell.folders import group_names, groups, own_folders
 from ptqbench.cell.spec import ROLES, RunSpec, may_hold, nearest
 from ptqbench.errors import PtqbenchError
 from ptqbench.sweeps.words import key_of, quoted_word
@@ -46,10 +46,12 @@ def explain(error: Exception, words: list[str], compose: Compose) -> str:
     choice = re.search(r"Could not find '([^']+)'", text)
     if choice:
         group, _, name = choice[1].rpartition("/")
-        return f"unknown {group or 'configuration'} {name!r}; {nearest(name, group_names(group))}"
+        searched = "".join(f"; searched {folder / group} too" for folder in own_folders())
+        searched = searched or "; files of your own: --config-dir FOLDER"
+        return f"unknown {group or 'configuration'} {name!r}; {nearest(name, group_names(group))}{searched}"
     override = re.search(r"Could not override '([^']+)'", text)
     if override and "/" in override[1]:
-        return f"unknown group {override[1]!r}; {nearest(override[1], _groups())}"
+        return f"unknown group {override[1]!r}; {nearest(override[1], groups())}"
     # OmegaConf names the last part of a key, and beside it the key as a whole.
     bad_key = re.search(r"Key '([^']+)' (?:is not in struct|not in)", text)
     full = re.search(r"full_key: (\S+)", text)
@@ -77,10 +79,6 @@ def bad_grammar(word: str, why: str) -> str:
     stopped = re.search(r"(?:input|character|symbol) '(.+?)'", why)
     where = f" (it stops at {stopped[1][:20]!r})" if stopped else ""
     return f"{shown}: not in Hydra's grammar{where}; to give the value as text, quote it: {quoted}"
-
-
-def _groups() -> list[str]:
-    return sorted(path.relative_to(conf_folder()).as_posix() for path in conf_folder().rglob("*") if path.is_dir())
 
 
 def _unknown_key(place: str, words: list[str], compose: Compose, before: str = "") -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ptqbench.cell import labels
-from ptqbench.cell.folders import conf_folder, group_names
+from ptqbench.cell.folders import group_files, group_names
 from ptqbench.cell.spec import ROLES, RunSpec
 from ptqbench.errors import PtqbenchError
 from ptqbench.sweeps.resolve import validated
@@ -108,5 +108,5 @@ def _choices(spec: RunSpec, named: RunSpec) -> Iterator[tuple[str, str]]:
 def _contained(group: str, file: str) -> str | None:
     import yaml
 
-    data = yaml.safe_load((conf_folder() / group / f"{file}.yaml").read_text(encoding="utf-8"))
+    data = yaml.safe_load(group_files(group)[file].read_text(encoding="utf-8"))
     return data.get("name") if isinstance(data, dict) else None

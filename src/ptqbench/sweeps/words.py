@@ -16,6 +16,9 @@ from ptqbench.errors import ConfigError
 DRY = "--dry-run"
 """The one flag of ptqbench's own: print the plan, and do nothing else."""
 
+CONFIG_DIR = ("--config-dir", "-cd")
+"""The flag of Hydra whose value is a folder of configuration files of one's own."""
+
 FLAGS = {
     DRY: "",
     "--help": "", "-h": "", "--hydra-help": "", "--resolve": "", "--run": "", "-r": "", "--multirun": "", "-m": "",
