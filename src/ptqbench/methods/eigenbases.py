@@ -13,17 +13,34 @@ Zachary5895/CoQuant@0e2e343.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ptqbench.methods.subspace import Subspace
+    from ptqbench.methods.precision import Layout
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.capture import BlockMoments
     from ptqbench.models.fuse import Tensors
+
+
+class Choice(Protocol):
+    """Which bases: the options of ``methods.subspace.Subspace`` that are read here."""
+
+    @property
+    def objective(self) -> str: ...
+    @property
+    def granularity(self) -> str: ...
+    @property
+    def outlier_norm(self) -> str: ...
+    @property
+    def kv_joint(self) -> bool: ...
+    @property
+    def pre_fuse_compensation(self) -> bool: ...
+    def layout(self) -> Layout: ...
+
 
 FACTS = (IDENTITY, COEFFICIENTS) = "_identity", "_coefficients"
 """Suffixes of the facts stored beside a basis: which of its matrices are the identity because what they diagonalise is zero, and
@@ -40,7 +57,7 @@ COLUMNS_OF = {
 
 
 def eigenbases(
-    transform: Subspace, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
+    transform: Choice, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
 ) -> dict[str, Tensor]:
     """Compute the bases of one block.
 
@@ -134,7 +151,7 @@ def facts(bases: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def _joint_residual(transform: Subspace, moments: BlockMoments, tensors: Tensors, low_bits: int) -> dict[str, Tensor]:
+def _joint_residual(transform: Choice, moments: BlockMoments, tensors: Tensors, low_bits: int) -> dict[str, Tensor]:
     from ptqbench.models.fuse import fold_norms
     from ptqbench.numerics.subspace import pre_fuse_basis, weight_moment
 
@@ -167,7 +184,7 @@ def _joint(name: str, moment: Tensor, weights: Tensor, low_bits: int, n_high: in
 
 
 def _joint_heads(
-    transform: Subspace, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
+    transform: Choice, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
 ) -> dict[str, Tensor]:
     """Compute the joint bases of values (with the columns of o that read them) and of keys (with their queries)."""
     from ptqbench.numerics.subspace import output_head_moments
