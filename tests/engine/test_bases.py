@@ -18,7 +18,9 @@ from transforms_at_hand import TRANSFORMS, WINDOWS, cell, member, open_model
 SHELF = {"model": {"digest": "sha256:1"}, "calibration": {"n_samples": 2}, "seed": 0, "device": "cpu"}
 
 
-@pytest.mark.parametrize(("label", "n_bases"), [("full_shared", 4 + 1), ("per_layer", 8)])
+@pytest.mark.parametrize(
+    ("label", "n_bases"), [("full_shared", 4 + 1), ("per_layer", 8), ("smoothquant everywhere", 8), ("awq", 2 * 3 * 2)]
+)
 def test_stored_bases_are_found_resumed_and_guarded(checkpoint, tmp_path, monkeypatch, label, n_bases):
     model, folder = open_model(checkpoint(), torch.float32), tmp_path / "bases"
     transform, done = member(TRANSFORMS[label][0], **TRANSFORMS[label][1]), []

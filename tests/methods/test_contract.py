@@ -20,14 +20,15 @@ from ptqbench.sweeps.resolve import skip_reason
 KINDS = (("llama", {}), ("qwen2", {"tie_word_embeddings": True, "hidden_size": 64}), ("qwen3", {}))
 TRANSFORMS = (
     "hadamard", "learned_rotation", "subspace_activation", "subspace_activation_per_layer", "subspace_joint",
-    "subspace_outlier",
+    "subspace_outlier", "smoothquant", "awq",
 )  # fmt: skip
 OTHERS = [
     *([f"method/{role}={name}"] for role in ("target", "solver", "refine") for name in MEMBERS[role]
       if name not in ("none", "weight", "gptq")),
     ["method/target=loaq", "method/solver=gptq_act_order", "method/refine=null_space"],
 ]  # fmt: skip
-SHORT = {"subspace": ["method.transform.n_samples=4"], "learned": ["method.transform.steps=3"]}
+FEW = ["method.transform.n_samples=4"]
+SHORT = {"subspace": FEW, "smoothquant": FEW, "awq": FEW, "learned": ["method.transform.steps=3"]}
 PAIRS = [(t, o, *KINDS[i % 3]) for i, (t, o) in enumerate(itertools.product(TRANSFORMS, OTHERS))]
 
 

@@ -42,9 +42,9 @@ class Choice(Protocol):
     def layout(self) -> Layout: ...
 
 
-FACTS = (IDENTITY, COEFFICIENTS) = "_identity", "_coefficients"
-"""Suffixes of the facts stored beside a basis: which of its matrices are the identity because what they diagonalise is zero, and
-the coefficients of the two moments in the joint objective."""
+FACTS = (IDENTITY, COEFFICIENTS, RATIO) = "_identity", "_coefficients", "_ratio"
+"""Suffixes of the facts stored beside a basis: which of its matrices are the identity because what they diagonalise is zero, the
+coefficients of the two moments in the joint objective, and the exponent that a search chose for a scale."""
 
 COLUMNS_OF = {
     "attention": ATTENTION_INPUT,
@@ -133,11 +133,12 @@ def facts(bases: Mapping[str, Tensor]) -> dict[str, Any]:
     """Collect the facts that are kept about the bases of one block.
 
     Args:
-        bases: What `eigenbases` returned.
+        bases: What `eigenbases` or another transform returned.
 
     Returns:
         Plain data: name of a basis -> ``identity``, the indices of matrices that are the identity for a zero moment, and
-        ``lambda_x``, ``lambda_w``, ``gamma_low`` (one number, or one per head). Names without such facts are left out.
+        ``lambda_x``, ``lambda_w``, ``gamma_low`` (one number, or one per head), or ``ratio``, the exponent that a search chose.
+        Names without such facts are left out.
     """
     found: dict[str, Any] = {}
     for key, value in bases.items():
@@ -148,6 +149,8 @@ def facts(bases: Mapping[str, Tensor]) -> dict[str, Any]:
         if key.endswith(COEFFICIENTS):
             numbers = dict(zip(("lambda_x", "lambda_w", "gamma_low"), value.movedim(-1, 0).tolist(), strict=True))
             found.setdefault(key.removesuffix(COEFFICIENTS), {}).update(numbers)
+        if key.endswith(RATIO):
+            found.setdefault(key.removesuffix(RATIO), {})["ratio"] = float(value)
     return found
 
 

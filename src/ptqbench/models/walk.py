@@ -30,6 +30,7 @@ class Walk:
     Attributes:
         given: The checkpoint, in the basis and type that it was opened in.
         share: Where statistics of blocks are left for other cells.
+        windows: Calibration tokens, (n_samples, seq_len) int64.
     """
 
     def __init__(self, given: BlockwiseModel, basis: Basis | None, windows: Tensor, share: Share) -> None:
@@ -41,8 +42,8 @@ class Walk:
             windows: Calibration tokens, (n_samples, seq_len) int64, not modified.
             share: Where statistics of blocks are left for other cells.
         """
-        self.given, self.share = given, share
-        self._basis, self._windows, self._at = basis, windows, 0
+        self.given, self.share, self.windows = given, share, windows
+        self._basis, self._at = basis, 0
         self._hidden: list[Tensor] = []
 
     @cached_property
@@ -53,7 +54,7 @@ class Walk:
     @cached_property
     def positions(self) -> Positions:
         """RoPE tables and mask of a window."""
-        return self.model.positions(self._windows.shape[1])
+        return self.model.positions(self.windows.shape[1])
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -65,7 +66,7 @@ class Walk:
         """Return the streams entering a block, (1, seq_len, d) each, on their resting place. Indices must increase."""
         assert self._at <= index, "the stream has passed this block"
         if not self._hidden:
-            hidden = self.model.embed(self._windows)
+            hidden = self.model.embed(self.windows)
             self._hidden = list(hidden.to(self.model.resting_place(hidden)).split(1))
         # Advance to the block, past those of which nothing had to be computed.
         while self._at < index:
@@ -97,6 +98,21 @@ class BlockView:
         """Dimensions."""
         return self.walk.given.architecture
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block lives."""
+        return self.walk.given.device
+
+    @property
+    def place(self) -> torch.device:
+        """Where streams rest; what is kept of every window belongs there too."""
+        return self.walk.enter(self.index)[0].device
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of calibration tokens."""
+        return self.walk.windows.numel()
+
     @cached_property
     def tensors(self) -> Tensors:
         """The tensors of the block as they are in the checkpoint, on the device."""
@@ -106,13 +122,13 @@ class BlockView:
     def moments(self) -> BlockMoments:
         """Second moments of the block, over all windows."""
         found = self.walk.share("moments", self.index, lambda: self._read_moments().tensors())
-        return BlockMoments.of(found, self.walk.given.device)
+        return BlockMoments.of(found, self.device)
 
     @cached_property
     def magnitudes(self) -> dict[str, Tensor]:
         """``largest.STAGE`` and ``mean_abs.STAGE``: magnitudes of the input channels of every stage, float64."""
         found = self.walk.share("magnitudes", self.index, self._read_magnitudes)
-        return {name: size.to(self.walk.given.device) for name, size in found.items()}
+        return {name: size.to(self.device) for name, size in found.items()}
 
     def inputs(self) -> Iterator[dict[str, Tensor]]:
         """Run window after window through the block.
@@ -120,7 +136,7 @@ class BlockView:
         Yields:
             Name of a stage (``qkv``, ``o``, ``gate_up``, ``down``) -> input of its linears, (1, seq_len, in), on the device.
         """
-        leaving, device = [], self.walk.given.device
+        leaving, device = [], self.device
         entering = self.walk.enter(self.index)
         with self.block() as block:
             for states in entering:
@@ -141,7 +157,7 @@ class BlockView:
         # One pass sums the moments and gives the stream behind the block.
         entering, walk = self.walk.enter(self.index), self.walk
         with self.block() as block:
-            moments, leaving = read_moments(block, entering, walk.positions, walk.given.device)
+            moments, leaving = read_moments(block, entering, walk.positions, self.device)
         walk.leave(leaving)
         return moments
 
