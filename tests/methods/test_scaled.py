@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from ptqbench.data.tokenizer import load_tokenizer
 from ptqbench.engine.bases import Shelf, compute_bases
 from ptqbench.errors import ConfigError
-from ptqbench.models.architecture import STAGE_LINEARS
+from ptqbench.methods.precision import STAGE_LINEARS
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.fuse import by_value_head, scale_block, to_query_heads
 from ptqbench.models.stages import forward

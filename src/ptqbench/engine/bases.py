@@ -250,7 +250,7 @@ class _Computation:
     def compute(self, windows: Tensor, on_block: Callable[[int], None]) -> None:
         """Compute and store the missing parts, block by block."""
         transform, missing, total = self.transform, self.missing(), None
-        walk = Walk(self.model, transform.pass_basis(), windows, self._share)
+        walk = Walk(self.model, transform.pass_basis(self.model.architecture), windows, self._share)
         start = self._clock()
         for index in range(self.model.n_blocks):
             if str(index) in missing or transform.shares:

@@ -20,8 +20,9 @@ from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError, NumericalError
+from ptqbench.methods.precision import STAGE_LINEARS
 from ptqbench.methods.transform import Calibrated
-from ptqbench.models.architecture import ATTENTION_INPUT, STAGE_LINEARS
+from ptqbench.models.architecture import ATTENTION_INPUT
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -155,6 +156,7 @@ class _Seen:
         sums: dict[str, MomentSum] = {}
         inputs: dict[str, list[Tensor]] = defaultdict(list)
         clip: dict[str, Tensor] = {}
+        place = view.resting_place(len(OF_MODULES) + 1)  # the inputs, and outputs to compare with
         stride = max(1, view.n_tokens // CLIP_TOKENS) if awq.clip_tokens == "strided" else 1
         for window in view.inputs():
             for stage, tokens in window.items():
@@ -162,7 +164,7 @@ class _Seen:
                 sizes.add(stage, flat)
                 # Modules are run again on their inputs; a linear needs no more than their second moment.
                 if stage in scaled and awq.module_loss and stage in OF_MODULES:
-                    inputs[stage].append(tokens.to(view.place))
+                    inputs[stage].append(tokens.to(place))
                 elif stage in scaled:
                     sums.setdefault(stage, MomentSum(flat.shape[1], torch.float64)).add(flat)
                 if awq.clip:
@@ -193,7 +195,9 @@ class _Search:
         import torch
 
         found = {stage: scale for stage, (scale, _) in self.chosen.items()}
-        ratios = {f"{stage}_ratio": torch.tensor(ratio, dtype=torch.float64) for stage, (_, ratio) in self.chosen.items()}
+        ratios = {
+            f"{stage}_ratio": torch.tensor(ratio, dtype=torch.float64) for stage, (_, ratio) in self.chosen.items()
+        }
         return found | ratios
 
     def thresholds(self) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.models.architecture import ATTENTION_OUTPUT, MLP_OUTPUT, STAGE_LINEARS
+from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from ptqbench.numerics.bits import high_rank, kv_overhead_bits, mean_bits
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ptqbench.numerics.activation import ActivationGrid
     from ptqbench.numerics.grid import Grid
 
+STAGE_LINEARS = {"qkv": ATTENTION_INPUT, "o": ATTENTION_OUTPUT, "gate_up": MLP_INPUT, "down": MLP_OUTPUT}
 INT8 = 8
 BASIS_CHANGE_WEIGHT_BITS = 16
 GRID_NUMBER_BITS = 16

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
+from ptqbench.methods.precision import STAGE_LINEARS
 from ptqbench.methods.transform import Calibrated
-from ptqbench.models.architecture import STAGE_LINEARS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -249,7 +249,7 @@ class Subspace(Calibrated):
         bits = min(spec.bitwidth.w_bits, spec.bitwidth.a_bits)
         return bits if bits < UNTOUCHED_BITS else STAND_IN_BITS
 
-    def pass_basis(self) -> Basis:
+    def pass_basis(self, architecture: Architecture) -> Basis:
         """Norms folded: moments are those of what rotations meet."""
         from ptqbench.methods.basis import FoldedBasis
 

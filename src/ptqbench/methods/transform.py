@@ -106,7 +106,7 @@ class Calibrated(Transform):
     statistics: ClassVar[Literal["moments", "magnitudes"] | None] = None
     """Which statistics of a block it reads, which cells share; None for those that nobody else needs."""
 
-    def pass_basis(self) -> Basis | None:
+    def pass_basis(self, architecture: Architecture) -> Basis | None:
         """The form in which the model is looked at; None for the checkpoint as it is."""
         return None
 

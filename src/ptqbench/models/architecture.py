@@ -21,15 +21,6 @@ MLP_INPUT = ("mlp.gate_proj", "mlp.up_proj")
 MLP_OUTPUT = ("mlp.down_proj",)
 NORM_READERS = {"input_layernorm": ATTENTION_INPUT, "post_attention_layernorm": MLP_INPUT}
 """Norm of a block -> the linears that read its output."""
-STAGE_LINEARS = {"qkv": ATTENTION_INPUT, "o": ATTENTION_OUTPUT, "gate_up": MLP_INPUT, "down": MLP_OUTPUT}
-"""Stage -> the linears that read one input."""
-PRODUCERS = {
-    "qkv": "input_layernorm",
-    "o": ATTENTION_INPUT[2],
-    "gate_up": "post_attention_layernorm",
-    "down": MLP_INPUT[1],
-}
-"""Stage -> the norm or the linear whose rows scale its input channels."""
 
 
 @dataclasses.dataclass(frozen=True)

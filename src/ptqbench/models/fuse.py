@@ -20,15 +20,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ptqbench.models.architecture import (
-    ATTENTION_INPUT,
-    ATTENTION_OUTPUT,
-    MLP_INPUT,
-    MLP_OUTPUT,
-    NORM_READERS,
-    PRODUCERS,
-    STAGE_LINEARS,
-)
+from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT, NORM_READERS
+from ptqbench.models.stages import STAGES
 from ptqbench.numerics.orthogonal import (
     fold_gain,
     mix_heads,
@@ -127,16 +120,19 @@ def scale_block(tensors: Tensors, scales: Mapping[str, Tensor], architecture: Ar
         All tensors of the block, in float64.
     """
     scaled = _double(tensors)
+    readers = {stage.name: stage.linears for stage in STAGES}
+    norms = {linears: norm for norm, linears in NORM_READERS.items()}
+    producers = norms | {ATTENTION_OUTPUT: ATTENTION_INPUT[2], MLP_OUTPUT: MLP_INPUT[1]}
     for stage, given in scales.items():
         # g <- g / s of a norm; W <- diag(1/s) W and b <- b / s of a linear.
-        producer = PRODUCERS[stage]
+        producer = producers[readers[stage]]
         scale = given.to(scaled[f"{producer}.weight"])
         for name in (f"{producer}.weight", f"{producer}.bias"):
             if name in scaled:
                 scaled[name] = (scaled[name].transpose(0, -1) / scale).transpose(0, -1)
         # W <- W diag(s).
         columns = to_query_heads(scale, architecture) if stage == "o" else scale
-        for linear in STAGE_LINEARS[stage]:
+        for linear in readers[stage]:
             scaled[f"{linear}.weight"] = scaled[f"{linear}.weight"] * columns
     return scaled
 

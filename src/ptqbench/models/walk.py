@@ -103,10 +103,10 @@ class BlockView:
         """Where the block lives."""
         return self.walk.given.device
 
-    @property
-    def place(self) -> torch.device:
-        """Where streams rest; what is kept of every window belongs there too."""
-        return self.walk.enter(self.index)[0].device
+    def resting_place(self, streams: int) -> torch.device:
+        """Choose where so many tensors of the size of all windows are kept, as `BlockwiseModel.resting_place` does."""
+        hidden = self.walk.enter(self.index)
+        return self.walk.model.resting_place(hidden[0], streams * len(hidden))
 
     @property
     def n_tokens(self) -> int:
