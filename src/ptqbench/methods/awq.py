@@ -14,7 +14,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -66,6 +66,8 @@ class Awq(Calibrated):
     max_shrink: Annotated[float, Field(gt=0, le=1)] = 0.5
     clip_tokens: Literal["strided", "all"] = "strided"
     n_samples: Annotated[int, Field(ge=1)] = 128
+
+    pass_streams: ClassVar[int] = 5  # two inputs, and the output that a module is compared with, beside the stream
 
     def __post_init__(self) -> None:
         """Refuse a search for nothing."""
@@ -156,7 +158,7 @@ class _Seen:
         sums: dict[str, MomentSum] = {}
         inputs: dict[str, list[Tensor]] = defaultdict(list)
         clip: dict[str, Tensor] = {}
-        place = view.resting_place(len(OF_MODULES) + 1)  # the inputs, and outputs to compare with
+        place = view.resting_place(awq.pass_streams)
         stride = max(1, view.n_tokens // CLIP_TOKENS) if awq.clip_tokens == "strided" else 1
         for window in view.inputs():
             for stage, tokens in window.items():

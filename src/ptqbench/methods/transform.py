@@ -103,6 +103,8 @@ class Calibrated(Transform):
 
     n_samples: int
     """Calibration windows of the pass."""
+    pass_streams: ClassVar[int] = 2
+    """Tensors of the size of all windows that the pass holds at most: the stream before and behind a block."""
     statistics: ClassVar[Literal["moments", "magnitudes"] | None] = None
     """Which statistics of a block it reads, which cells share; None for those that nobody else needs."""
 
