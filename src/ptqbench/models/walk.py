@@ -136,11 +136,12 @@ class BlockView:
         Yields:
             Name of a stage (``qkv``, ``o``, ``gate_up``, ``down``) -> input of its linears, (1, seq_len, in), on the device.
         """
-        leaving, device = [], self.device
-        entering = self.walk.enter(self.index)
+        leaving: list[Tensor] = []
+        entering, device = self.walk.enter(self.index), self.device
         with self.block() as block:
             for states in entering:
-                run, found = staged(block, states.to(device), self.walk.positions), {}
+                run = staged(block, states.to(device), self.walk.positions)
+                found: dict[str, Tensor] = {}
                 for stage in STAGES:
                     announced = next(run)
                     assert announced is not None, "a run that does not park announces inputs alone"
