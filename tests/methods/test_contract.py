@@ -135,7 +135,8 @@ def test_options_of_grids_and_of_the_loss_reach_the_result(checkpoint, tmp_path)
     options = [
         [], ["method.grid.range_contains_zero=false"], ["method.grid.zero_point=real"], ["evaluation.ppl_dtype=bfloat16"],
         ["bitwidth.a_bits=4"], ["bitwidth.a_bits=4", "method.activation.zero_point=real"],
-        ["bitwidth.a_bits=4", "method.activation.group_size=4"],
+        ["bitwidth.a_bits=4", "method.activation.group_size=4"], ["method.grid.clip_ratio=0.8"],
+        ["bitwidth.a_bits=4", "method.activation.range_contains_zero=false"],
     ]  # fmt: skip
     specs = [cell(folder, tmp_path, *base, *words) for words in options]
     assert len({store_path(spec) for spec in specs}) == len(options)
@@ -155,6 +156,8 @@ def test_contradictory_grid_options_are_refused():
         (["method/grid=sym_signed", "method.grid.zero_point=real"], "belong to scheme=asym"),
         (["method/grid=sym_signed", "method.grid.range_contains_zero=false"], "symmetric grids contain zero"),
         (["method/grid=asym_clip", "method.grid.range_contains_zero=false"], "clip_search"),
+        (["method/grid=asym_clip", "method.grid.clip_ratio=0.8"], "clip_ratio=0.8 gives; choose one"),
+        (["method/activation=symmetric", "method.activation.range_contains_zero=false"], "all are symmetric"),
     ):
         with pytest.raises(ConfigError, match=message):
             compose_cell(["+method=gptq", *words])

@@ -1,6 +1,5 @@
 """SmoothQuant and AWQ on live models: what they compute is what plain lines compute from hooks on the installed model."""
 
-import functools
 import random
 
 import pytest
@@ -10,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from ptqbench.data.tokenizer import load_tokenizer
 from ptqbench.engine.bases import Shelf, compute_bases
 from ptqbench.errors import ConfigError
+from ptqbench.methods import awq
 from ptqbench.methods.precision import STAGE_LINEARS
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.fuse import by_value_head, scale_block, to_query_heads
@@ -33,7 +33,7 @@ def seen_by_hooks(folder, index):
         block.get_submodule(linears[0]).register_forward_pre_hook(keep)
     block.self_attn.register_forward_pre_hook(lambda _, args, named: calls.update(named), with_kwargs=True)
     with torch.no_grad():
-        whole(WINDOWS)
+        whole(WINDOWS, use_cache=False)
     return block, seen, calls
 
 
@@ -65,8 +65,10 @@ def test_smoothing_scales_are_those_of_the_installed_model(checkpoint, tmp_path,
         ("qwen3", {}, {"o": "per_kv_head"}, ALL),
     ],
 )
-def test_searches_are_those_of_plain_lines(checkpoint, tmp_path, kind, changes, options, stages, group):
-    """Every exponent, scale and threshold of block 1, from tokens and from whole modules."""
+def test_searches_are_those_of_plain_lines(checkpoint, tmp_path, monkeypatch, kind, changes, options, stages, group):
+    """Every exponent, scale and threshold of block 1, from tokens and from whole modules; every third token for clipping."""
+    monkeypatch.setattr(awq, "CLIP_TOKENS", WINDOWS.numel() // 3)
+    stride = 1 if options.get("clip_tokens") == "all" else 3
     folder = checkpoint(kind, **changes)
     model, spec = open_model(folder, torch.float32), cell(3, 16, 16, 16, weight_groups=group, grid=PLAIN)
     transform = member("awq", **options)
@@ -122,7 +124,7 @@ def test_searches_are_those_of_plain_lines(checkpoint, tmp_path, kind, changes, 
             grid = precision.weight_grid(stage)
             round_ = lambda w, grid=grid: round_to_nearest(w.float(), grid).dequantized.double()
             size = group or weight.shape[1]
-            expected = reference.awq_clip(weight.double(), inputs, round_, size)
+            expected = reference.awq_clip(weight.double(), inputs[::stride], round_, size)
             torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-7, msg=name)
             basis = transform.basis(spec, architecture, found)
             clipped = basis.block(model.tensors(1), 1)[f"{linear}.weight"]
@@ -241,7 +243,6 @@ def test_smoothing_scales_of_a_real_model_are_those_of_the_code(real_data, stori
         torch.testing.assert_close(found["0.qkv"][:4].float(), torch.tensor(expected), rtol=1e-6, atol=0)
 
 
-@functools.cache
 def rand64(folder):
     """The random Llama of the figures: parameters in transformers' order from one generator."""
     config = LlamaConfig(

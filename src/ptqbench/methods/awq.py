@@ -83,8 +83,9 @@ class Awq(Calibrated):
 
     def depends_on(self, spec: RunSpec) -> dict[str, Any]:
         """The options, and the grid that the search rounds to."""
-        bits, grid = spec.bitwidth, dataclasses.asdict(spec.method.grid)
-        return {**super().depends_on(spec), "w_bits": bits.w_bits, "group_size": bits.group_size, "grid": grid}
+        beside = ("name", "a_bits", "k_bits", "v_bits")
+        bits = {name: value for name, value in dataclasses.asdict(spec.bitwidth).items() if name not in beside}
+        return {**super().depends_on(spec), "bits": bits, "grid": dataclasses.asdict(spec.method.grid)}
 
     def scaled(self, architecture: Architecture) -> tuple[str, ...]:
         """The stages whose inputs are scaled."""
