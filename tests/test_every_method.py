@@ -25,7 +25,8 @@ def words(tmp_path_factory):
     ]  # fmt: skip
 
 
-SHORT = {"subspace": ["method.transform.n_samples=4"], "learned_rotation": ["method.transform.steps=2"]}
+FEW = ["method.transform.n_samples=4"]
+SHORT = {"subspace": FEW, "smoothquant": FEW, "awq": FEW, "learned_rotation": ["method.transform.steps=2"]}
 
 
 @pytest.mark.parametrize("method", group_names("method"))

@@ -31,6 +31,10 @@ TRANSFORMS = {
     "joint": ("subspace", {"objective": "joint", "granularity": "per_layer"}),
     "outlier": ("subspace", {"objective": "outlier", "granularity": "per_layer"}),
     "output per token": ("subspace", {"output_group": "token"}),
+    "smoothquant": ("smoothquant", {}),
+    "smoothquant everywhere": ("smoothquant", {"alpha": 0.3, "pairs": ["qkv", "o", "gate_up", "down"]}),
+    "awq": ("awq", {"clip": False}),
+    "awq from moments": ("awq", {"clip": False, "o": "per_kv_head", "module_loss": False}),
     "learned": ("learned_rotation", {"steps": 2, "init": "haar", "r3": False}),
     "learned inside the parts": ("subspace", {"learned_rotation": True, "learning_steps": 2}),
     "joint everywhere": (

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ptqbench.engine import bases
 from ptqbench.engine.bases import Shelf, compute_bases
 from ptqbench.errors import ConfigError, NumericalError
+from ptqbench.methods import eigenbases
+from ptqbench.methods.subspace import Subspace
+from ptqbench.models import walk
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.runs.artefacts import Artefacts
 from transforms_at_hand import TRANSFORMS, WINDOWS, cell, member, open_model
@@ -16,7 +18,9 @@ from transforms_at_hand import TRANSFORMS, WINDOWS, cell, member, open_model
 SHELF = {"model": {"digest": "sha256:1"}, "calibration": {"n_samples": 2}, "seed": 0, "device": "cpu"}
 
 
-@pytest.mark.parametrize(("label", "n_bases"), [("full_shared", 4 + 1), ("per_layer", 8)])
+@pytest.mark.parametrize(
+    ("label", "n_bases"), [("full_shared", 4 + 1), ("per_layer", 8), ("smoothquant everywhere", 8), ("awq", 2 * 3 * 2)]
+)
 def test_stored_bases_are_found_resumed_and_guarded(checkpoint, tmp_path, monkeypatch, label, n_bases):
     model, folder = open_model(checkpoint(), torch.float32), tmp_path / "bases"
     transform, done = member(TRANSFORMS[label][0], **TRANSFORMS[label][1]), []
@@ -57,7 +61,7 @@ def test_cells_share_moments_and_bases(checkpoint, tmp_path, monkeypatch, label)
     monkeypatch.setattr(BlockwiseModel, "block", lambda self, *a, **k: blocks.append(a) or real(self, *a, **k))
     after = compute_bases(member(name, **options), model, WINDOWS, cell(), tmp_path / "after", "after", shelf=shelf())
     assert not blocks, "another method's moments are enough"
-    monkeypatch.setattr("ptqbench.engine.bases.eigenbases", lambda *_: pytest.fail("the bases are there already"))
+    monkeypatch.setattr(eigenbases, "eigenbases", lambda *_: pytest.fail("the bases are there already"))
     again = member(name, **options, rotation_seed=7, high_bits=6)
     seeded = compute_bases(again, model, WINDOWS, cell(seed=3), tmp_path / "seeded", "seeded", shelf=shelf())
     for found in (after, seeded):
@@ -72,17 +76,18 @@ def test_found_bases_cost_what_they_and_their_moments_took(checkpoint, tmp_path,
         "ptqbench.runs.artefacts.time", SimpleNamespace(perf_counter=lambda: now.seconds, time=time.time)
     )
 
-    def slow(name, seconds):
-        real = getattr(bases, name)
+    def slow(module, name, seconds):
+        real = getattr(module, name)
 
         def call(*given):
             now.seconds += seconds
             return real(*given)
 
-        monkeypatch.setattr(bases, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    for name, seconds in {"read_moments": 10, "eigenbases": 1, "diagonalised": 1}.items():
-        slow(name, seconds)
+    slow(walk, "read_moments", 10)
+    slow(eigenbases, "eigenbases", 1)
+    slow(Subspace, "solve_model", 1)
     accounts = []
     for number, (label, seed) in enumerate([("full_shared", 0), ("joint", 0), ("joint", 7), ("full_shared", 7)]):
         name, options = TRANSFORMS[label]
@@ -124,13 +129,13 @@ def test_a_shared_pass_that_was_cut_short_goes_on(checkpoint, tmp_path, monkeypa
 
 
 def test_a_moment_that_is_not_finite_names_its_block(checkpoint, tmp_path, monkeypatch):
-    real = bases.read_moments
+    real = walk.read_moments
 
     def overflowing(*given):
         moments, leaving = real(*given)
         moments.value[1] = float("inf")
         return moments, leaving
 
-    monkeypatch.setattr(bases, "read_moments", overflowing)
+    monkeypatch.setattr(walk, "read_moments", overflowing)
     with pytest.raises(NumericalError, match=r"block 0: .*NaN or infinity"):
         compute_bases(member("subspace"), open_model(checkpoint()), WINDOWS, cell(), tmp_path / "bases", "x")

@@ -119,6 +119,8 @@ def scores(tmp_path, words, device, free=2**40):
         "+method=qronos bitwidth=w3 model.dtype=bfloat16",
         "+method=q2n bitwidth=w3 method.refine.moment=posavg",
         "+method=resq method.transform.n_samples=2 method/target=qep method/activation=resq_active",
+        "+method=smoothquant method.transform.n_samples=2 method.transform.pairs=[qkv,o,gate_up,down]",
+        "+method=awq method.transform.n_samples=2 method.transform.o=per_kv_head bitwidth.group_size=16",
         "+method=coquant method.transform.n_samples=2 model.dtype=bfloat16 evaluation.ppl_dtype=bfloat16",
     ],
 )

@@ -8,7 +8,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from transforms_at_hand import TOKENS, TRANSFORMS, cell, in_basis, logits, member, open_model
 
-BROAD = ("r2", "quarot", "full_shared", "one_per_decoder", "per_layer", "outlier", "learned")
+BROAD = (
+    "r2", "quarot", "full_shared", "one_per_decoder", "per_layer", "outlier", "learned", "smoothquant everywhere", "awq",
+    "awq from moments",
+)  # fmt: skip
 VARIANTS = [
     ("llama", {}, BROAD),
     ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1, "intermediate_size": 172}, BROAD),
@@ -51,14 +54,14 @@ def test_logits_stay_in_float64_with_quantizers_off(checkpoint, tmp_path, float6
 def test_logits_stay_in_float64_at_sixteen_bits(checkpoint, tmp_path, float64_norms, kind, changes):
     model = open_model(checkpoint(kind, **changes))
     expected = logits(model)
-    for label in ("quarot", "full_shared", "per_layer"):
+    for label in ("quarot", "full_shared", "per_layer", "smoothquant everywhere"):
         name, options = TRANSFORMS[label]
         rotated = in_basis(model, member(name, **options), cell(16, 16, 16, 16), tmp_path / label)
         error = (logits(rotated) - expected).abs().max() / expected.abs().max()
         assert error <= 1e-8, f"{label}: {error}"
 
 
-@pytest.mark.parametrize("label", ["quarot", "full_shared", "per_layer"])
+@pytest.mark.parametrize("label", ["quarot", "full_shared", "per_layer", "smoothquant everywhere", "awq"])
 def test_logits_stay_in_float32_through_the_installed_norms(checkpoint, tmp_path, label):
     model = open_model(checkpoint("qwen2"), torch.float32)
     expected = logits(model)

@@ -20,14 +20,15 @@ from ptqbench.sweeps.resolve import skip_reason
 KINDS = (("llama", {}), ("qwen2", {"tie_word_embeddings": True, "hidden_size": 64}), ("qwen3", {}))
 TRANSFORMS = (
     "hadamard", "learned_rotation", "subspace_activation", "subspace_activation_per_layer", "subspace_joint",
-    "subspace_outlier",
+    "subspace_outlier", "smoothquant", "awq",
 )  # fmt: skip
 OTHERS = [
     *([f"method/{role}={name}"] for role in ("target", "solver", "refine") for name in MEMBERS[role]
       if name not in ("none", "weight", "gptq")),
     ["method/target=loaq", "method/solver=gptq_act_order", "method/refine=null_space"],
 ]  # fmt: skip
-SHORT = {"subspace": ["method.transform.n_samples=4"], "learned": ["method.transform.steps=3"]}
+FEW = ["method.transform.n_samples=4"]
+SHORT = {"subspace": FEW, "smoothquant": FEW, "awq": FEW, "learned": ["method.transform.steps=3"]}
 PAIRS = [(t, o, *KINDS[i % 3]) for i, (t, o) in enumerate(itertools.product(TRANSFORMS, OTHERS))]
 
 
@@ -134,7 +135,8 @@ def test_options_of_grids_and_of_the_loss_reach_the_result(checkpoint, tmp_path)
     options = [
         [], ["method.grid.range_contains_zero=false"], ["method.grid.zero_point=real"], ["evaluation.ppl_dtype=bfloat16"],
         ["bitwidth.a_bits=4"], ["bitwidth.a_bits=4", "method.activation.zero_point=real"],
-        ["bitwidth.a_bits=4", "method.activation.group_size=4"],
+        ["bitwidth.a_bits=4", "method.activation.group_size=4"], ["method.grid.clip_ratio=0.8"],
+        ["bitwidth.a_bits=4", "method.activation.range_contains_zero=false"],
     ]  # fmt: skip
     specs = [cell(folder, tmp_path, *base, *words) for words in options]
     assert len({store_path(spec) for spec in specs}) == len(options)
@@ -154,6 +156,8 @@ def test_contradictory_grid_options_are_refused():
         (["method/grid=sym_signed", "method.grid.zero_point=real"], "belong to scheme=asym"),
         (["method/grid=sym_signed", "method.grid.range_contains_zero=false"], "symmetric grids contain zero"),
         (["method/grid=asym_clip", "method.grid.range_contains_zero=false"], "clip_search"),
+        (["method/grid=asym_clip", "method.grid.clip_ratio=0.8"], "clip_ratio=0.8 gives; choose one"),
+        (["method/activation=symmetric", "method.activation.range_contains_zero=false"], "all are symmetric"),
     ):
         with pytest.raises(ConfigError, match=message):
             compose_cell(["+method=gptq", *words])

@@ -46,6 +46,15 @@ def test_the_lowest_part_is_asymmetric_except_with_rounding_to_nearest():
     assert schemes("rtn") == ["sym_signed"] * 3
 
 
+def test_ranges_of_inputs_and_keys_contain_zero_unless_the_cell_says_otherwise():
+    plan = lambda **options: member("none").precision(cell(**options), SHAPE).block_plan()
+    for contains in (True, False):
+        found = plan(range_contains_zero=contains)
+        assert {item.grid.range_contains_zero for item in found.inputs.values()} == {contains}
+        assert found.kv.key_grid.range_contains_zero == contains
+        assert not found.kv.value_grid.range_contains_zero
+
+
 def test_subspace_plan_follows_the_codes():
     plan = member("subspace", granularity="per_layer").precision(cell(), SHAPE).block_plan(
         {"mlp.down_proj": torch.neg}, torch.zeros(2, 16, 16), (torch.eye(48), None)

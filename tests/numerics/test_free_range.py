@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_problems import F64, correlated_inputs, random_weight
 
-from ptqbench.errors import UnsupportedError
+from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.numerics.affine import to_codes, to_values
 from ptqbench.numerics.gptq import gptq
 from ptqbench.numerics.grid import fit, uniform_grid
@@ -56,6 +56,26 @@ def test_free_range_worked_example(
     assert got_scale.item() == pytest.approx(scale)
     assert got_zero.item() == pytest.approx(zero_point)
     assert to_codes(row, got_scale, got_zero, spec).tolist() == [codes]
+
+
+@pytest.mark.parametrize("scheme", ["asym", "sym_gptq", "sym_signed"])
+def test_a_fixed_share_of_the_range_scales_both_ends(scheme: str) -> None:
+    """By hand: the step is the share of the plain one, the zero point stays, and what lies beyond is clipped."""
+    weight = random_weight(6, 17, seed=0)
+    plain, clipped = (GridSpec(4, scheme, clip_ratio=ratio) for ratio in (1.0, 0.8))
+    (scale, zero), (smaller, same) = fit(weight, plain), fit(weight, clipped)
+    assert torch.allclose(smaller, 0.8 * scale, rtol=1e-12)
+    assert torch.equal(same, zero)
+    expected = round_trip(weight, 0.8 * scale, zero, plain)
+    assert torch.allclose(round_to_nearest(weight, uniform_grid(17, clipped)).dequantized, expected, rtol=1e-12)
+    # DuQuant's weights: 0.8 of the plain minimum and maximum, which need not contain zero.
+    free = GridSpec(4, range_contains_zero=False, clip_ratio=0.8)
+    scale, zero = fit(weight + 5, free)
+    low, high = 0.8 * (weight + 5).amin(1), 0.8 * (weight + 5).amax(1)
+    assert torch.allclose(scale, (high - low) / 15, rtol=1e-12)
+    assert torch.equal(zero, (-low / scale).round())
+    with pytest.raises(ConfigError, match="clip_ratio"):
+        GridSpec(4, clip_ratio=0.0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -105,8 +105,9 @@ def test_a_missing_figure_says_why(resq):
     assert cell_of(sheet, "gptq", "wikitext2", "llama-3-8b") == "- / 166.3 [failed: block 3: down_proj: NaN]"
     assert cell_of(sheet, "gptq", "wikitext2", "llama-3.2-1b") == "- / 108.9 [pending]"
     assert cell_of(sheet, "resq", "wikitext2", "llama-3.2-1b") == "- / 12.4 [seed 2 pending]"
-    assert label_note(sheet, "smoothquant") == "ptqbench does not have smoothquant"
+    assert label_note(sheet, "smoothquant").startswith("not in this sweep")
     assert label_note(sheet, "spinquant") == "not in this sweep"
+    assert label_note(one(resq, "GPTAQ, Table 1"), "duquant") == "ptqbench does not have duquant"
     assert cell_of(sheet, "loaq", "wikitext2", "llama-3-8b") == "9.500 / -"
     assert label_note(sheet, "loaq").startswith("not in the paper's table")
     assert cell_of(sheet, "loaq", "wikitext2", "llama-3.2-1b") == "-"

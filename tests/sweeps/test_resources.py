@@ -44,6 +44,18 @@ def test_a_70b_model_fits_one_80_gb_gpu_and_the_tiny_one_needs_none(cell):
     assert (small.gpus, small.gpu_mem_gib) == (0, 0.0)
 
 
+@pytest.mark.parametrize("method", ["coquant", "smoothquant", "awq"])
+def test_the_windows_of_a_transforms_pass_fit_the_host(method):
+    """Its streams are float32 and may have more windows than those of rounding: 512 x 2048 x 8192 numbers, twice, are 64 GiB."""
+    spec = compose_cell([f"+method={method}", "model=tiny", "evaluation.tasks=[]", "calibration=wikitext2"])
+    spec, shape = with_model(spec, dtype="bfloat16"), published()["llama-3-70b"]
+    transform = spec.method.transform
+    more = dataclasses.replace(transform, options=transform.options | {"n_samples": 1024})
+    larger = dataclasses.replace(spec, method=dataclasses.replace(spec.method, transform=more))
+    assert needs(larger, shape).host_mem_gib >= 2 * 1024 * 2048 * 8192 * 4 / 2**30
+    assert needs(larger, shape).host_mem_gib > needs(spec, shape).host_mem_gib
+
+
 def test_given_values_win(cell):
     given = ResourcesSpec(gpus=0, host_mem_gib=12.0, cpus=3, time_min=7)
     amount = needs(dataclasses.replace(cell, resources=given), published()["llama-3-8b"])

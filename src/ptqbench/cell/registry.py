@@ -18,6 +18,8 @@ MEMBERS: dict[Role, dict[str, str]] = {
         "none": "ptqbench.methods.transforms:NoTransform",
         "hadamard": "ptqbench.methods.transforms:Hadamard",
         "subspace": "ptqbench.methods.subspace:Subspace",
+        "smoothquant": "ptqbench.methods.smoothquant:SmoothQuant",
+        "awq": "ptqbench.methods.awq:Awq",
         "learned_rotation": "ptqbench.methods.learned:LearnedRotation",
     },
     "target": {

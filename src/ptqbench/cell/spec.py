@@ -91,16 +91,24 @@ class RoleSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class GridOptions:
-    """The integer grid that weights are rounded to, without its bits (see ``numerics.grid``)."""
+    """The integer grid that weights are rounded to, without its bits (see ``numerics.grid``).
+
+    ``clip_ratio`` is a fixed share of the range of every row or group; ``clip_search`` finds one instead.
+    """
 
     scheme: Literal["asym", "sym_gptq", "sym_signed"] = identity(default="asym")
     clip_search: bool = identity(default=False)
     sym_nonnegative_row: Literal["symmetric", "as_code"] = identity(default="symmetric")
     range_contains_zero: bool = identity(default=True)
     zero_point: Literal["integer", "real"] = identity(default="integer")
+    clip_ratio: Annotated[float, Field(gt=0, le=1)] = added(1.0)
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
+        if self.clip_search and self.clip_ratio != 1:
+            raise ConfigError(
+                f"method.grid: clip_search searches the share of the range that clip_ratio={self.clip_ratio:g} gives; choose one"
+            )
         if self.scheme != "asym" and (self.zero_point == "real" or not self.range_contains_zero):
             raise ConfigError(
                 "method.grid: range_contains_zero=false and zero_point=real belong to scheme=asym, "
@@ -119,6 +127,7 @@ class ActivationOptions:
     ``during_calibration`` keeps them active in the quantized stream while statistics are collected; QuaRot, ResQ and CoQuant
     calibrate without them. ``group_size`` input channels share a grid per token; null is one grid for all channels.
     ``zero_point`` concerns asymmetric quantizers: ``real`` subtracts the minimum, ``integer`` rounds the zero point.
+    ``range_contains_zero=false`` gives asymmetric inputs and keys the plain minimum and maximum that values and groups have.
     """
 
     symmetric: bool = identity(default=False)
@@ -129,11 +138,13 @@ class ActivationOptions:
     during_calibration: bool = identity(default=True)
     group_size: Positive | None = identity(default=None)
     zero_point: Literal["integer", "real"] = identity(default="integer")
+    range_contains_zero: bool = added(True)
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
-        if self.zero_point == "real" and self.symmetric and self.kv_symmetric:
-            raise ConfigError("method.activation: zero_point=real belongs to asymmetric quantizers, all are symmetric")
+        if self.symmetric and self.kv_symmetric and (self.zero_point == "real" or not self.range_contains_zero):
+            given = "zero_point=real" if self.zero_point == "real" else "range_contains_zero=false"
+            raise ConfigError(f"method.activation: {given} belongs to asymmetric quantizers, all are symmetric")
 
 
 @dataclass(frozen=True, config=STRICT)

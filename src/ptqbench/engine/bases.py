@@ -1,8 +1,7 @@
-"""The calibration pass behind eigenbases: unquantized, float32, norms folded, one block in memory.
+"""The pass that a transform makes over the unquantized float32 model before anything is rounded, one block in memory.
 
-Per block: sum the second moments of what it computes over all windows (``models.capture``), turn them into bases
-(``methods.eigenbases``), store them, and pass the residual stream on. A basis that all blocks share is diagonalised at the
-end. Bases are float64, since their orthogonality is what makes the transform exact.
+Per block: ask the transform for what it needs there (``methods.transform.Calibrated.solve_block``: eigenbases, scales), store it,
+and go on to the next (``models.walk``). What all blocks share comes at the end. Everything is called a basis here.
 
 Cells share this work (``Shelf``): seeds and roundings of one method find its bases, another objective on the same model and
 windows finds the moments, and with every moment found the model is not run at all.
@@ -12,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +21,14 @@ from torch import Tensor
 
 from ptqbench.engine.blocks_on_disk import metadata_of
 from ptqbench.errors import NumericalError
-from ptqbench.methods.basis import FoldedBasis
-from ptqbench.methods.eigenbases import COLUMNS_OF, FACTS, diagonalised, eigenbases, facts
+from ptqbench.methods.eigenbases import COLUMNS_OF, FACTS, facts
 from ptqbench.models.blockwise import BlockwiseModel
-from ptqbench.models.capture import BlockMoments, read_moments
-from ptqbench.models.stages import Positions, forward
+from ptqbench.models.walk import BlockView, Walk
 from ptqbench.runs.files import replacing
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
-    from ptqbench.methods.subspace import Subspace
+    from ptqbench.methods.transform import Calibrated
     from ptqbench.runs.artefacts import Artefacts
 
 SHARED = "shared"
@@ -117,34 +112,29 @@ class StoredBases(Mapping[str, Tensor]):
 
 @dataclasses.dataclass(frozen=True)
 class Shelf:
-    """Where cells leave moments and bases for each other.
+    """Where cells leave statistics and bases for each other.
 
     Attributes:
         artefacts: The folder.
-        key: Everything the moments are a function of, but for the block and the transform's ``center_embedding``: model,
-            windows, kind of device. Plain data.
+        key: Everything the statistics are a function of, but for the block and the form of the model in the pass: model, windows,
+            kind of device. Plain data.
     """
 
     artefacts: Artefacts
     key: Mapping[str, Any]
 
-    def moments_key(self, transform: Subspace, part: str) -> dict[str, Any]:
-        """Return the key of the moments of a block: everything that they depend on."""
-        return {**self.key, "center_embedding": transform.center_embedding, "part": part}
+    def statistics_key(self, transform: Calibrated, part: str) -> dict[str, Any]:
+        """Return the key of the statistics of a block: everything that they depend on."""
+        return {**self.key, **transform.pass_form, "part": part}
 
-    def bases_key(self, transform: Subspace, spec: RunSpec, part: str) -> dict[str, Any]:
-        """Return the key of the bases of a block, or of the shared basis: everything that they depend on.
-
-        ``facts`` tells them from bases of an earlier format, which held no facts.
-        """
-        options = {k: v for k, v in dataclasses.asdict(transform).items() if k not in transform.without_effect_on_bases}
-        low_bits = transform.low_bits(spec) if transform.objective == "joint" else None
-        return {**self.key, "transform": options, "low_bits": low_bits, "part": part, "facts": True}
+    def bases_key(self, transform: Calibrated, spec: RunSpec, part: str) -> dict[str, Any]:
+        """Return the key of the bases of a block, or of what all blocks share: everything that they depend on."""
+        return {**self.key, **transform.depends_on(spec), "part": part}
 
 
 @torch.no_grad()
 def compute_bases(
-    transform: Subspace,
+    transform: Calibrated,
     model: BlockwiseModel,
     windows: Tensor,
     spec: RunSpec,
@@ -153,43 +143,47 @@ def compute_bases(
     on_block: Callable[[int], None] = lambda index: None,
     shelf: Shelf | None = None,
 ) -> StoredBases:
-    """Compute the eigenbases of a model, or find them stored.
+    """Compute the bases of a model, or find them stored.
 
     An interrupted pass continues after the last stored block. Where all blocks share a basis and there is no shelf, it starts
     from the beginning. The same windows give the same bases.
 
     Args:
-        transform: Objective, granularity, options.
-        model: The checkpoint; opened anew in float32 with folded norms, whatever its own basis and data type.
+        transform: What is computed.
+        model: The checkpoint; opened anew in float32 in the form that the transform asks for, whatever its own.
         windows: Calibration tokens, (n_samples, seq_len) int64, not modified.
-        spec: The cell; its bits enter the joint objective.
+        spec: The cell; its bits may enter the bases.
         folder: Where the bases are stored.
         identity: What they belong to, e.g. the run id.
         on_block: Called with the index of every finished block.
-        shelf: Where other cells may have left moments or bases, and find those of this one. While one process computes
-            them, others that need the same moments wait for it.
+        shelf: Where other cells may have left statistics or bases, and find those of this one. While one process computes
+            them, others that need the same wait for it.
 
     Returns:
         The stored bases.
 
     Raises:
-        NumericalError: A moment is not finite; names the block.
+        NumericalError: A statistic or a basis is not finite; names the block.
     """
     computation = _Computation(transform, model, spec, StoredBases(folder, identity, model.device), shelf)
     if computation.missing():
         if shelf is None:
             computation.compute(windows, on_block)
         else:
-            with shelf.artefacts.held("moments", shelf.moments_key(transform, "all")):
+            # Those who need the same statistics wait; where none are shared, those who need the same bases.
+            kind = transform.statistics or "bases"
+            alone = transform.statistics is None
+            key = shelf.bases_key(transform, spec, "all") if alone else shelf.statistics_key(transform, "all")
+            with shelf.artefacts.held(kind, key):
                 computation.find()
                 if computation.missing():
                     computation.compute(windows, on_block)
     return computation.stored
 
 
-def missing_parts(transform: Subspace, n_blocks: int, stored: StoredBases) -> list[str]:
-    """Name the parts of a transform's eigenbases that are not stored: indices of blocks, and ``shared``."""
-    parts = [str(index) for index in range(n_blocks)] + [SHARED] * (transform.granularity == "full_shared")
+def missing_parts(transform: Calibrated, n_blocks: int, stored: StoredBases) -> list[str]:
+    """Name the parts of a transform's bases that are not stored: indices of blocks, and ``shared``."""
+    parts = [str(index) for index in range(n_blocks)] + [SHARED] * transform.shares
     return [part for part in parts if not stored.has(part)]
 
 
@@ -234,17 +228,13 @@ def left_at_identity(said: Mapping[str, Any], index: int) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Computation:
-    """The bases of one cell on their way from moments to the store."""
+    """The bases of one cell on their way to the store."""
 
-    transform: Subspace
+    transform: Calibrated
     model: BlockwiseModel
     spec: RunSpec
     stored: StoredBases
     shelf: Shelf | None
-
-    @property
-    def one_for_all(self) -> bool:
-        return self.transform.granularity == "full_shared"
 
     def missing(self) -> list[str]:
         return missing_parts(self.transform, self.model.n_blocks, self.stored)
@@ -259,36 +249,29 @@ class _Computation:
 
     def compute(self, windows: Tensor, on_block: Callable[[int], None]) -> None:
         """Compute and store the missing parts, block by block."""
-        stream, total, missing = _Stream(self.model, self.transform, windows), None, self.missing()
+        transform, missing, total = self.transform, self.missing(), None
+        walk = Walk(self.model, transform.pass_basis(self.model.architecture), windows, self._share)
         start = self._clock()
         for index in range(self.model.n_blocks):
-            if str(index) in missing or self.one_for_all:
-                # S = (1/T) sum_t x_t x_t^T of what the block computes, and its eigenvectors.
-                moments = self._moments(index, stream)
-                if str(index) in missing:
-                    start = self._save(str(index), self._bases(index, moments), start)
-                # The shared basis diagonalises the mean over all 2 L inputs of the stream.
-                if self.one_for_all:
-                    both = moments.attention + moments.mlp
-                    total = both if total is None else total + both
+            if str(index) in missing or transform.shares:
+                view = BlockView(walk, index)
+                try:
+                    if str(index) in missing:
+                        start = self._save(str(index), transform.solve_block(view, self.spec), start)
+                    # What all blocks share is a function of a sum over them.
+                    if transform.shares:
+                        term = transform.shared_term(view)
+                        total = term if total is None else total + term
+                except NumericalError as error:
+                    raise NumericalError(f"block {index}: {error}") from error
             on_block(index)
         if total is not None:
-            self._save(SHARED, diagonalised("residual", total / (2 * self.model.n_blocks)), start)
+            self._save(SHARED, transform.solve_model(total, self.model.n_blocks), start)
 
-    def _moments(self, index: int, stream: _Stream) -> BlockMoments:
+    def _share(self, kind: str, index: int, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         if self.shelf is None:
-            return stream.moments(index)
-        key = self.shelf.moments_key(self.transform, str(index))
-        found = self.shelf.artefacts.get("moments", key, lambda: stream.moments(index).tensors())
-        return BlockMoments.of(found, self.model.device)
-
-    def _bases(self, index: int, moments: BlockMoments) -> dict[str, Tensor]:
-        model, transform = self.model, self.transform
-        try:
-            tensors = model.tensors(index) if transform.objective == "joint" else {}
-            return eigenbases(transform, moments, tensors, model.architecture, transform.low_bits(self.spec))
-        except NumericalError as error:
-            raise NumericalError(f"block {index}: {error}") from error
+            return make()
+        return self.shelf.artefacts.get(kind, self.shelf.statistics_key(self.transform, str(index)), make)
 
     def _clock(self) -> float:
         return 0.0 if self.shelf is None else self.shelf.artefacts.clock()
@@ -301,51 +284,3 @@ class _Computation:
             key = self.shelf.bases_key(self.transform, self.spec, part)
             self.shelf.artefacts.put("bases", key, bases, end - start)
         return end
-
-
-@contextmanager
-def _fast_products(device: torch.device) -> Iterator[None]:
-    """Let a GPU compute float32 products on its TF32 units; the published codes run this pass in bfloat16, which is coarser.
-
-    Sums of moments are float64 and are not affected.
-    """
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-class _Stream:
-    """The residual stream of the norm-folded float32 model, opened and advanced only for a moment that is not stored."""
-
-    def __init__(self, model: BlockwiseModel, transform: Subspace, windows: Tensor) -> None:
-        self._given, self._center, self._windows, self._at = model, transform.center_embedding, windows, 0
-        self._hidden: list[Tensor] = []
-
-    @cached_property
-    def _model(self) -> BlockwiseModel:
-        return self._given.reopened(FoldedBasis(self._center), torch.float32)
-
-    @cached_property
-    def _positions(self) -> Positions:
-        return self._model.positions(self._windows.shape[1])
-
-    def moments(self, index: int) -> BlockMoments:
-        """Return the second moments of a block. Indices must increase from call to call."""
-        device = self._model.device
-        if not self._hidden:
-            hidden = self._model.embed(self._windows)
-            self._hidden = list(hidden.to(self._model.resting_place(hidden)).split(1))
-        # Advance to the block, past those whose moments were found.
-        while self._at < index:
-            with self._model.block(self._at) as block, _fast_products(device):
-                self._hidden = [forward(block, x.to(device), self._positions).to(x.device) for x in self._hidden]
-            self._at += 1
-        # One pass sums the moments and gives the stream behind the block.
-        with self._model.block(index) as block, _fast_products(device):
-            moments, self._hidden = read_moments(block, self._hidden, self._positions, device)
-        self._at += 1
-        return moments

@@ -17,14 +17,11 @@ from typing import TYPE_CHECKING
 from ptqbench.cell.registry import create
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.methods.base import REFERENCE, Statistic
-from ptqbench.methods.subspace import Subspace
+from ptqbench.methods.transform import Calibrated
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
-
-EIGEN = 9.0
-"""Operations of a symmetric eigendecomposition over n^3."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +48,7 @@ def work(spec: RunSpec, architecture: Architecture, evaluated: Mapping[str, int]
     Returns:
         Its operations and tokens; kinds of work that the cell does not do are left out.
     """
-    # Calibration and eigenbases, where the cell has them.
+    # Calibration and the pass of a transform, where the cell has them.
     flop: dict[str, float] = {}
     n_tokens = {"evaluation": sum(evaluated.values())}
     if spec.calibrates and spec.calibration is not None:
@@ -60,9 +57,9 @@ def work(spec: RunSpec, architecture: Architecture, evaluated: Mapping[str, int]
             n_tokens["calibration"] = spec.calibration.n_samples * length
             flop |= _calibration(spec, architecture, n_tokens["calibration"], length)
         transform = create("transform", spec.method.transform)
-        if isinstance(transform, Subspace):
-            n_tokens["bases"] = transform.n_samples * length
-            flop["bases"] = _bases(architecture, n_tokens["bases"], length)
+        if isinstance(transform, Calibrated):
+            tokens = n_tokens["bases"] = transform.n_samples * length
+            flop["bases"] = transform.pass_flop(architecture, tokens, _forward(architecture, tokens, length))
     # Evaluation: one pass, and the output projection for every token.
     head = 2.0 * architecture.vocab_size * architecture.hidden_size
     flop["perplexity"] = sum(
@@ -111,9 +108,3 @@ def _inputs(architecture: Architecture) -> list[tuple[int, int]]:
     """Width and rows of the distinct linear inputs of a block."""
     d, f = architecture.hidden_size, architecture.intermediate_size
     return [(d, architecture.q_dim + 2 * architecture.kv_dim), (architecture.q_dim, d), (d, 2 * f), (f, d)]
-
-
-def _bases(architecture: Architecture, tokens: int, length: int) -> float:
-    """A pass, the moments of the attention's and the MLP's input, and their eigendecompositions."""
-    d = architecture.hidden_size
-    return _forward(architecture, tokens, length) + architecture.n_blocks * (2.0 * tokens * d**2 + 2 * EIGEN * d**3)

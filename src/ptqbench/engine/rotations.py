@@ -19,13 +19,12 @@ from ptqbench.engine.bases import SHARED, Shelf, StoredBases, compute_bases, mis
 from ptqbench.engine.network_loss import Rotations, opened
 from ptqbench.engine.rotation_files import read_rotations
 from ptqbench.errors import ConfigError, NumericalError
-from ptqbench.methods.subspace import Subspace
+from ptqbench.methods.transform import Calibrated, Transform
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.numerics.cayley import cayley_step, cosine_rate
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
-    from ptqbench.methods.transform import Transform
     from ptqbench.models.fuse import Basis
     from ptqbench.numerics.grid import Grid
     from ptqbench.runs.attempt import Observer
@@ -79,15 +78,15 @@ class Preparation:
         learning = transform.learning
         if transform.files:
             read_rotations(transform, self.model.architecture, stored)
-        if isinstance(transform, Subspace) and missing_parts(transform, self.model.n_blocks, stored):
-            self._eigenbases(transform)
+        if isinstance(transform, Calibrated) and missing_parts(transform, self.model.n_blocks, stored):
+            self._compute(transform)
         if learning is not None:
             self.observer.stage("rotations", learning.steps)
             windows = self.calibration.windows(learning.n_samples)
             learn_rotations(transform, self.model, windows, self.spec, stored, self._advance)
-        return stored if transform.files or isinstance(transform, Subspace) or learning is not None else None
+        return stored if transform.files or isinstance(transform, Calibrated) or learning is not None else None
 
-    def _eigenbases(self, transform: Subspace) -> None:
+    def _compute(self, transform: Calibrated) -> None:
         self.observer.stage("bases", self.model.n_blocks)
         windows, shelf = self.calibration.windows(transform.n_samples), self.calibration.shelf(transform.n_samples)
         compute_bases(transform, self.model, windows, self.spec, self.folder, self.identity, self._advance, shelf)

@@ -1,4 +1,4 @@
-"""The forms in which a checkpoint is loaded: as it is, with norms folded, Hadamard-rotated, or in eigenbases.
+"""The forms in which a checkpoint is loaded: as it is, scaled, with norms folded, Hadamard-rotated, or in eigenbases.
 
 Each class fulfils ``models.fuse.Basis``: it changes the tensors of a checkpoint and plans what runs online. Its matrices are
 float64 and are moved to the device of the tensors that they act on.
@@ -43,6 +43,39 @@ class PlainBasis:
 
     def plan(self, index: int) -> BlockPlan | None:
         return self.precision.block_plan()
+
+
+def clip_name(linear: str) -> str:
+    """Name of the clip thresholds of a linear among the bases of a block."""
+    return f"clip_{linear.rpartition('.')[2]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledBasis(PlainBasis):
+    """Channels divided by scales where they are produced, columns multiplied by them where they are read; nothing runs online.
+
+    Attributes:
+        bases: ``l.STAGE`` of block l, see `ptqbench.models.fuse.scale_block`, and clip thresholds; may read from disk.
+        stages: Inputs that are scaled.
+        clipped: Linears whose scaled weights are clipped, each with its thresholds ``l.clip_NAME`` (rows, groups).
+    """
+
+    bases: Mapping[str, Tensor]
+    stages: tuple[str, ...]
+    clipped: tuple[str, ...] = ()
+
+    def block(self, tensors: Tensors, index: int) -> Tensors:
+        """Scale the inputs of stages, then clip."""
+        from ptqbench.models.fuse import scale_block
+        from ptqbench.numerics.awq import clamped
+
+        scales = {stage: self.bases[f"{index}.{stage}"] for stage in self.stages}
+        scaled = scale_block(tensors, scales, self.precision.architecture)
+        for linear in self.clipped:
+            name, thresholds = f"{linear}.weight", self.bases[f"{index}.{clip_name(linear)}"]
+            size = self.precision.spec.bitwidth.group_size or scaled[name].shape[1]
+            scaled[name] = clamped(scaled[name], thresholds.to(scaled[name]), size)
+        return scaled
 
 
 class _Folded:

@@ -13,21 +13,38 @@ Zachary5895/CoQuant@0e2e343.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ptqbench.methods.subspace import Subspace
+    from ptqbench.methods.precision import Layout
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.capture import BlockMoments
     from ptqbench.models.fuse import Tensors
 
-FACTS = (IDENTITY, COEFFICIENTS) = "_identity", "_coefficients"
-"""Suffixes of the facts stored beside a basis: which of its matrices are the identity because what they diagonalise is zero, and
-the coefficients of the two moments in the joint objective."""
+
+class Choice(Protocol):
+    """Which bases: the options of ``methods.subspace.Subspace`` that are read here."""
+
+    @property
+    def objective(self) -> str: ...
+    @property
+    def granularity(self) -> str: ...
+    @property
+    def outlier_norm(self) -> str: ...
+    @property
+    def kv_joint(self) -> bool: ...
+    @property
+    def pre_fuse_compensation(self) -> bool: ...
+    def layout(self) -> Layout: ...
+
+
+FACTS = (IDENTITY, COEFFICIENTS, RATIO) = "_identity", "_coefficients", "_ratio"
+"""Suffixes of the facts stored beside a basis: which of its matrices are the identity because what they diagonalise is zero, the
+coefficients of the two moments in the joint objective, and the exponent that a search chose for a scale."""
 
 COLUMNS_OF = {
     "attention": ATTENTION_INPUT,
@@ -40,7 +57,7 @@ COLUMNS_OF = {
 
 
 def eigenbases(
-    transform: Subspace, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
+    transform: Choice, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
 ) -> dict[str, Tensor]:
     """Compute the bases of one block.
 
@@ -116,11 +133,12 @@ def facts(bases: Mapping[str, Tensor]) -> dict[str, Any]:
     """Collect the facts that are kept about the bases of one block.
 
     Args:
-        bases: What `eigenbases` returned.
+        bases: What `eigenbases` or another transform returned.
 
     Returns:
         Plain data: name of a basis -> ``identity``, the indices of matrices that are the identity for a zero moment, and
-        ``lambda_x``, ``lambda_w``, ``gamma_low`` (one number, or one per head). Names without such facts are left out.
+        ``lambda_x``, ``lambda_w``, ``gamma_low`` (one number, or one per head), or ``ratio``, the exponent that a search chose.
+        Names without such facts are left out.
     """
     found: dict[str, Any] = {}
     for key, value in bases.items():
@@ -131,10 +149,12 @@ def facts(bases: Mapping[str, Tensor]) -> dict[str, Any]:
         if key.endswith(COEFFICIENTS):
             numbers = dict(zip(("lambda_x", "lambda_w", "gamma_low"), value.movedim(-1, 0).tolist(), strict=True))
             found.setdefault(key.removesuffix(COEFFICIENTS), {}).update(numbers)
+        if key.endswith(RATIO):
+            found.setdefault(key.removesuffix(RATIO), {})["ratio"] = float(value)
     return found
 
 
-def _joint_residual(transform: Subspace, moments: BlockMoments, tensors: Tensors, low_bits: int) -> dict[str, Tensor]:
+def _joint_residual(transform: Choice, moments: BlockMoments, tensors: Tensors, low_bits: int) -> dict[str, Tensor]:
     from ptqbench.models.fuse import fold_norms
     from ptqbench.numerics.subspace import pre_fuse_basis, weight_moment
 
@@ -167,7 +187,7 @@ def _joint(name: str, moment: Tensor, weights: Tensor, low_bits: int, n_high: in
 
 
 def _joint_heads(
-    transform: Subspace, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
+    transform: Choice, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
 ) -> dict[str, Tensor]:
     """Compute the joint bases of values (with the columns of o that read them) and of keys (with their queries)."""
     from ptqbench.numerics.subspace import output_head_moments

@@ -230,7 +230,7 @@ class Precision:
             symmetric=symmetric,
             zero_point="integer" if symmetric else options.zero_point,
             clip_ratio=options.kv_clip_ratio if kv else options.clip_ratio,
-            range_contains_zero=contains_zero,
+            range_contains_zero=contains_zero and options.range_contains_zero,
             high_bits=high_bits if high else None,
             n_high=high,
             lowest_bits=lowest_bits if lowest else None,

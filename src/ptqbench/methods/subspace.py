@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError
 from ptqbench.methods.learned import Count, Momentum, Rate, constant_loss
 from ptqbench.methods.precision import Layout
-from ptqbench.methods.transform import FileMatrix, Learning, Transform
+from ptqbench.methods.transform import Calibrated, FileMatrix, Learning
 from ptqbench.methods.transforms import Bits, Seed, down_transform, no_hadamard
 
 if TYPE_CHECKING:
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.fuse import Basis
+    from ptqbench.models.walk import BlockView
     from ptqbench.numerics.hadamard import OddHadamard
 
+EIGEN = 9.0
+"""Operations of a symmetric eigendecomposition over n^3."""
 ISO_LOWEST_BITS, ISO_BULK_BITS, ISO_HIGH_BITS = 2, 4, 6
 """ResQ's "4/4/4": equal shares at 2 and 6 bits leave the mean at 4."""
 
@@ -35,7 +38,7 @@ ODD_FACTOR = "odd_factor"
 
 
 @dataclasses.dataclass(frozen=True)
-class Subspace(Transform):
+class Subspace(Calibrated):
     """Keep the most important directions at high precision, randomise inside the parts (ResQ, CoQuant).
 
     Attributes:
@@ -99,6 +102,7 @@ class Subspace(Transform):
     basis_digest: str | None = added(None)
 
     FILES: ClassVar[Mapping[str, str]] = {"rotation_file": "rotation_digest", "basis_file": "basis_digest"}
+    statistics: ClassVar[Literal["moments"]] = "moments"
     without_effect_on_bases: ClassVar[frozenset[str]] = frozenset(
         {
             "high_bits", "odd_hadamard", "key_rotation_bits", "rope_output_bits", "basis_change_bits", "int8_down_proj",
@@ -244,6 +248,50 @@ class Subspace(Transform):
         """
         bits = min(spec.bitwidth.w_bits, spec.bitwidth.a_bits)
         return bits if bits < UNTOUCHED_BITS else STAND_IN_BITS
+
+    def pass_basis(self, architecture: Architecture) -> Basis:
+        """Norms folded: moments are those of what rotations meet."""
+        from ptqbench.methods.basis import FoldedBasis
+
+        return FoldedBasis(self.center_embedding)
+
+    @property
+    def pass_form(self) -> dict[str, Any]:
+        """Folded norms, and perhaps a centred embedding."""
+        return {"center_embedding": self.center_embedding}
+
+    def depends_on(self, spec: RunSpec) -> dict[str, Any]:
+        """The options that enter the eigenbases; ``facts`` tells them from bases of an earlier format, which held no facts."""
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.without_effect_on_bases}
+        low_bits = self.low_bits(spec) if self.objective == "joint" else None
+        return {"transform": options, "low_bits": low_bits, "facts": True}
+
+    def solve_block(self, view: BlockView, spec: RunSpec) -> dict[str, Tensor]:
+        """Compute the eigenbases of a block (``methods.eigenbases``)."""
+        from ptqbench.methods.eigenbases import eigenbases
+
+        tensors = view.tensors if self.objective == "joint" else {}
+        return eigenbases(self, view.moments, tensors, view.architecture, self.low_bits(spec))
+
+    @property
+    def shares(self) -> bool:
+        """Whether the residual stream of all blocks has one basis."""
+        return self.granularity == "full_shared"
+
+    def shared_term(self, view: BlockView) -> Tensor:
+        """The moments of both inputs that the stream has in a block, (d, d)."""
+        return view.moments.attention + view.moments.mlp
+
+    def solve_model(self, total: Tensor, n_blocks: int) -> dict[str, Tensor]:
+        """Diagonalise the mean over all 2 L inputs of the stream."""
+        from ptqbench.methods.eigenbases import diagonalised
+
+        return diagonalised("residual", total / (2 * n_blocks))
+
+    def pass_flop(self, architecture: Architecture, tokens: int, forward: float) -> float:
+        """Count a pass, the moments of the attention's and the MLP's input, and their eigendecompositions."""
+        d = architecture.hidden_size
+        return forward + architecture.n_blocks * (2.0 * tokens * d**2 + 2 * EIGEN * d**3)
 
     def layout(self) -> Layout:
         """Split the hidden size and every head into two parts (three with ``iso_bits``)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ptqbench.methods.base import Member
 from ptqbench.methods.precision import Layout, Precision
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.fuse import Basis
+    from ptqbench.models.walk import BlockView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +93,59 @@ class Transform(Member, ABC):
             architecture: Dimensions.
             bases: What was computed, learned or read beforehand, by name; None where nothing was.
         """
+
+
+class Calibrated(Transform):
+    """A transform that looks at the unquantized float32 model first, block by block (``ptqbench.engine.bases``).
+
+    What it computes for a block is stored under ``INDEX.NAME`` and given to ``basis``.
+    """
+
+    n_samples: int
+    """Calibration windows of the pass."""
+    pass_streams: ClassVar[int] = 2
+    """Tensors of the size of all windows that the pass holds at most: the stream before and behind a block."""
+    statistics: ClassVar[Literal["moments", "magnitudes"] | None] = None
+    """Which statistics of a block it reads, which cells share; None for those that nobody else needs."""
+
+    def pass_basis(self, architecture: Architecture) -> Basis | None:
+        """The form in which the model is looked at; None for the checkpoint as it is."""
+        return None
+
+    @property
+    def pass_form(self) -> dict[str, Any]:
+        """Names that form in the keys of shared statistics, as plain data."""
+        return {"form": "checkpoint"}
+
+    def depends_on(self, spec: RunSpec) -> dict[str, Any]:
+        """Everything that its results depend on beside model, windows, device and block, as plain data."""
+        return {"transform": {"name": type(self).__name__, **dataclasses.asdict(self)}}  # type: ignore[call-overload]
+
+    @abstractmethod
+    def solve_block(self, view: BlockView, spec: RunSpec) -> dict[str, Tensor]:
+        """Compute the tensors of one block by name.
+
+        Args:
+            view: What can be asked about the block; nothing is computed that is not asked for.
+            spec: The cell.
+
+        Raises:
+            NumericalError: Something is not finite.
+        """
+
+    @property
+    def shares(self) -> bool:
+        """Whether all blocks share something: what `solve_model` makes of the sum of every block's `shared_term`."""
+        return False
+
+    def shared_term(self, view: BlockView) -> Tensor:
+        """What a block adds to the sum."""
+        raise NotImplementedError
+
+    def solve_model(self, total: Tensor, n_blocks: int) -> dict[str, Tensor]:
+        """Compute the tensors that all blocks share from the sum."""
+        raise NotImplementedError
+
+    def pass_flop(self, architecture: Architecture, tokens: int, forward: float) -> float:
+        """Count the operations of the pass over some tokens, of which ``forward`` run them through the blocks once."""
+        return forward

@@ -68,7 +68,7 @@ class BlockMoments:
         return cls(**whole)
 
 
-class _Magnitudes:
+class Magnitudes:
     """Running largest and mean magnitude of the channels (last axis) of several tensors."""
 
     def __init__(self) -> None:
@@ -85,13 +85,14 @@ class _Magnitudes:
         self.counts[name] += tokens.shape[-2]
 
     def means(self) -> dict[str, Tensor]:
+        """Mean magnitudes by name, float64."""
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 
 
 class _Heads:
     """Running sums over the attention calls of a block."""
 
-    def __init__(self, magnitudes: _Magnitudes) -> None:
+    def __init__(self, magnitudes: Magnitudes) -> None:
         self.sums: dict[str, Tensor] = {}
         self.n_tokens = 0
         self.magnitudes = magnitudes
@@ -164,7 +165,7 @@ def read_moments(
     """
     q_proj, up_proj = "self_attn.q_proj", "mlp.up_proj"
     moments = {name: MomentSum(hidden[0].shape[-1], torch.float64) for name in (q_proj, up_proj)}
-    magnitudes = _Magnitudes()
+    magnitudes = Magnitudes()
     heads = _Heads(magnitudes)
     # One forward of every window adds to all sums and gives the stream behind the block.
     with _reading(block, moments, heads):

@@ -14,13 +14,14 @@ the caller rounds once, to the data type of the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT, NORM_READERS
+from ptqbench.models.stages import STAGES
 from ptqbench.numerics.orthogonal import (
     fold_gain,
     mix_heads,
@@ -31,6 +32,7 @@ from ptqbench.numerics.orthogonal import (
 )
 
 if TYPE_CHECKING:
+    from ptqbench.models.architecture import Architecture
     from ptqbench.models.quantized import BlockPlan
 
 Tensors = dict[str, Tensor]
@@ -103,6 +105,48 @@ def fold_norms(tensors: Tensors) -> Tensors:
             folded[f"{linear}.weight"] = fold_gain(folded[f"{linear}.weight"], gain)
         folded[f"{norm}.weight"] = torch.ones_like(gain)
     return folded
+
+
+def scale_block(tensors: Tensors, scales: Mapping[str, Tensor], architecture: Architecture) -> Tensors:
+    """Divide the inputs of stages by scales in what produces them, and multiply the columns of their linears.
+
+    Args:
+        tensors: A block, not modified.
+        scales: Stage -> positive scales: (d,) for ``qkv`` and ``gate_up``, (f,) for ``down``, and (G e,) for ``o``, where all query
+            heads of a key/value head share them. What is left out stays.
+        architecture: Dimensions.
+
+    Returns:
+        All tensors of the block, in float64.
+    """
+    scaled = _double(tensors)
+    readers = {stage.name: stage.linears for stage in STAGES}
+    norms = {linears: norm for norm, linears in NORM_READERS.items()}
+    producers = norms | {ATTENTION_OUTPUT: ATTENTION_INPUT[2], MLP_OUTPUT: MLP_INPUT[1]}
+    for stage, given in scales.items():
+        # g <- g / s of a norm; W <- diag(1/s) W and b <- b / s of a linear.
+        producer = producers[readers[stage]]
+        scale = given.to(scaled[f"{producer}.weight"])
+        for name in (f"{producer}.weight", f"{producer}.bias"):
+            if name in scaled:
+                scaled[name] = (scaled[name].transpose(0, -1) / scale).transpose(0, -1)
+        # W <- W diag(s).
+        columns = to_query_heads(scale, architecture) if stage == "o" else scale
+        for linear in readers[stage]:
+            scaled[f"{linear}.weight"] = scaled[f"{linear}.weight"] * columns
+    return scaled
+
+
+def to_query_heads(channels: Tensor, architecture: Architecture) -> Tensor:
+    """Repeat what belongs to the channels of the value heads, (G e,), for every query head that reads them: (H e,)."""
+    heads = channels.reshape(architecture.n_kv_heads, 1, architecture.head_dim)
+    return heads.expand(-1, architecture.n_heads // architecture.n_kv_heads, -1).flatten()
+
+
+def by_value_head(channels: Tensor, architecture: Architecture) -> Tensor:
+    """Arrange what belongs to the input channels of o, (H e,), by the value channel that they come from: (H / G, G e)."""
+    heads = channels.reshape(architecture.n_kv_heads, -1, architecture.head_dim)
+    return heads.transpose(0, 1).flatten(1)
 
 
 def rotate_block(tensors: Tensors, rotations: BlockRotations) -> Tensors:

@@ -179,3 +179,20 @@ def forward(block: nn.Module, hidden: Tensor, positions: Positions) -> Tensor:
 def prepared(linear: nn.Module, inputs: Tensor) -> Tensor:
     """Return the factor that is multiplied with the weight of a linear: ``prepare`` of the inputs, or the inputs themselves."""
     return linear.prepare(inputs) if isinstance(linear, QuantizedLinear) else inputs
+
+
+def behind(block: nn.Module, stage: str, inputs: Tensor, positions: Positions) -> Tensor:
+    """Return the output of the module that begins with a stage: the attention for ``qkv``, the MLP for ``gate_up``.
+
+    Args:
+        block: An installed decoder layer.
+        stage: ``qkv`` or ``gate_up``.
+        inputs: Input of its linears, (batch, tokens, hidden_size), not modified.
+        positions: RoPE tables and mask for this window length.
+    """
+    if stage == "qkv":
+        attention = block.get_submodule("self_attn")
+        output: Tensor = attention(inputs, position_embeddings=positions.rope, attention_mask=positions.mask)[0]
+    else:
+        output = block.get_submodule("mlp")(inputs)
+    return output

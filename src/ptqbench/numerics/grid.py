@@ -141,8 +141,10 @@ def fit(values: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     if spec.untouched:
         one = values.new_ones(values.shape[0])
         return one, torch.zeros_like(one)
-    # The range of every row, shrunk to the best share of it if asked for, gives scale and zero point.
+    # The range of every row, shrunk to a share of it if asked for, given or searched, gives scale and zero point.
     xmin, xmax = value_range(values, spec)
+    if spec.clip_ratio != 1:
+        xmin, xmax = xmin * spec.clip_ratio, xmax * spec.clip_ratio
     if spec.clip_search:
         shrink = best_shrink(values, xmin, xmax, spec)
         xmin, xmax = xmin * shrink, xmax * shrink

@@ -27,6 +27,7 @@ class GridSpec:
         sym_nonnegative_row: ``symmetric``, or ``as_code`` for the original treatment of such rows by ``sym_gptq``.
         range_contains_zero: Extend the range to zero where all values have one sign; ``asym`` alone may say False.
         zero_point: ``integer`` (rounded, so that zero is on the grid), or ``real`` (``asym`` alone).
+        clip_ratio: Share of the range of every row that the grid spans, in (0, 1].
     """
 
     bits: int
@@ -36,6 +37,7 @@ class GridSpec:
     sym_nonnegative_row: str = "symmetric"
     range_contains_zero: bool = True
     zero_point: str = "integer"
+    clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         """Reject impossible values where they are written down."""
@@ -50,6 +52,8 @@ class GridSpec:
             raise UnsupportedError(
                 "clip_search: shrinks both ends towards zero, so it is not defined with range_contains_zero=False"
             )
+        if not 0 < self.clip_ratio <= 1:
+            raise ConfigError(f"clip_ratio: expected a share in (0, 1], got {self.clip_ratio}")
         if not 1 <= self.bits <= UNTOUCHED_BITS:
             raise ConfigError(f"bits: expected 1..{UNTOUCHED_BITS}, got {self.bits}")
         if self.group_size is not None and self.group_size < 1:

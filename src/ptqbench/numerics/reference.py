@@ -97,6 +97,49 @@ class Rounded(NamedTuple):
     values: Tensor
 
 
+# --------------------------------------------------------------------------------------------------------------- scales
+
+
+def smoothing_scale(X: Tensor, W: Tensor, alpha: float, floor: float = 1e-5) -> Tensor:
+    """SmoothQuant: s (n,), for inputs X / s and the weight W diag(s) (arXiv 2211.10438); W: all rows that read X, stacked."""
+    xmax, wmax = X.abs().amax(0), W.abs().amax(0)
+    s: Tensor = xmax**alpha / wmax.clamp(min=floor) ** (1 - alpha)
+    return s.clamp(min=floor)
+
+
+def awq_search(
+    W: Tensor, X: Tensor, round_: Callable[[Tensor], Tensor], output: Callable[[Tensor], Tensor], n_grid: int = 20
+) -> tuple[int, Tensor]:
+    """AWQ: the exponent i / n_grid and the scale s (n,) with the least error of ``output(W)`` (arXiv 2306.00978)."""
+    best, least = (0, torch.ones_like(X[0])), torch.inf
+    for i in range(n_grid):
+        # s = u^r with u the mean magnitude of a channel; normalised
+        s = (X.abs().mean(0) ** (i / n_grid)).clamp(min=1e-4)
+        s = s / (s.max() * s.min()).sqrt()
+        loss = float((output(round_(W * s) / s) - output(W)).square().mean())
+        if loss < least:
+            best, least = (i, s), loss
+    return best
+
+
+def awq_clip(
+    W: Tensor, X: Tensor, round_: Callable[[Tensor], Tensor], group: int, steps: int = 20, shrink: float = 0.5
+) -> Tensor:
+    """AWQ: thresholds (m, groups) at which the scaled weight W is clipped; X are the inputs divided by the scale."""
+    pieces = list(zip(W.split(group, 1), X.split(group, 1), strict=True))
+    M = torch.stack([w.abs().amax(1) for w, _ in pieces], 1)
+    best, limits = torch.full_like(M, torch.inf), M.clone()
+    for i in range(int(shrink * steps)):
+        p = 1 - i / steps
+        clamped = torch.cat(
+            [w.clamp(-p * m[:, None], p * m[:, None]) for (w, _), m in zip(pieces, M.T, strict=True)], 1
+        )
+        errors = zip((round_(clamped) - W).split(group, 1), (x for _, x in pieces), strict=True)
+        e = torch.stack([(x @ d.T).square().mean(0) for d, x in errors], 1)
+        best, limits = torch.where(e < best, e, best), torch.where(e < best, p * M, limits)
+    return limits
+
+
 # -------------------------------------------------------------------------------------------------------------- solvers
 
 

@@ -188,7 +188,7 @@ def method_objections(cell: dict[str, Any], figure: Figure) -> list[str]:
     expected = {name: protocol[name] for name in ("calibration",) if name in protocol} | protocol.get("settings", {})
     expected |= {name: value for name, value in method.items() if name in OPTIONS}
     rounds_alone = (cell["solver"], cell["target"], cell["refine"]) == ("rtn", "weight", "none")
-    idle = IDLE_WITHOUT_DATA if rounds_alone and cell["transform"] != "subspace" else ()
+    idle = IDLE_WITHOUT_DATA if rounds_alone and pd.isna(cell["basis_samples"]) else ()
     reasons = []
     for name, value in expected.items():
         ours = cell[name]

@@ -20,10 +20,12 @@ import math
 from typing import TYPE_CHECKING
 
 from ptqbench.cell.labels import counted
+from ptqbench.cell.registry import create
 from ptqbench.data.task_sizes import size_of
 from ptqbench.engine.cost import work
 from ptqbench.evaluate.scores import CHUNK_BYTES
 from ptqbench.evaluate.task_files import generates
+from ptqbench.methods.transform import Calibrated
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -148,6 +150,10 @@ def _memory(spec: RunSpec, architecture: Architecture, params: int) -> tuple[flo
         device += min(waiting, WAITING_BYTES)
         device += 3 * sum(width * width * 4 for width in (d, architecture.q_dim, d, f)) + length * (d * 6 + f * 3) * 4
         streams = max(streams, 2 * spec.calibration.n_samples * length * d * stored)
+        # The pass of a transform over the unquantized float32 model.
+        transform = create("transform", spec.method.transform)
+        if isinstance(transform, Calibrated):
+            streams = max(streams, transform.pass_streams * transform.n_samples * length * d * 4)
     # The residual streams of a chunk of task tokens.
     streamed = sum(_read(spec, task) for task in _tasks(spec) if not _needs_whole(spec, task))
     streams = max(streams, min(streamed * d * stored, CHUNK_BYTES))

@@ -170,7 +170,7 @@ def reference_value(found: Pivot, references: set[Names], model: str, metric: st
 def measured(frame: pd.DataFrame, found: Pivot, cells: Sequence[PageCell]) -> Facts:
     """What was measured: models, bitwidths, calibration, evaluation protocols, seeds."""
     texts = [f"{text} tokens".replace(" x ", " windows of ") for text in frame["calibration"].dropna().unique()]
-    samples = [f"{int(n)} windows for eigenbases" for n in frame["basis_samples"].dropna().unique()]
+    samples = [f"{int(n)} windows for bases or scales" for n in frame["basis_samples"].dropna().unique()]
     # Metrics that were measured on the same are said together.
     protocols: dict[str, list[str]] = {}
     for metric, words in found.protocols.items():
