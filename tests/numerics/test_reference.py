@@ -84,7 +84,7 @@ def loop(options: reference.Options, damping: float) -> dict:
 
 
 def assert_equal(found: LinearResult, expected: reference.Rounded) -> None:
-    assert torch.equal(found.codes.double(), expected.codes)
+    assert torch.equal(found.stored.codes.double(), expected.codes)
     assert torch.allclose(found.dequantized, expected.values, rtol=0, atol=1e-9)
 
 

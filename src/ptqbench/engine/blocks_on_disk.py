@@ -20,22 +20,15 @@ from torch import Tensor, nn
 
 from ptqbench.errors import ConfigError, StorageError
 from ptqbench.numerics.grid import LinearResult
+from ptqbench.numerics.stored import decode
 from ptqbench.runs.files import errno_of, is_readable, replacing
 from ptqbench.runs.folder import block_path
-
-PARTS = ("codes", "scale", "zero_point", "group_index")
-
-
-def stored_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor) -> Tensor:
-    """Rebuild the weight (out, in) float32 that codes and grids stand for: ``scale * (codes - zero_point)``."""
-    group = group_index.long()
-    return scale[:, group] * (codes.to(scale.dtype) - zero_point[:, group])
 
 
 def stored_parts(results: Mapping[str, LinearResult]) -> dict[str, Tensor]:
     """Name what is stored of the rounded linears of a block: nothing of those left at 16 bits, and no dequantized weight."""
-    rounded = {name: result for name, result in results.items() if result.codes is not None}
-    return {f"{name}.{part}": getattr(result, part) for name, result in rounded.items() for part in PARTS}
+    rounded = {name: result.stored for name, result in results.items() if result.stored is not None}
+    return {f"{name}.{part}": tensor for name, stored in rounded.items() for part, tensor in stored.tensors().items()}
 
 
 def metadata_of(path: Path, key: str, owner: str) -> dict[str, str] | None:
@@ -95,12 +88,14 @@ class BlockState:
     def overlay(self, index: int, block: nn.Module) -> None:
         """Put the quantized weights of a finished block into a loaded decoder block."""
         with safe_open(self._path(index), framework="pt") as stored:
-            names = sorted({key.rsplit(".", 1)[0] for key in stored.keys()})  # noqa: SIM118 - not a dict
-            for name in names:
-                parts = [stored.get_tensor(f"{name}.{part}") for part in PARTS]
-                linear = block.get_submodule(name)
-                old: Tensor = linear.weight  # type: ignore[assignment]
-                linear.weight = nn.Parameter(stored_weight(*parts).to(old.device, old.dtype), requires_grad=False)
+            parts: dict[str, dict[str, Tensor]] = {}
+            for key in stored.keys():  # noqa: SIM118 - not a dict
+                name, _, part = key.rpartition(".")
+                parts.setdefault(name, {})[part] = stored.get_tensor(key)
+        for name, tensors in sorted(parts.items()):
+            linear = block.get_submodule(name)
+            old: Tensor = linear.weight  # type: ignore[assignment]
+            linear.weight = nn.Parameter(decode(tensors).to(old.device, old.dtype), requires_grad=False)
 
     def layer_records(self, n_blocks: int) -> list[dict[str, Any]]:
         """Read the layer records of all finished blocks, in order."""

@@ -249,10 +249,9 @@ class _Loop:
         except NumericalError as error:
             raise NumericalError(f"block {index}, {error}{self._way_out()}") from error
         # Keep the codes for the file of the block, and describe every linear.
-        grid = self.method.grid_of(stage.name, len(statistics.second_moment))
         results |= {linear.name: linear.repaired.result for linear in linears}
         with self.timings.measure("report_s"):
-            rows += [layer_record(index, linear, statistics, grid) for linear in linears]
+            rows += [layer_record(index, linear, statistics) for linear in linears]
 
     def _propagate(self, block: nn.Module, hidden: list[Tensor], timing: str = "forward_s") -> list[Tensor]:
         with self.timings.measure(timing):

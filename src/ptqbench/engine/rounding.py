@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptqbench.engine.blocks_on_disk import stored_weight
 from ptqbench.errors import NumericalError, UnsupportedError
 from ptqbench.methods.base import REFERENCE, Aim, Refine, Repaired, Solver, Statistic, Statistics, Target
 from ptqbench.methods.refinements import NoRefinement
 from ptqbench.methods.solvers import RoundToNearest
 from ptqbench.methods.targets import Weight
 from ptqbench.models.stages import STAGES, Stage
-from ptqbench.numerics.grid import Grid, LinearResult, effective_bits, uniform_grid
-from ptqbench.numerics.grid_spec import GridSpec
+from ptqbench.numerics.grid import Grid, LinearResult, uniform_grid
+from ptqbench.numerics.grid_spec import UNTOUCHED_BITS, GridSpec
 from ptqbench.numerics.groups import split_rows
 from ptqbench.numerics.report import relative_output_error, relative_weight_error
 from ptqbench.numerics.targets import relative_correction
@@ -192,12 +191,11 @@ def _split_repaired(repaired: Repaired, rows: list[int]) -> list[Repaired]:
 
 def _put(linear: Any, result: LinearResult) -> None:
     """Give a linear the weight that its stored codes rebuild; at 16 bits it keeps its own."""
-    if result.codes is not None:
-        stored = stored_weight(result.codes, result.scale, result.zero_point, result.group_index)
-        linear.weight = nn.Parameter(stored.to(linear.weight.dtype), requires_grad=False)
+    if result.stored is not None:
+        linear.weight = nn.Parameter(result.stored.weight().to(linear.weight.dtype), requires_grad=False)
 
 
-def layer_record(index: int, linear: Rounded, statistics: Statistics, grid: Grid) -> dict[str, Any]:
+def layer_record(index: int, linear: Rounded, statistics: Statistics) -> dict[str, Any]:
     """Describe one rounded linear: one row of ``layers.parquet``; every row has the same keys.
 
     ``relative_output_error`` compares with the original weight under the unweighted inputs of the quantized stream;
@@ -219,7 +217,7 @@ def layer_record(index: int, linear: Rounded, statistics: Statistics, grid: Grid
         ),
         "correction_norm": _finite(relative_correction(aim.weight, weight)),
         "correction_damping": aim.damping,
-        "effective_w_bits": effective_bits(grid),
+        "effective_w_bits": float(UNTOUCHED_BITS) if result.stored is None else result.stored.bits(),
         "damping_used": result.damping_used,
         "damping_retries": result.damping_retries,
         "degenerate": linear.degenerate,

@@ -315,7 +315,9 @@ class Precision:
             nominal_w_bits=mean_bits(zip((low, 1 - low - high, high), part_bits, strict=True)),
             code_w_bits=mean_bits((sizes[name], nominal_bits(grid)) for name, grid in grids.items()),
             basis_change_w_bits=change_bits,
-            effective_w_bits=mean_bits((sizes[name], effective_bits(grid)) for name, grid in grids.items())
+            effective_w_bits=mean_bits(
+                (sizes[name], effective_bits(grid, shapes[name][0])) for name, grid in grids.items()
+            )
             + change_bits,
             k_bits=self._cached_bits(self.spec.bitwidth.k_bits, self.spec.method.activation.k_group == "token"),
             v_bits=self._cached_bits(self.spec.bitwidth.v_bits, shared=False),
