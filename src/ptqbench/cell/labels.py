@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ptqbench.cell.spec import IDENTITY, ROLES, UNTOUCHED_BITS, BitwidthSpec, RunSpec
+from ptqbench.cell.formats import bits_name as bits_name
+from ptqbench.cell.spec import IDENTITY, ROLES, BitwidthSpec, RunSpec
 
 PLACES = ("name", "path", "hub_id", "revision", "files")
 """Execution fields that say which checkpoint, text or file was meant."""
@@ -36,19 +37,6 @@ def counted(count: int, noun: str) -> str:
 def tallied(counts: Mapping[str, int]) -> str:
     """Numbers by state in words: ``2 done, 1 failed``; empty where there are none."""
     return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-
-
-def bits_name(bits: BitwidthSpec) -> str:
-    """Name bits by their values.
-
-    >>> bits_name(BitwidthSpec(name="", w_bits=4, a_bits=4, k_bits=4, v_bits=8, group_size=32))
-    'w4a4k4v8g32'
-    """
-    low = {"a": bits.a_bits, "kv": bits.k_bits} if bits.k_bits == bits.v_bits else {"a": bits.a_bits}
-    parts = [f"{name}{n}" for name, n in low.items() if n < UNTOUCHED_BITS]
-    parts += [f"k{bits.k_bits}v{bits.v_bits}"] if bits.k_bits != bits.v_bits else []
-    parts += [f"g{bits.group_size}"] if bits.group_size is not None else []
-    return "fp16" if not parts and bits.w_bits >= UNTOUCHED_BITS else f"w{bits.w_bits}{''.join(parts)}"
 
 
 def says_other_bits(bits: BitwidthSpec) -> bool:

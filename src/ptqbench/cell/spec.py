@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from ptqbench.cell.formats import INTEGER, FormatName
+from ptqbench.cell.formats import check as check_formats
 from ptqbench.cell.validation import STRICT
 from ptqbench.cell.validation import build as build
 from ptqbench.cell.validation import may_hold as may_hold
@@ -91,7 +93,10 @@ class RoleSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class GridOptions:
-    """The integer grid that weights are rounded to, without its bits (see ``numerics.grid``)."""
+    """The grid that weights are rounded to, without its bits (see ``numerics.grid``).
+
+    A bitwidth with a format of its own (``w_format``) has no scheme; of these options ``clip_search`` alone acts on it.
+    """
 
     scheme: Literal["asym", "sym_gptq", "sym_signed"] = identity(default="asym")
     clip_search: bool = identity(default=False)
@@ -152,7 +157,12 @@ class MethodSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class BitwidthSpec:
-    """Bits of weights, activations, keys and values; 16 leaves a tensor untouched. ``group_size: null`` is one group per row."""
+    """Bits of weights, activations, keys and values; 16 leaves a tensor untouched. ``group_size: null`` is one group per row.
+
+    A format other than ``int`` has elements, blocks and scales of its own (``numerics.formats``). ``mx_scale`` is the rule for
+    scales that are powers of two. ``nv_input_scale`` says whose maximum scales the blocks of NVFP4 inputs: that of the calibration
+    tokens (``static``), of the ``token`` itself, or ``none``.
+    """
 
     name: str = execution()
     w_bits: Bits = identity()
@@ -160,6 +170,15 @@ class BitwidthSpec:
     k_bits: Bits = identity()
     v_bits: Bits = identity()
     group_size: Positive | None = identity(default=None)
+    w_format: FormatName = added(INTEGER)
+    a_format: FormatName = added(INTEGER)
+    kv_format: FormatName = added(INTEGER)
+    mx_scale: Literal["even", "floor", "rceil", "ceil", "four_thirds"] = added("even")
+    nv_input_scale: Literal["static", "token", "none"] = added("static")
+
+    def __post_init__(self) -> None:
+        """Refuse values that contradict each other."""
+        check_formats(self)
 
 
 @dataclass(frozen=True, config=STRICT)

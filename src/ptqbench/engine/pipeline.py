@@ -30,6 +30,7 @@ from ptqbench.engine.timings import Timings
 from ptqbench.errors import NumericalError
 from ptqbench.methods.base import Statistics
 from ptqbench.models.blockwise import BlockwiseModel
+from ptqbench.models.peaks import needs_peaks, observing, peaks_of
 from ptqbench.models.quantized import set_quantizers
 from ptqbench.models.stages import STAGES, Positions, Stage, finish, forward
 from ptqbench.numerics.grid import LinearResult
@@ -99,9 +100,11 @@ def quantize(
                 with timings.measure("load_s"):
                     block = held.enter_context(model.block(index))
                 held.enter_context(_calibrating(block, method))
+                loop.observe(block, streams)
                 streams, results, rows = loop.round_block(index, block, streams)
+                parts = stored_parts(results) | peaks_of(block)
             # Write it while the next block is computed.
-            writer.save(index, results, rows)
+            writer.save(index, parts, rows)
 
 
 class _Writer:
@@ -112,10 +115,10 @@ class _Writer:
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: tuple[int, Future[None]] | None = None
 
-    def save(self, index: int, results: Results, rows: Rows) -> None:
+    def save(self, index: int, parts: dict[str, Tensor], rows: Rows) -> None:
         """Wait for the previous save, then start this one. An error of the previous save is raised here."""
         self._finish()
-        self._pending = index, self._thread.submit(self._state.save, index, stored_parts(results), rows)
+        self._pending = index, self._thread.submit(self._state.save, index, parts, rows)
 
     def _finish(self) -> None:
         if self._pending is not None:
@@ -167,6 +170,13 @@ class _Loop:
         # The quantized stream sees the weights that the stored codes rebuild, as in the run that made them.
         with self.model.block(index, state.overlay) as block, _calibrating(block, self.method):
             return Streams(self._propagate(block, streams.quantized), reference)
+
+    def observe(self, block: nn.Module, streams: Streams) -> None:
+        """Find the largest inputs, keys and values of the unrounded block, where its quantizers need them beforehand."""
+        if needs_peaks(block):
+            with observing(block), self.timings.measure("forward_s"):
+                for states in streams.quantized:
+                    forward(block, states.to(self.model.device), self.positions)
 
     def round_block(self, index: int, block: nn.Module, streams: Streams) -> tuple[Streams, Results, Rows]:
         """Round one block. Returns the streams that leave it, the rounded linears and one layer record per linear."""

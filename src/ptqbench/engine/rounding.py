@@ -67,11 +67,12 @@ class Method:
         """Whether the full-precision stream must be run at all."""
         return any(self.needs(stage) & REFERENCE for stage in STAGES)
 
-    def groups(self, stage: Stage) -> list[tuple[str, ...]]:
-        """Split the linears of a stage into groups that are treated alike."""
+    def groups(self, stage: Stage, in_features: int) -> list[tuple[str, ...]]:
+        """Split the linears of a stage into groups that are treated alike; a scale per tensor is that of one linear."""
+        by_itself = any(part.spec.format == "fp8" for part in self.grid_of(stage.name, in_features))
         groups: dict[tuple[bool, bool, str], list[str]] = {}
         for name in stage.linears:
-            own = name if self.solver.one_by_one else ""
+            own = name if self.solver.one_by_one or by_itself else ""
             groups.setdefault((name in self.target.exclude, name in self.refine.exclude, own), []).append(name)
         return [tuple(names) for names in groups.values()]
 
@@ -115,7 +116,7 @@ def round_stage(block: nn.Module, stage: Stage, method: Method, statistics: Stat
     """
     rounded: dict[str, Rounded] = {}
     # Every group is rounded from the original weights; the block is changed only after that.
-    for names in method.groups(stage):
+    for names in method.groups(stage, len(statistics.second_moment)):
         try:
             for linear in _round_group(block, names, stage, method, dataclasses.replace(statistics, linears=names)):
                 rounded[linear.name] = linear

@@ -43,7 +43,7 @@ class Elements:
         emin: Exponent of the smallest normal value; None where the codes are all integers up to ``top``.
         mantissa: Mantissa bits of normal values.
         unit: Value of the code 1, a power of two.
-        even_bits: Mantissa bits that decide the rule ``even`` (compressed-tensors; e3m2: amd-quark).
+        even_bits: Mantissa bits that decide the rule ``even`` (compressed-tensors; others: all they have, as in torchao).
     """
 
     bits: int
@@ -64,8 +64,8 @@ E2M1 = Elements(4, 6.0, emax=2, emin=0, mantissa=1)
 E2M3 = Elements(6, 7.5, emax=2, emin=0, mantissa=3, even_bits=3)
 E3M2 = Elements(6, 28.0, emax=4, emin=-2, mantissa=2, even_bits=2)
 E4M3 = Elements(8, 448.0, emax=8, emin=-6, mantissa=3)
-INT8 = Elements(8, 127.0, emax=0, unit=1 / 64)
-INT4 = Elements(4, 7.0, emax=0, unit=1 / 4)
+INT8 = Elements(8, 127.0, emax=0, unit=1 / 64, even_bits=6)
+INT4 = Elements(4, 7.0, emax=0, unit=1 / 4, even_bits=2)
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,6 @@ MX_FLOAT = {4: "mxfp4", 6: "mxfp6", 8: "mxfp8"}
 
 def of_width(name: str, bits: int) -> str | None:
     """Return the format that stands beside ``name`` for parts of other bits, itself for its own; None if there is none."""
-    if name == INTEGER or FORMATS[name].elements.bits == bits:
+    if name == INTEGER or bits == FORMATS[name].elements.bits:
         return name
     return WIDER.get(name, MX_FLOAT).get(bits)

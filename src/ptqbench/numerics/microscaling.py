@@ -134,6 +134,29 @@ def peak_of(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, ord=torch.inf, dim=-1)
 
 
+def quantize_rows(
+    x: Tensor, form: Format, mx_scale: str = "even", clip_ratio: float = 1.0, number: Tensor | None = None
+) -> Tensor:
+    """Round every row of the last axis, block by block; a last block may be short.
+
+    Args:
+        x: (..., n) float32 or float64, not modified.
+        form: The format.
+        mx_scale: Rule for powers of two.
+        clip_ratio: Factor on the largest magnitude of a block.
+        number: ``tensor_number``, a scalar or (..., 1), where the format has one.
+
+    Returns:
+        Values of the same shape and dtype.
+    """
+    width = x.shape[-1]
+    block = min(form.block or width, width)
+    # (..., n) -> (..., blocks, block); zeros at the end change no value
+    blocks = torch.nn.functional.pad(x, (0, -width % block)).unflatten(-1, (-1, block))
+    scale = block_scale(peak_of(blocks) * clip_ratio, form, mx_scale, number)[..., None]
+    return to_element(blocks / scale, form.elements).mul_(scale).flatten(-2)[..., :width]
+
+
 def fit_scale(values: Tensor, form: Format, mx_scale: str, number: Tensor | None, clip_search: bool) -> Tensor:
     """Return the scale of every row of a block.
 
