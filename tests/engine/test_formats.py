@@ -1,5 +1,6 @@
 """Cells in the formats: numbers per tensor from the calibration, resume, stored bits, every method."""
 
+import dataclasses
 import math
 import os
 
@@ -9,10 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import random_checkpoint
+from ptqbench.engine.blocks_on_disk import BlockState
+from ptqbench.engine.pipeline import Method, Timings, quantize
+from ptqbench.methods.refinements import NoRefinement
+from ptqbench.methods.solvers import RoundToNearest
+from ptqbench.methods.targets import Weight
 from ptqbench.numerics.stored import decode
 from ptqbench.run import run_cell
 from ptqbench.runs.folder import create
 from ptqbench.sweeps.compose import compose_cell
+from transforms_at_hand import LINEARS, WINDOWS, cell, member, open_model
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,6 @@ def run(words, *more):
     return run_cell(spec, folder), folder
 
 
-LINEARS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
 FORMATS = ["mxfp4", "mxfp4a8", "mxfp6a8", "mxfp8", "mxint8", "nvfp4", "nvfp4a16", "nvfp4_kvnvfp4", "fp8", "fp8_dynamic"]
 
 
@@ -123,3 +129,43 @@ def test_static_ranges_are_those_of_the_calibration(words):
     assert len(set(values)) == 3
     assert max(values) / min(values) < 1.2
     assert torch.tensor(values).isfinite().all()
+
+
+def test_peaks_are_the_largest_inputs_and_values_of_the_unrounded_block(checkpoint, tmp_path):
+    """Against hooks on the stock model: the first block sees the embedded windows."""
+    from transformers import AutoModelForCausalLM
+
+    path = checkpoint()
+    spec = cell(4, 4, 8, 8)
+    formats = dict(w_format="nvfp4", a_format="nvfp4", kv_format="fp8")
+    spec = dataclasses.replace(spec, bitwidth=dataclasses.replace(spec.bitwidth, **formats))
+    model = open_model(path, torch.float32)
+    precision = member("none").precision(spec, model.architecture)
+    model = model.reopened(member("none").basis(spec, model.architecture))
+    state = BlockState(tmp_path / "state", "a" * 12)
+    grid_of = lambda stage, in_features: precision.weight_grid(stage)
+    quantize(model, Method(Weight(), RoundToNearest(), NoRefinement(), grid_of, True), WINDOWS, state, Timings())
+    tensors = load_file(sorted((tmp_path / "state").glob("*.safetensors"))[0])
+
+    stock, largest = AutoModelForCausalLM.from_pretrained(path).eval(), {}
+    for name in LINEARS:
+
+        def note(_, args, output, name=name):
+            for key, tensor in ((name, args[0]), (f"{name} out", output)):
+                largest[key] = max(largest.get(key, 0.0), float(tensor.abs().max()))
+
+        stock.model.layers[0].get_submodule(name).register_forward_hook(note)
+    with torch.no_grad():
+        for window in WINDOWS:
+            stock(window[None])
+    for name in LINEARS:
+        assert tensors[f"{name}.peaks"].tolist() == pytest.approx([largest[name]], rel=1e-5)
+    assert float(tensors["self_attn.kv_quantizer.value_peaks"]) == pytest.approx(
+        largest["self_attn.v_proj out"], rel=1e-5
+    )
+    keys = float(tensors["self_attn.kv_quantizer.key_peaks"])
+    assert largest["self_attn.k_proj out"] / 1.5 < keys < largest["self_attn.k_proj out"] * 1.5, (
+        "RoPE turns pairs of channels"
+    )
+    with model.block(0, state.overlay) as block:
+        assert torch.equal(block.self_attn.q_proj.peaks, tensors["self_attn.q_proj.peaks"])

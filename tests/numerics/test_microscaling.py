@@ -130,17 +130,33 @@ mxint4 floor microxcaling
 
 Scales of zero blocks of nvfp4 are ours (2^-9). compressed-tensors has 1/8 there; the codes are the same.
 """
+SEARCHES = """
+four_over_six
+120 120 123 94 121 3 1 1
+0012345689abcde7192a3b4c4d5d5e6e
+6e5d4c4b3a2a19186e5d4c3a29080019
+6c290808085d5c4b6d4c3a195d00802b
+00000000000000000000000000000000
+
+scale_sweep
+120 119 118 93 121 3 1 1
+0012345689abcde7192a3b4c4d5d6e6e
+7f7e6d5d4c3b2a196e5d5c3b29080019
+6c290808085d5c4b6d4c3a195d00802b
+00000000000000000808080808080008
+"""
+"""Of nvfp4: mit-han-lab/fouroversix@dadfad6, and all 126 codes tried."""
 CASES = [case.split("\n") for case in GOLDEN.strip().split("\n\n")]
 W = torch.tensor([[float(number) for number in row.split()] for row in GOLDEN_INPUT.strip().split("\n")])
 BLOCKS = {"nvfp4": 16, "fp8": None, "fp8_row": None}
 F64 = torch.float64
 
 
-def spec(form: str, rule: str = "even", **options: bool) -> GridSpec:
+def spec(form: str, rule: str = "even", **options: object) -> GridSpec:
     return GridSpec(FORMATS[form].elements.bits, format=form, mx_scale=rule, **options)
 
 
-def rounded(weight: torch.Tensor, form: str, rule: str = "even", **options: bool) -> LinearResult:
+def rounded(weight: torch.Tensor, form: str, rule: str = "even", **options: object) -> LinearResult:
     return round_to_nearest(weight, uniform_grid(weight.shape[1], spec(form, rule, **options)))
 
 
@@ -186,6 +202,15 @@ def test_golden_integers(case: list[str]) -> None:
     assert scales(form, rule, stored.scale, None) == [int(s) for s in case[1].split()]
 
 
+@pytest.mark.parametrize(
+    "case", [case.split("\n") for case in SEARCHES.strip().split("\n\n")], ids=lambda case: case[0]
+)
+def test_golden_searches(case: list[str]) -> None:
+    stored = rounded(W, "nvfp4", scale_search=case[0]).stored
+    assert scales("nvfp4", "", stored.scale, stored.tensor_scale) == [int(s) for s in case[1].split()]
+    assert patterns(stored.codes, "e2m1", 8) == without_negative_zeros(case[2:], 1, 8)
+
+
 def test_golden_one_level() -> None:
     case = next(c for c in CASES if c[0].startswith("one-level"))
     blocks = W.reshape(4, 2, 16)
@@ -211,6 +236,7 @@ HADAMARD = torch.tensor([[(-1.0) ** (i & j).bit_count() / 4 for j in range(16)] 
 @pytest.mark.parametrize(
     ("form", "solver", "hadamard", "error", "codes"),
     [
+        ("nvfp4", {"act_order": 1}, "fpq_mse", 0.003159, ["4a91e5783bb2135da221ecf41010c254", "b331edf60129b154a8c17bfe9011cbe3"]),
         ("nvfp4", None, False, 0.039620, ["429cb83729cb8342cff9675dff8675df", "bffa676fffa676cffa676cffa675cff9"]),
         ("nvfp4", {}, False, 0.003412, ["429cb9372abb9342cff1675cff0676df", "bff9676ffec676cff9676bff9676cff8"]),
         ("nvfp4", {"act_order": True}, False, 0.003993, ["429cb93729cc8342cff9775dfe1675df", "affa675eff0676cff9676bffa775cff9"]),
@@ -220,7 +246,7 @@ HADAMARD = torch.tensor([[(-1.0) ** (i & j).bit_count() / 4 for j in range(16)] 
         ("nvfp4", {"act_order": True}, True, 0.004132, ["4a91e5783bb2135da221ecf41010c254", "b331edf60129b154a9c17afe9011ccd3"]),
     ],
 )  # fmt: skip
-def test_golden_solvers(form: str, solver: dict | None, hadamard: bool, error: float, codes: list[str]) -> None:
+def test_golden_solvers(form: str, solver: dict | None, hadamard: bool | str, error: float, codes: list[str]) -> None:
     """FP-Quant@d2e3092's class, and an own loop in float64: static blocks, damping .01."""
     weight, moment = PROBLEM_W.float(), PROBLEM_H
     if hadamard:
@@ -357,6 +383,41 @@ def test_clip_search_never_loses(form: str) -> None:
         assert loss[1] < loss[0]
 
 
+def squares(weight: torch.Tensor, **options: object) -> torch.Tensor:
+    """Squared error of every block of nvfp4."""
+    return (rounded(weight, "nvfp4", **options).dequantized - weight).square().reshape(len(weight), -1, 16).sum(-1)
+
+
+def test_each_search_contains_the_scales_of_the_one_before() -> None:
+    """At the same G: the largest magnitude stands in a block of its own, where no search can help."""
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2)) ** 3
+    sweep, six = squares(weight, scale_search="scale_sweep"), squares(weight, scale_search="four_over_six")
+    assert bool((sweep <= six * (1 + 1e-6)).all())
+    assert float(sweep.sum()) < float(six.sum()) < float(squares(weight).sum())
+
+
+def test_the_window_of_the_sweep_holds_the_best_of_all_codes() -> None:
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
+    number = 1536 * (1 / weight.abs().max())
+    numbers = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float() / number
+    blocks = weight.reshape(8, 2, 1, 16)
+    scale = numbers[:, None]
+    best = (to_element(blocks / scale, E2M1) * scale - blocks).square().sum(-1).min(-1).values
+    torch.testing.assert_close(squares(weight, scale_search="scale_sweep"), best)
+
+
+@pytest.mark.parametrize("form", [name for name in FORMATS if name.startswith("mx")])
+def test_the_search_for_an_exponent_never_loses(form: str) -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(4)) ** 3
+    for rule in ("even", "floor", "ceil"):
+        loss = [
+            float((rounded(weight, form, rule, scale_search=s).dequantized - weight).square().sum())
+            for s in ("exponent", "none")
+        ]
+        assert loss[0] <= loss[1]
+    assert loss[0] < loss[1], "ceil wastes a bit"
+
+
 @pytest.mark.parametrize(("form", "bits", "odd"), [
     ("mxfp4", 4.25, 4 + 8 * 6 / 172), ("mxint4", 4.25, 4 + 8 * 6 / 172), ("mxfp6", 6.25, 6 + 8 * 6 / 172),
     ("mxfp8", 8.25, 8 + 8 * 6 / 172), ("nvfp4", 4.5 + 32 / (8 * 64), 4 + 8 * 11 / 172 + 32 / (8 * 172)),
@@ -437,6 +498,8 @@ def test_the_column_kernel_is_for_integers() -> None:
     ({"format": "mxfp8"}, "expected 8 for mxfp8, got 4"),
     ({"format": "nvfp4", "zero_point": "real"}, "nvfp4 is symmetric"),
     ({"format": "mxfp4", "mx_scale": "round"}, "even, floor"),
+    ({"format": "mxfp4", "scale_search": "scale_sweep"}, "expected a format in nvfp4 without clip_search, got mxfp4"),
+    ({"format": "nvfp4", "scale_search": "scale_sweep", "clip_search": True}, "clip_search=True"),
     ({"format": "nvfp4", "mx_scale": "four_thirds"}, "expected format mxfp4, got nvfp4"),
 ])  # fmt: skip
 def test_impossible_grids_are_refused_in_one_line(options: dict, words: str) -> None:

@@ -95,7 +95,8 @@ class RoleSpec:
 class GridOptions:
     """The grid that weights are rounded to, without its bits (see ``numerics.grid``).
 
-    A bitwidth with a format of its own (``w_format``) has no scheme; of these options ``clip_search`` alone acts on it.
+    A bitwidth with a format of its own (``w_format``) has no scheme; of these options ``clip_search`` alone acts on it, or
+    ``scale_search``, which is for formats (``numerics.scale_search``).
     """
 
     scheme: Literal["asym", "sym_gptq", "sym_signed"] = identity(default="asym")
@@ -103,9 +104,14 @@ class GridOptions:
     sym_nonnegative_row: Literal["symmetric", "as_code"] = identity(default="symmetric")
     range_contains_zero: bool = identity(default=True)
     zero_point: Literal["integer", "real"] = identity(default="integer")
+    scale_search: Literal["none", "exponent", "four_over_six", "scale_sweep", "fpq_mse"] = added("none")
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
+        if self.clip_search and self.scale_search != "none":
+            raise ConfigError(
+                f"method.grid: clip_search and scale_search={self.scale_search} are two searches; choose one"
+            )
         if self.scheme != "asym" and (self.zero_point == "real" or not self.range_contains_zero):
             raise ConfigError(
                 "method.grid: range_contains_zero=false and zero_point=real belong to scheme=asym, "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
-from ptqbench.numerics.formats import INTEGER, of_width
+from ptqbench.numerics.formats import INTEGER, SEARCHES, of_width
 
 if TYPE_CHECKING:
     from ptqbench.cell.spec import RunSpec
@@ -20,6 +20,9 @@ def format_reason(spec: RunSpec, widths: Callable[[int], Iterable[int]]) -> str 
         widths: Bits of the bulk part -> bits of all parts.
     """
     bits, grid, inputs = spec.bitwidth, spec.method.grid, spec.method.activation
+    if grid.scale_search != "none" and bits.w_format not in SEARCHES[grid.scale_search]:
+        formats = ", ".join(SEARCHES[grid.scale_search])
+        return f"method.grid.scale_search={grid.scale_search} is for the weight formats {formats}, got {bits.w_format}"
     if bits.w_format != INTEGER:
         asked = {
             "range_contains_zero=false": not grid.range_contains_zero,

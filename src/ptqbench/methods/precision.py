@@ -167,7 +167,11 @@ class Precision:
             raise UnsupportedError(no_format(given.w_format, bits))
         if name != INTEGER:
             rule = given.mx_scale if name == "mxfp4" or given.mx_scale != "four_thirds" else "even"
-            return GridSpec(bits=bits, format=name, mx_scale=rule, clip_search=options["clip_search"])
+            search = options["scale_search"] if name == given.w_format else "none"
+            return GridSpec(
+                bits=bits, format=name, mx_scale=rule, clip_search=options["clip_search"], scale_search=search
+            )
+        del options["scale_search"]
         scheme = self._lowest_scheme() if lowest else options["scheme"]
         return GridSpec(bits=bits, group_size=given.group_size, **(options | {"scheme": scheme}))
 

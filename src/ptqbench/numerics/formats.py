@@ -29,6 +29,13 @@ INTEGER = "int"
 """The name of the formats that are not here: integer grids with scales of 16 bits."""
 MX_SCALES = ("even", "floor", "rceil", "ceil", "four_thirds")
 """Rules for the exponent of an E8M0 scale (``numerics/microscaling.py``)."""
+SEARCHES = {
+    "exponent": ("mxfp4", "mxfp6", "mxfp6_e3m2", "mxfp8", "mxint8", "mxint4"),
+    "four_over_six": ("nvfp4",),
+    "scale_sweep": ("nvfp4",),
+    "fpq_mse": ("mxfp4", "nvfp4"),
+}
+"""Searches for the scale of a block (``numerics/scale_search.py``), and the formats that they are for."""
 E8M0_BITS, E4M3_BITS, ROW_BITS = 8, 8, 16
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.numerics.checks import require_choice
-from ptqbench.numerics.formats import FORMATS, INTEGER, MX_SCALES, Format
+from ptqbench.numerics.formats import E4M3, FORMATS, INTEGER, MX_SCALES, SEARCHES, Format
 
 SCHEMES = ("asym", "sym_gptq", "sym_signed")
 UNTOUCHED_BITS = 16
@@ -33,6 +33,7 @@ class GridSpec:
         format: ``int``, or a name of ``numerics/formats.py``, which has elements, blocks and scales of its own: there is no
             scheme and no zero point then, and ``group_size`` is None.
         mx_scale: Rule for scales that are powers of two.
+        scale_search: ``none``, or how the scale of a block of a format is chosen (``numerics/scale_search.py``).
     """
 
     bits: int
@@ -44,6 +45,7 @@ class GridSpec:
     zero_point: str = "integer"
     format: str = INTEGER
     mx_scale: str = "even"
+    scale_search: str = "none"
 
     def __post_init__(self) -> None:
         """Reject impossible values where they are written down."""
@@ -52,6 +54,7 @@ class GridSpec:
         require_choice("zero_point", self.zero_point, ("integer", "real"))
         require_choice("format", self.format, (INTEGER, *FORMATS))
         require_choice("mx_scale", self.mx_scale, MX_SCALES)
+        require_choice("scale_search", self.scale_search, ("none", *SEARCHES))
         if self.format != INTEGER:
             self._check_format()
             return
@@ -81,6 +84,11 @@ class GridSpec:
             )
         if self.bits not in (self.own_format.elements.bits, UNTOUCHED_BITS):
             raise ConfigError(f"bits: expected {self.own_format.elements.bits} for {self.format}, got {self.bits}")
+        if self.scale_search != "none" and (self.format not in SEARCHES[self.scale_search] or self.clip_search):
+            raise ConfigError(
+                f"scale_search={self.scale_search}: expected a format in {', '.join(SEARCHES[self.scale_search])} without "
+                f"clip_search, got {self.format} with clip_search={self.clip_search}"
+            )
         if self.mx_scale == "four_thirds" and self.format != "mxfp4":
             raise ConfigError(f"mx_scale=four_thirds: expected format mxfp4, got {self.format}")
 
@@ -98,6 +106,11 @@ class GridSpec:
     def block(self) -> int | None:
         """Consecutive input channels that share a scale; None for all."""
         return self.group_size if self.integer else self.own_format.block
+
+    @property
+    def largest_scale(self) -> float:
+        """The block scale of NVFP4 that the largest magnitude of the tensor gets before a search."""
+        return 256.0 if self.scale_search in ("four_over_six", "scale_sweep") else E4M3.top
 
     @property
     def folds(self) -> bool:

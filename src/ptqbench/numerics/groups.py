@@ -60,7 +60,7 @@ def plan_groups(grid: Grid, source: Tensor, order: Tensor | None = None) -> list
         spec, number = part.spec, None
         if not (spec.integer or spec.untouched) and spec.own_format.per_tensor:
             peak = source[:, part.start : part.stop].to(compute_dtype(source)).abs().max()
-            number = tensor_number(peak, spec.own_format)
+            number = tensor_number(peak, spec.own_format, spec.largest_scale)
         size = None if spec.untouched else spec.block
         pieces = (channels,) if size is None else torch.split(channels, size)
         groups += [Group(spec, piece, size is None, number) for piece in pieces]

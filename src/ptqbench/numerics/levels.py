@@ -3,7 +3,7 @@
     value = scale * (code - zero_point)
 
 A grid has a module that fits it and a class here that rounds: integers (``affine.py``), the formats of ``formats.py``
-(``microscaling.py``), and columns that keep their values.
+(``microscaling.py``, ``scale_search.py``), and columns that keep their values.
 
 Legend: r rows, c channels of the group.
 """
@@ -19,7 +19,8 @@ from ptqbench.numerics.affine import tie_shift, to_codes
 from ptqbench.numerics.checks import compute_dtype
 from ptqbench.numerics.grid import fit
 from ptqbench.numerics.grid_spec import GridSpec
-from ptqbench.numerics.microscaling import fit_scale, to_element
+from ptqbench.numerics.microscaling import to_element
+from ptqbench.numerics.scale_search import fit_scale
 
 
 class Levels(Protocol):
@@ -114,4 +115,4 @@ def fit_levels(values: Tensor, spec: GridSpec, number: Tensor | None = None) -> 
         scale, zero_point = fit(values, spec)
         return Untouched(scale) if spec.untouched else IntegerLevels(scale, zero_point, spec)
     values = values.to(compute_dtype(values))
-    return FormatLevels(fit_scale(values, spec.own_format, spec.mx_scale, number, spec.clip_search), spec)
+    return FormatLevels(fit_scale(values, spec, number), spec)

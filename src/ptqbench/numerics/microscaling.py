@@ -1,4 +1,4 @@
-"""Values and scales of the formats of ``numerics/formats.py``, and the search for a better scale of a block.
+"""Values and scales of the formats of ``numerics/formats.py``.
 
     scale = rule(largest magnitude of the block),   code = element(x / scale),   value = code * scale
 
@@ -24,8 +24,6 @@ IST-DASLab/FP-Quant@d2e3092 (``four_thirds``). Deviations: a block of NVFP4 whos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -35,8 +33,6 @@ SMALLEST_E4M3 = 2.0**-9
 SMALLEST_ONE_LEVEL = 2.0**-6
 SMALLEST_FP8_SCALE = 2.0**-23
 LARGEST_EXPONENT = 127
-SEARCH_STEPS, SEARCH_EXPONENT = 80, 2.4
-"""Clip search: factors 1, 0.99, ..., 0.21 and the norm of the loss, as for integer grids (``numerics/clip_search.py``)."""
 
 
 def floor_power(x: Tensor) -> Tensor:
@@ -64,19 +60,20 @@ def to_element(x: Tensor, elements: Elements) -> Tensor:
     return x.div_(step).round_().mul_(step).add_(0.0)
 
 
-def tensor_number(peak: Tensor, form: Format) -> Tensor:
+def tensor_number(peak: Tensor, form: Format, largest: float = E4M3.top) -> Tensor:
     """Return what is stored once per tensor: G of NVFP4, or the scale of ``fp8``.
 
     Args:
         peak: A, any shape, not negative, not modified.
         form: A format with such a number.
+        largest: The block scale that A gets; below 448 where a search may raise it.
 
     Returns:
         Shape and dtype of ``peak``; finite and positive. A = 0 gives G = 1.
     """
     if form.scale == "tensor":
         return _fp8_scale(peak)
-    number = 2688 * (1 / peak)
+    number = 6 * largest * (1 / peak)
     return torch.where(peak == 0, 1.0, number).clamp(max=torch.finfo(peak.dtype).max)
 
 
@@ -113,8 +110,9 @@ def _fp8_scale(peak: Tensor) -> Tensor:
 
 def _power_of_two(peak: Tensor, elements: Elements, rule: str) -> Tensor:
     """Return the E8M0 scale of blocks with these largest magnitudes; four_thirds times 4/3."""
-    # frexp: peak = mantissa 2^exponent, mantissa in [.5, 1)
-    mantissa, exponent = torch.frexp(peak / elements.largest if rule == "rceil" else peak)
+    # frexp: largest = mantissa 2^exponent, mantissa in [.5, 1)
+    largest = peak / elements.largest if rule == "rceil" else peak
+    mantissa, exponent = torch.frexp(largest)
     exponent = exponent.to(torch.int32) - 1
     if rule == "even":
         exponent += mantissa >= 1 - 2.0 ** -(elements.even_bits + 2)
@@ -122,10 +120,10 @@ def _power_of_two(peak: Tensor, elements: Elements, rule: str) -> Tensor:
         exponent += mantissa > 0.5
     if rule != "rceil":
         exponent -= elements.emax
-    exponent = torch.where(peak == 0, -LARGEST_EXPONENT, exponent.clamp_(-LARGEST_EXPONENT, LARGEST_EXPONENT))
+    exponent = torch.where(largest == 0, -LARGEST_EXPONENT, exponent.clamp_(-LARGEST_EXPONENT, LARGEST_EXPONENT))
     # 2^e from its bits: float32 holds 2^-127 as a subnormal number
     bits = torch.where(exponent > -LARGEST_EXPONENT, (exponent + 127) << 23, 0x00400000)
-    power = bits.to(torch.int32).view(torch.float32).to(peak.dtype)
+    power: Tensor = bits.to(torch.int32).view(torch.float32).to(peak.dtype)
     return power * (4 / 3) if rule == "four_thirds" else power
 
 
@@ -155,41 +153,3 @@ def quantize_rows(
     blocks = torch.nn.functional.pad(x, (0, -width % block)).unflatten(-1, (-1, block))
     scale = block_scale(peak_of(blocks) * clip_ratio, form, mx_scale, number)[..., None]
     return to_element(blocks / scale, form.elements).mul_(scale).flatten(-2)[..., :width]
-
-
-def fit_scale(values: Tensor, form: Format, mx_scale: str, number: Tensor | None, clip_search: bool) -> Tensor:
-    """Return the scale of every row of a block.
-
-    Args:
-        values: (r, c) finite, float32 or float64, not modified.
-        form: The format.
-        mx_scale: Rule for powers of two.
-        number: ``tensor_number`` of the tensor, a scalar, where the format has one.
-        clip_search: Try the peaks p a with p in {1, 0.99, ..., 0.21}, each with its scale as it would be stored, and take the first
-            least sum of ``|q - x|^2.4``.
-
-    Returns:
-        (r,) > 0.
-    """
-    peak = peak_of(values)
-    scale = block_scale(peak, form, mx_scale, number)
-    if not clip_search:
-        return scale
-    best_loss = torch.full_like(scale, torch.inf)
-    best = scale
-    for candidate in _candidates(peak, form, mx_scale, number):
-        trial = to_element(values / candidate[:, None], form.elements).mul_(candidate[:, None])
-        loss = trial.sub_(values).abs_().pow_(SEARCH_EXPONENT).sum(dim=1)
-        better = loss < best_loss
-        best, best_loss = torch.where(better, candidate, best), torch.where(better, loss, best_loss)
-    return best
-
-
-def _candidates(peak: Tensor, form: Format, mx_scale: str, number: Tensor | None) -> Iterator[Tensor]:
-    """The scales to try, without repetitions that all rows share (a power of two serves many p)."""
-    last = None
-    for i in range(SEARCH_STEPS if form.scale != "tensor" else 1):
-        scale = block_scale(peak * ((100 - i) / 100), form, mx_scale, number)
-        if last is None or not torch.equal(scale, last):
-            yield scale
-        last = scale

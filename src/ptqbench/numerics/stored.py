@@ -82,7 +82,7 @@ class Stored:
         row = sum(size * spec.bits + spec.bits_per_group for size, spec in zip(sizes, self.specs, strict=True))
         row += 0 if self.row_scale is None else ROW_SCALE_BITS
         shared = 0 if self.tensor_scale is None else TENSOR_SCALE_BITS * self.tensor_scale.numel()
-        return (rows * row + shared) / (rows * columns)
+        return float((rows * row + shared) / (rows * columns))
 
     def scaled(self, alpha: Tensor) -> Stored:
         """Multiply row i of the weight by ``alpha`` (out,), which is not modified.
