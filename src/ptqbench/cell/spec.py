@@ -128,7 +128,8 @@ class ActivationOptions:
     """Dynamic quantizers of linear inputs (per token), keys and values (per token and head), without their bits.
 
     ``during_calibration`` keeps them active in the quantized stream while statistics are collected; QuaRot, ResQ and CoQuant
-    calibrate without them. ``group_size`` input channels share a grid per token; null is one grid for all channels.
+    calibrate without them. ``moment_input: plain`` takes statistics from inputs before their quantizer while the stream has it, as
+    MR-GPTQ does. ``group_size`` input channels share a grid per token; null is one grid for all channels.
     ``zero_point`` concerns asymmetric quantizers: ``real`` subtracts the minimum, ``integer`` rounds the zero point.
     """
 
@@ -140,9 +141,14 @@ class ActivationOptions:
     during_calibration: bool = identity(default=True)
     group_size: Positive | None = identity(default=None)
     zero_point: Literal["integer", "real"] = identity(default="integer")
+    moment_input: Literal["quantized", "plain"] = added("quantized")
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
+        if self.moment_input == "plain" and not self.during_calibration:
+            raise ConfigError(
+                "method.activation: moment_input=plain has no effect with during_calibration=false, which has no quantizers at all"
+            )
         if self.zero_point == "real" and self.symmetric and self.kv_symmetric:
             raise ConfigError("method.activation: zero_point=real belongs to asymmetric quantizers, all are symmetric")
 

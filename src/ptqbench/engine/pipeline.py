@@ -218,7 +218,8 @@ class _Loop:
         """Advance every window through the next stages, one window after the other, and sum what is found there."""
         # The union of what target, solver and refinement need at each stage.
         eps = float(self.model.config.rms_norm_eps)
-        wanted = [Wanted(self.method.needs(stage), self.method.target.rms_scale, eps) for stage in stages]
+        options = (self.method.target.rms_scale, eps, self.method.plain_moments)
+        wanted = [Wanted(self.method.needs(stage), *options) for stage in stages]
         collectors = [Collector(*pair, block, reference) for pair in zip(stages, wanted, strict=True)]
         for window in windows:
             for collector in collectors:

@@ -42,6 +42,7 @@ class Method:
         grid: One grid for all columns, or a function of stage name and in_features for mixed precision.
         true_sequential: Whether a stage sees the stages before it rounded.
         during_calibration: Whether activation, key and value quantizers are on in the quantized stream of calibration.
+        plain_moments: Whether statistics are those of the inputs before their quantizer nevertheless.
     """
 
     target: Target
@@ -50,6 +51,7 @@ class Method:
     grid: GridSpec | GridOf
     true_sequential: bool
     during_calibration: bool = True
+    plain_moments: bool = False
 
     def grid_of(self, stage: str, in_features: int) -> Grid:
         """Return the grid of the linears of a stage."""

@@ -189,6 +189,7 @@ class Work:
             grid=lambda stage, in_features: self.precision.weight_grid(stage),
             true_sequential=asked.true_sequential,
             during_calibration=asked.activation.during_calibration,
+            plain_moments=asked.activation.moment_input == "plain",
         )
         with self.timings.measure("windows_s"):
             windows = self.calibration.windows()
