@@ -110,7 +110,7 @@ def columns(rows: int, width: int, device: torch.device, repeats: int, alternati
     grid, options = uniform_grid(width, SPEC), LoopOptions(column_block=BLOCK)
 
     def ours(engine: str) -> Callable[[], Tensor]:
-        return lambda: compensated_rounding(weight, grid, factor, options, engine=engine).codes.float()
+        return lambda: compensated_rounding(weight, grid, factor, options, engine=engine).stored.codes.float()
 
     calls = {"textbook loop": lambda: textbook(weight, factor.upper), "plain loop": ours("plain")}
     if fused_columns.engine_on(device) != "plain":

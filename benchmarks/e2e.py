@@ -128,7 +128,7 @@ def same_codes(bits: int, group_size: int) -> tuple[Callable[[Tensor, Tensor, Te
 
     def check(weight: Tensor, hessian: Tensor, codes: Tensor) -> None:
         grid = uniform_grid(weight.shape[1], GridSpec(bits, group_size=group_size))
-        found = gptq(weight.float(), hessian, grid, damping=0.01).codes
+        found = gptq(weight.float(), hessian, grid, damping=0.01).stored.codes
         distance = (found.int() - codes.int()).abs()
         counts["codes"] += distance.numel()
         counts["different"] += int((distance > 0).sum())

@@ -182,5 +182,5 @@ def test_auto_hands_the_kernel_tensors_of_the_gpu_alone(monkeypatch):
         result = gptq(weight.to("cuda"), (inputs.T @ inputs).to("cuda"), uniform_grid(32, GridSpec(4, group_size=8)))
     assert len(seen) >= 4
     assert all(all(there) and len(there) >= 10 for there in seen)
-    assert result.codes.is_cuda
-    assert result.scale.is_cuda
+    assert result.stored.codes.is_cuda
+    assert result.stored.scale.is_cuda

@@ -19,7 +19,7 @@ from ptqbench.sweeps.resolve import skip_reason
 
 KINDS = (("llama", {}), ("qwen2", {"tie_word_embeddings": True, "hidden_size": 64}), ("qwen3", {}))
 TRANSFORMS = (
-    "hadamard", "learned_rotation", "subspace_activation", "subspace_activation_per_layer", "subspace_joint",
+    "hadamard", "block_hadamard", "learned_rotation", "subspace_activation", "subspace_activation_per_layer", "subspace_joint",
     "subspace_outlier", "smoothquant", "awq",
 )  # fmt: skip
 OTHERS = [

@@ -34,7 +34,7 @@ def test_matches_the_scalar_implementation(spec: GridSpec, offset: float) -> Non
     weight = random_weight(6, 17, seed=0) + offset
     codes, values = reference.rtn(weight.numpy(), spec)
     result = round_to_nearest(weight, uniform_grid(17, spec))
-    assert np.array_equal(result.codes.numpy(), codes)
+    assert np.array_equal(result.stored.codes.numpy(), codes)
     assert np.allclose(result.dequantized.numpy(), values, rtol=0, atol=1e-14)
 
 
@@ -122,7 +122,7 @@ def test_constant_and_zero_rows_are_exact_on_free_ranges(spec: GridSpec) -> None
     weight = torch.tensor([[0.3] * 5, [-2.0] * 5, [0.0] * 5], dtype=F64)
     result = round_to_nearest(weight, uniform_grid(5, spec))
     assert torch.allclose(result.dequantized, weight, rtol=1e-12, atol=0)
-    assert torch.isfinite(result.scale).all()
+    assert torch.isfinite(result.stored.scale).all()
 
 
 @pytest.mark.parametrize("spec", FREE, ids=repr)
@@ -132,14 +132,16 @@ def test_free_ranges_in_the_column_loop(spec: GridSpec) -> None:
         weight = (random_weight(6, 40, seed=13) + 1.5).to(dtype)
         grid = uniform_grid(40, spec)
         result, plain = gptq(weight, torch.eye(40, dtype=dtype), grid), round_to_nearest(weight, grid)
-        assert torch.equal(result.codes, plain.codes)
-        assert torch.equal(result.scale * (result.codes.to(dtype) - result.zero_point), result.dequantized)
+        assert torch.equal(result.stored.codes, plain.stored.codes)
+        assert torch.equal(
+            result.stored.scale * (result.stored.codes.to(dtype) - result.stored.zero_point), result.dequantized
+        )
     inputs = correlated_inputs(64, 40, seed=14)
     moment = inputs.T @ inputs / 64
     weight = random_weight(6, 40, seed=15) + 1.5
     codes, values = reference.gptq(weight.numpy(), moment.numpy(), uniform_grid(40, spec))
     result = gptq(weight, moment, uniform_grid(40, spec))
-    assert np.array_equal(result.codes.numpy(), codes)
+    assert np.array_equal(result.stored.codes.numpy(), codes)
     assert np.allclose(result.dequantized.numpy(), values, atol=1e-10)
 
 

@@ -39,9 +39,9 @@ def test_worked_example() -> None:
     assert above == pytest.approx([-0.000954, 0.118764, -0.021293, 0.074702, 0.013665, 0.063517], abs=1e-6)
     assert torch.equal(p, p.triu(1))
     grid = uniform_grid(4, GridSpec(2))
-    assert gptq(WEIGHT, moment, grid).codes.tolist() == [[3, 1, 1, 0], [1, 3, 0, 1]]
-    assert gptaq(WEIGHT, moment, cross, grid).codes.tolist() == [[3, 1, 1, 0], [1, 3, 0, 1]]
-    assert gptaq(WEIGHT, moment, cross, grid, strength=1.0).codes.tolist() == [[3, 1, 2, 0], [1, 3, 0, 1]]
+    assert gptq(WEIGHT, moment, grid).stored.codes.tolist() == [[3, 1, 1, 0], [1, 3, 0, 1]]
+    assert gptaq(WEIGHT, moment, cross, grid).stored.codes.tolist() == [[3, 1, 1, 0], [1, 3, 0, 1]]
+    assert gptaq(WEIGHT, moment, cross, grid, strength=1.0).stored.codes.tolist() == [[3, 1, 2, 0], [1, 3, 0, 1]]
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -55,7 +55,7 @@ def test_equals_the_explicit_recursion(name: str, act_order: bool, monkeypatch: 
     p = 0.7 * reference.gptaq_drift(moment, cross, 0.01)
     codes, values = reference.gptq(weight.numpy(), MOMENT.numpy(), GRIDS[name], order=order, drift=p)
     result = gptaq(weight, MOMENT, CROSS, GRIDS[name], strength=0.7, column_block=7, act_order=act_order)
-    assert np.array_equal(result.codes.numpy(), codes)
+    assert np.array_equal(result.stored.codes.numpy(), codes)
     assert np.allclose(result.dequantized.numpy(), values, rtol=0, atol=1e-10)
 
 
@@ -109,7 +109,7 @@ def test_dead_channels_carry_no_drift() -> None:
     result = gptaq(weight, moment, cross, GRIDS["row"], strength=1.0)
     cross[5] = cross[:, 5] = 0
     assert (result.dequantized[:, 5] == 0).all()
-    assert torch.equal(result.codes, gptaq(weight, moment, cross, GRIDS["row"], strength=1.0).codes)
+    assert torch.equal(result.stored.codes, gptaq(weight, moment, cross, GRIDS["row"], strength=1.0).stored.codes)
 
 
 def test_repeated_damping_is_the_original_s_accumulation() -> None:

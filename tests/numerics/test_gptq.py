@@ -51,12 +51,12 @@ def toy(bits: int, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor,
 def test_worked_example() -> None:
     grid = uniform_grid(4, GridSpec(2))
     result = gptq(WEIGHT, HESSIAN, grid)
-    assert result.scale.flatten().tolist() == pytest.approx([0.566667, 0.433333], abs=1e-6)
-    assert result.zero_point.flatten().tolist() == [1, 1]
-    assert result.codes.tolist() == [[3, 1, 1, 0], [1, 3, 0, 1]]
+    assert result.stored.scale.flatten().tolist() == pytest.approx([0.566667, 0.433333], abs=1e-6)
+    assert result.stored.zero_point.flatten().tolist() == [1, 1]
+    assert result.stored.codes.tolist() == [[3, 1, 1, 0], [1, 3, 0, 1]]
     expected = torch.tensor([[1.133333, 0, 0, -0.566667], [0, 0.866667, -0.433333, 0]], dtype=F64)
     assert torch.allclose(result.dequantized, expected, rtol=0, atol=1e-6)
-    assert round_to_nearest(WEIGHT, grid).codes.tolist() == [[3, 0, 2, 0], [1, 3, 0, 1]]
+    assert round_to_nearest(WEIGHT, grid).stored.codes.tolist() == [[3, 0, 2, 0], [1, 3, 0, 1]]
 
 
 def moment_with_dead(dead: list[int]) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_equals_explicit_inverse_downdates(
     order = torch.argsort(moment.diagonal(), descending=True, stable=True).numpy() if act_order else None
     codes, values = reference.gptq(weight.numpy(), moment.numpy(), GRIDS[name], order=order, static=static)
     result = gptq(weight, moment, GRIDS[name], column_block=7, act_order=act_order, static_groups=static)
-    assert np.array_equal(result.codes.numpy(), codes)
+    assert np.array_equal(result.stored.codes.numpy(), codes)
     assert np.allclose(result.dequantized.numpy(), values, rtol=0, atol=1e-10)
 
 
@@ -88,9 +88,11 @@ def test_equals_explicit_inverse_downdates(
 def test_values_are_those_of_the_codes_and_dead_channels_get_the_code_of_zero(name: str, act_order: bool) -> None:
     dead = [3, 12, 28]
     result = gptq(random_weight(4, D, seed=1), moment_with_dead(dead), GRIDS[name], act_order=act_order)
-    index = result.group_index.long()
-    assert torch.equal(result.scale[:, index] * (result.codes - result.zero_point[:, index]), result.dequantized)
-    assert torch.equal(result.codes[:, dead].to(F64), result.zero_point[:, index[dead]])
+    index = result.stored.group_index.long()
+    assert torch.equal(
+        result.stored.scale[:, index] * (result.stored.codes - result.stored.zero_point[:, index]), result.dequantized
+    )
+    assert torch.equal(result.stored.codes[:, dead].to(F64), result.stored.zero_point[:, index[dead]])
     assert (result.dequantized[:, dead] == 0).all()
 
 
@@ -99,7 +101,7 @@ def test_downdates_at_the_sizes_of_the_notes(size: int) -> None:
     x, weight = correlated_inputs(4 * size, size, seed=2), random_weight(1, size, seed=3)
     grid = uniform_grid(size, GridSpec(3))
     codes, _ = reference.gptq(weight.numpy(), (x.T @ x).numpy(), grid)
-    assert np.array_equal(gptq(weight, x.T @ x, grid).codes.numpy(), codes)
+    assert np.array_equal(gptq(weight, x.T @ x, grid).stored.codes.numpy(), codes)
 
 
 @pytest.mark.parametrize("size", [None, 4, 8, 12, 20])
@@ -118,7 +120,7 @@ def test_a_diagonal_moment_gives_rounding_to_nearest() -> None:
             compensated_result = gptq(weight, c * torch.eye(256, dtype=F64), grid)
             plain = round_to_nearest(weight, grid)
             assert torch.equal(compensated_result.dequantized, plain.dequantized)
-            assert torch.equal(compensated_result.codes, plain.codes)
+            assert torch.equal(compensated_result.stored.codes, plain.stored.codes)
 
 
 def test_the_scale_of_the_moment_cancels_even_with_dead_channels() -> None:
@@ -159,7 +161,7 @@ def test_rows_are_independent(size: int | None) -> None:
     weight, moment, grid = toy(3, size)
     rows = [0, 5, 17, 63]
     whole, part = gptq(weight, moment, grid), gptq(weight[rows], moment, grid)
-    assert torch.equal(whole.codes[rows], part.codes)
+    assert torch.equal(whole.stored.codes[rows], part.stored.codes)
     assert_equal_but_for_the_order_of_sums(whole.dequantized[rows], part.dequantized)
 
 
@@ -168,8 +170,8 @@ def test_stacked_linears_split_into_their_own_results() -> None:
     parts = split_rows(gptq(weight, moment, grid), [40, 8, 16])
     for part, own in zip(parts, (weight[:40], weight[40:48], weight[48:]), strict=True):
         alone = gptq(own, moment, grid)
-        assert torch.equal(part.codes, alone.codes)
-        assert_equal_but_for_the_order_of_sums(part.scale, alone.scale)
+        assert torch.equal(part.stored.codes, alone.stored.codes)
+        assert_equal_but_for_the_order_of_sums(part.stored.scale, alone.stored.scale)
         assert_equal_but_for_the_order_of_sums(part.dequantized, alone.dequantized)
         assert part.damping_used == 0.01
 
@@ -199,9 +201,9 @@ def test_output_error_falls_while_weight_error_rises(bits: int) -> None:
 def test_dynamic_groups_in_processing_order_are_reported_by_group_index() -> None:
     weight, moment, grid = toy(3, 64)
     order = torch.argsort(moment.diagonal(), descending=True)
-    dynamic = gptq(weight, moment, grid, act_order=True).group_index
+    dynamic = gptq(weight, moment, grid, act_order=True).stored.group_index
     assert dynamic[order].tolist() == [p // 64 for p in range(256)]
-    static = gptq(weight, moment, grid, act_order=True, static_groups=True).group_index
+    static = gptq(weight, moment, grid, act_order=True, static_groups=True).stored.group_index
     assert static.tolist() == [j // 64 for j in range(256)]
 
 
@@ -210,7 +212,7 @@ def test_dynamic_groups_in_processing_order_are_reported_by_group_index() -> Non
 def test_grids_of_consecutive_channels_from_another_weight_are_those_of_rounding_it(name: str, options: dict) -> None:
     weight, other = random_weight(4, D, seed=5), 1.7 * random_weight(4, D, seed=6)
     result = gptq(weight, MOMENT, GRIDS[name], grid_weight=other, **options)
-    assert torch.equal(result.scale, round_to_nearest(other, GRIDS[name]).scale)
+    assert torch.equal(result.stored.scale, round_to_nearest(other, GRIDS[name]).stored.scale)
 
 
 @pytest.mark.parametrize("options", [{}, {"act_order": True}, {"act_order": True, "static_groups": True}], ids=str)
@@ -220,9 +222,9 @@ def test_grids_from_another_weight_do_not_depend_on_the_rounding(name: str, opti
     result = gptq(weight, MOMENT, GRIDS[name], grid_weight=other, **options)
     unit = torch.eye(D, dtype=F64) * MOMENT.diagonal()
     same = gptq(weight, unit, GRIDS[name], grid_weight=other, **options)
-    assert torch.equal(result.scale, same.scale)
+    assert torch.equal(result.stored.scale, same.stored.scale)
     itself = gptq(weight, MOMENT, uniform_grid(D, GridSpec(3)), grid_weight=weight, **options)
-    assert torch.equal(itself.codes, gptq(weight, MOMENT, uniform_grid(D, GridSpec(3)), **options).codes)
+    assert torch.equal(itself.stored.codes, gptq(weight, MOMENT, uniform_grid(D, GridSpec(3)), **options).stored.codes)
 
 
 def test_row_grids_are_fitted_before_dead_channels_are_zeroed_and_static_ones_after() -> None:
@@ -232,22 +234,22 @@ def test_row_grids_are_fitted_before_dead_channels_are_zeroed_and_static_ones_af
     zeroed = weight.clone()
     zeroed[:, 4] = 0
     row, groups = uniform_grid(D, GridSpec(4)), uniform_grid(D, GridSpec(4, group_size=10))
-    assert torch.equal(gptq(weight, moment, row).scale, round_to_nearest(weight, row).scale)
+    assert torch.equal(gptq(weight, moment, row).stored.scale, round_to_nearest(weight, row).stored.scale)
     static = gptq(weight, moment, groups, static_groups=True)
-    assert torch.equal(static.scale, round_to_nearest(zeroed, groups).scale)
+    assert torch.equal(static.stored.scale, round_to_nearest(zeroed, groups).stored.scale)
 
 
 def test_untouched_ranges_take_up_error_and_stay_real() -> None:
     weight = random_weight(4, D, seed=8)
     kept = gptq(weight, MOMENT, GRIDS["kept tail"])
     assert (kept.dequantized[:, 20:] != weight[:, 20:]).all()
-    assert (kept.codes[:, 20:] == 0).all()
+    assert (kept.stored.codes[:, 20:] == 0).all()
     rounded = round_to_nearest(weight, GRIDS["kept tail"])
     assert relative_output_error(weight, kept.dequantized, MOMENT) < relative_output_error(
         weight, rounded.dequantized, MOMENT
     )
     whole = gptq(weight, MOMENT, uniform_grid(D, GridSpec(16)))
-    assert whole.codes is None
+    assert whole.stored is None
     assert torch.equal(whole.dequantized, weight)
 
 
@@ -258,22 +260,22 @@ def test_dtypes_bytes_and_inputs(dtype: torch.dtype) -> None:
     copies = weight.clone(), moment.clone()
     first, second = (gptq(weight, moment, GRIDS["groups"], act_order=True) for _ in range(2))
     assert first.dequantized.dtype == dtype
-    assert first.scale.dtype == torch.float32
+    assert first.stored.scale.dtype == torch.float32
     assert torch.equal(first.dequantized.view(torch.uint8), second.dequantized.view(torch.uint8))
     assert torch.equal(weight, copies[0])
     assert torch.equal(moment, copies[1])
     assert (first.dequantized[3] == 0).all()
-    assert torch.isfinite(first.scale).all()
+    assert torch.isfinite(first.stored.scale).all()
     assert not torch.signbit(first.dequantized[first.dequantized == 0]).any()
     exact = gptq(weight.double(), MOMENT, GRIDS["groups"], act_order=True)
     live = torch.arange(8) != 3  # the zero point of a zero row is a tie, which float32 may break the other way
-    assert (first.codes != exact.codes)[live].double().mean() < 0.02
+    assert (first.stored.codes != exact.stored.codes)[live].double().mean() < 0.02
 
 
 def test_a_float64_moment_is_factorised_in_float64_for_a_16_bit_weight() -> None:
     weight = random_weight(8, D, seed=10, dtype=torch.bfloat16)
     result = gptq(weight, MOMENT, GRIDS["row"])
-    assert result.scale.dtype == torch.float32
+    assert result.stored.scale.dtype == torch.float32
     assert result.dequantized.dtype == torch.bfloat16
 
 

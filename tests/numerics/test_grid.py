@@ -86,7 +86,7 @@ def test_matches_the_scalar_implementation(spec: GridSpec, offset: float) -> Non
     weight = random_weight(6, 17, seed=0) + offset
     codes, values = reference.rtn(weight.numpy(), spec)
     result = round_to_nearest(weight, uniform_grid(17, spec))
-    assert np.array_equal(result.codes.numpy(), codes)
+    assert np.array_equal(result.stored.codes.numpy(), codes)
     assert np.allclose(result.dequantized.numpy(), values, rtol=0, atol=1e-14)
 
 
@@ -166,7 +166,11 @@ def test_computation_is_float32_unless_the_values_are_float64() -> None:
         weight = random_weight(2, 8, seed=3, dtype=dtype)
         before = weight.clone()
         result = round_to_nearest(weight, uniform_grid(8, GridSpec(4)))
-        assert (result.scale.dtype, result.zero_point.dtype, result.dequantized.dtype) == (expected, expected, dtype)
+        assert (result.stored.scale.dtype, result.stored.zero_point.dtype, result.dequantized.dtype) == (
+            expected,
+            expected,
+            dtype,
+        )
         assert torch.equal(weight, before)
 
 
@@ -187,11 +191,11 @@ def test_codes_use_the_smallest_dtype(ranges: list[GridSpec], dtype: torch.dtype
     grid = tuple(ColumnRange(i * 5, i * 5 + 5, spec) for i, spec in enumerate(ranges))
     weight = random_weight(40, 5 * len(ranges), seed=4)
     result = round_to_nearest(weight, grid)
-    assert code_dtype(grid) == dtype == result.codes.dtype
+    assert code_dtype(grid) == dtype == result.stored.codes.dtype
     for part in grid:
         if not part.spec.untouched:
             expected, _ = reference.rtn(weight[:, part.start : part.stop].numpy(), part.spec)
-            assert np.array_equal(result.codes[:, part.start : part.stop].numpy(), expected)
+            assert np.array_equal(result.stored.codes[:, part.start : part.stop].numpy(), expected)
 
 
 @pytest.mark.parametrize(("size", "groups"), [(None, 1), (5, 3), (4, 4), (1, 13), (13, 1), (99, 1)])
@@ -199,16 +203,16 @@ def test_groups_and_remainders(size: int | None, groups: int) -> None:
     weight, spec = random_weight(3, 13, seed=5), GridSpec(3, group_size=size)
     result = round_to_nearest(weight, uniform_grid(13, spec))
     codes, values = reference.rtn(weight.numpy(), spec)
-    assert result.scale.shape == result.zero_point.shape == (3, groups)
-    assert result.group_index.tolist() == [j // (size or 13) for j in range(13)]
-    assert np.array_equal(result.codes.numpy(), codes)
+    assert result.stored.scale.shape == result.stored.zero_point.shape == (3, groups)
+    assert result.stored.group_index.tolist() == [j // (size or 13) for j in range(13)]
+    assert np.array_equal(result.stored.codes.numpy(), codes)
     assert np.allclose(result.dequantized.numpy(), values, atol=1e-14)
 
 
 def test_sixteen_bits_leave_the_weight_untouched() -> None:
     weight = random_weight(3, 6, seed=6, dtype=torch.bfloat16)
     whole = round_to_nearest(weight, uniform_grid(6, GridSpec(16)))
-    assert whole.codes is None
+    assert whole.stored is None
     assert torch.equal(whole.dequantized, weight)
     assert whole.dequantized.data_ptr() != weight.data_ptr()
     mixed = round_to_nearest(weight, (ColumnRange(0, 4, GridSpec(2)), ColumnRange(4, 6, GridSpec(16))))
@@ -219,22 +223,22 @@ def test_sixteen_bits_leave_the_weight_untouched() -> None:
 def test_rtn_can_take_the_grid_of_another_weight() -> None:
     weight, other, grid = random_weight(3, 8, seed=7), 3 * random_weight(3, 8, seed=8), uniform_grid(8, GridSpec(3))
     result = round_to_nearest(weight, grid, grid_weight=other)
-    assert torch.equal(result.scale, round_to_nearest(other, grid).scale)
-    expected = to_codes(weight, result.scale, result.zero_point, GridSpec(3))
-    assert torch.equal(result.codes.double(), expected)
+    assert torch.equal(result.stored.scale, round_to_nearest(other, grid).stored.scale)
+    expected = to_codes(weight, result.stored.scale, result.stored.zero_point, GridSpec(3))
+    assert torch.equal(result.stored.codes.double(), expected)
 
 
 def test_bit_accounting() -> None:
-    assert effective_bits(uniform_grid(4096, GridSpec(4, group_size=128))) == 4 + (16 + 4) / 128
-    assert effective_bits(uniform_grid(4096, GridSpec(4, "sym_signed", group_size=128))) == 4 + 16 / 128
-    assert effective_bits(uniform_grid(100, GridSpec(2))) == 2 + 18 / 100
-    assert effective_bits(uniform_grid(100, GridSpec(2, range_contains_zero=False))) == 2 + 32 / 100
-    assert effective_bits(uniform_grid(100, GridSpec(2, zero_point="real"))) == 2 + 32 / 100
-    assert effective_bits(uniform_grid(100, GridSpec(2, group_size=64))) == 2 + 2 * 18 / 100
-    assert effective_bits(uniform_grid(100, GridSpec(16))) == 16
+    assert effective_bits(uniform_grid(4096, GridSpec(4, group_size=128)), 8) == 4 + (16 + 4) / 128
+    assert effective_bits(uniform_grid(4096, GridSpec(4, "sym_signed", group_size=128)), 8) == 4 + 16 / 128
+    assert effective_bits(uniform_grid(100, GridSpec(2)), 8) == 2 + 18 / 100
+    assert effective_bits(uniform_grid(100, GridSpec(2, range_contains_zero=False)), 8) == 2 + 32 / 100
+    assert effective_bits(uniform_grid(100, GridSpec(2, zero_point="real")), 8) == 2 + 32 / 100
+    assert effective_bits(uniform_grid(100, GridSpec(2, group_size=64)), 8) == 2 + 2 * 18 / 100
+    assert effective_bits(uniform_grid(100, GridSpec(16)), 8) == 16
     split = (ColumnRange(0, 56, GridSpec(4, "sym_signed")), ColumnRange(56, 64, GridSpec(8, "sym_signed")))
     assert nominal_bits(split) == 4.5
-    assert effective_bits(split) == 4.5 + 2 * 16 / 64
+    assert effective_bits(split, 8) == 4.5 + 2 * 16 / 64
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def output_error(weight: torch.Tensor, dequantized: torch.Tensor) -> float:
 def test_worked_example() -> None:
     moment, cross = QUANTIZED_INPUTS.T @ QUANTIZED_INPUTS, QUANTIZED_INPUTS.T @ DRIFT
     result = qronos(WEIGHT, moment, cross, uniform_grid(4, GridSpec(2)))
-    assert result.codes.tolist() == [[3, 0, 2, 0], [1, 3, 0, 1]]
+    assert result.stored.codes.tolist() == [[3, 0, 2, 0], [1, 3, 0, 1]]
 
 
 @pytest.mark.parametrize("spec", [GridSpec(2), GridSpec(4), GridSpec(3, "sym_signed")], ids=str)
@@ -51,7 +51,7 @@ def test_equals_least_squares_on_the_data(spec: GridSpec, act_order: bool) -> No
     permuted = (t[:, order].numpy() for t in (weight, XQ, X))
     codes, values = reference.qronos(*permuted, spec)
     result = qronos(weight, MOMENT, CROSS, uniform_grid(D, spec), act_order=act_order, column_block=7)
-    assert np.array_equal(result.codes[:, order].numpy(), codes)
+    assert np.array_equal(result.stored.codes[:, order].numpy(), codes)
     assert np.allclose(result.dequantized[:, order].numpy(), values, rtol=0, atol=1e-10)
 
 
@@ -61,7 +61,7 @@ def test_without_drift_it_is_gptq(grid: Grid, options: dict) -> None:
     weight = random_weight(4, D, seed=3)
     ours = qronos(weight, MOMENT, torch.zeros_like(CROSS), grid, **options)
     plain = gptq(weight, MOMENT, grid, **options)
-    assert torch.equal(ours.codes, plain.codes)
+    assert torch.equal(ours.stored.codes, plain.stored.codes)
     assert torch.allclose(ours.dequantized, plain.dequantized, rtol=0, atol=1e-10)
 
 
@@ -70,15 +70,15 @@ def test_it_is_gptq_on_the_corrected_weight_except_around_the_first_channel() ->
     ours = qronos(weight, MOMENT, CROSS, grid)
     aimed = gptq(corrected(weight), MOMENT, grid, grid_weight=weight)
     plain = gptq(weight, MOMENT, grid)
-    same = (ours.codes == aimed.codes).double().mean().item()
+    same = (ours.stored.codes == aimed.stored.codes).double().mean().item()
     assert same > 0.75
-    assert same > (ours.codes == plain.codes).double().mean().item()
+    assert same > (ours.stored.codes == plain.stored.codes).double().mean().item()
     assert output_error(weight, ours.dequantized) == pytest.approx(output_error(weight, aimed.dequantized), rel=0.1)
     assert output_error(weight, ours.dequantized) < output_error(weight, plain.dequantized)
     # Give the first channel the choice that the corrected weight makes: from there on nothing differs.
-    agree = ours.codes[:, 0] == aimed.codes[:, 0]
+    agree = ours.stored.codes[:, 0] == aimed.stored.codes[:, 0]
     assert agree.any()
-    assert torch.equal(ours.codes[agree], aimed.codes[agree])
+    assert torch.equal(ours.stored.codes[agree], aimed.stored.codes[agree])
 
 
 @pytest.mark.parametrize("grid", [uniform_grid(D, GridSpec(3, group_size=8)), SPLIT], ids=["groups", "split"])
@@ -108,7 +108,7 @@ def test_dead_channels_are_dropped(dead: int) -> None:
             damping=0.01 * (D - 1) / D, act_order=act_order,
         )  # fmt: skip
         if dead or act_order:
-            assert torch.equal(result.codes[:, kept], smaller.codes)
+            assert torch.equal(result.stored.codes[:, kept], smaller.stored.codes)
 
 
 def test_the_correction_of_a_dead_channel_is_ignored() -> None:
@@ -117,7 +117,7 @@ def test_the_correction_of_a_dead_channel_is_ignored() -> None:
     cross[9] *= 1e3  # cannot happen with real moments: Xq_9 is zero
     result = qronos(weight, moment, cross, uniform_grid(D, GridSpec(3)))
     cross[9] = cross[:, 9] = 0
-    assert torch.equal(result.codes, qronos(weight, moment, cross, uniform_grid(D, GridSpec(3))).codes)
+    assert torch.equal(result.stored.codes, qronos(weight, moment, cross, uniform_grid(D, GridSpec(3))).stored.codes)
 
 
 @pytest.mark.parametrize("size", [None, 8])
@@ -125,7 +125,7 @@ def test_grids_can_come_from_another_weight(size: int | None) -> None:
     weight, other = random_weight(3, D, seed=9), 1.7 * random_weight(3, D, seed=10)
     grid = uniform_grid(D, GridSpec(3, group_size=size))
     result = qronos(weight, MOMENT, CROSS, grid, grid_weight=other)
-    assert torch.equal(result.scale, round_to_nearest(other, grid).scale)
+    assert torch.equal(result.stored.scale, round_to_nearest(other, grid).stored.scale)
 
 
 def test_an_untouched_first_range_takes_the_correction_whole() -> None:

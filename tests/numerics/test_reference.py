@@ -11,6 +11,7 @@ from reference_problems import F64, correlated_inputs, random_weight
 from torch import Tensor
 
 from ptqbench.numerics import reference
+from ptqbench.numerics.formats import FORMATS
 from ptqbench.numerics.gptaq import gptaq
 from ptqbench.numerics.gptq import gptq
 from ptqbench.numerics.grid import LinearResult, uniform_grid
@@ -64,6 +65,7 @@ OPTIONS = st.builds(
     group_size=st.sampled_from([None, 1, 5, 16]),
     act_order=st.booleans(),
     static_groups=st.booleans(),
+    format=st.sampled_from([None, None, *reference.FORMATS]),
 ).filter(
     lambda options: not (options.clip_search and options.group_size)
 )  # in tiny groups several ranges are exact: ties
@@ -71,6 +73,8 @@ CHECK = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def spec(options: reference.Options) -> GridSpec:
+    if options.format is not None:
+        return GridSpec(FORMATS[options.format].elements.bits, format=options.format)
     return GridSpec(options.bits, options.scheme, options.group_size, options.clip_search)
 
 
@@ -84,7 +88,9 @@ def loop(options: reference.Options, damping: float) -> dict:
 
 
 def assert_equal(found: LinearResult, expected: reference.Rounded) -> None:
-    assert torch.equal(found.codes.double(), expected.codes)
+    stored = found.stored
+    unit = 1.0 if stored.specs[0].integer else stored.specs[0].own_format.elements.unit  # codes are values there
+    assert torch.equal(stored.codes.double() * unit, expected.codes)
     assert torch.allclose(found.dequantized, expected.values, rtol=0, atol=1e-9)
 
 

@@ -39,7 +39,7 @@ def test_rounding_decides_ties_as_exact_arithmetic_does(bits: int, dtype: torch.
         for power in (-9, 0, 4):  # a power of two changes no code
             weight = torch.tensor([[float(w) * 2.0**power for w in row]], dtype=dtype)
             grid = uniform_grid(len(row), GridSpec(bits, "sym_gptq"))
-            assert round_to_nearest(weight, grid).codes.tolist() == [exact_codes(row, bits)]
+            assert round_to_nearest(weight, grid).stored.codes.tolist() == [exact_codes(row, bits)]
 
 
 @settings(max_examples=100, deadline=None)
@@ -55,7 +55,7 @@ def test_any_row_of_few_bits_is_rounded_exactly(row: list[int], scale: float, bi
     result = round_to_nearest(
         torch.tensor([[float(w) for w in exact]], dtype=dtype), uniform_grid(len(row), GridSpec(bits, "sym_gptq"))
     )
-    assert result.codes.tolist() == [exact_codes(exact, bits)]
+    assert result.stored.codes.tolist() == [exact_codes(exact, bits)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -66,7 +66,7 @@ def test_the_largest_weight_gets_the_lowest_code_in_the_column_loop(bits: int, d
     moment = torch.eye(3, dtype=dtype) + 0.5
     for size in (None, 3):
         result = gptq(weight, moment, uniform_grid(3, GridSpec(bits, "sym_gptq", group_size=size)), engine="plain")
-        assert (result.codes[:, 0] == 0).all()
+        assert (result.stored.codes[:, 0] == 0).all()
 
 
 @needs_kernel
@@ -80,4 +80,4 @@ def test_the_kernel_decides_ties_as_exact_arithmetic_does(bits: int) -> None:
             uniform_grid(len(row), GridSpec(bits, "sym_gptq")),
             engine="fused",
         )
-        assert result.codes.tolist() == [exact_codes(row, bits)]
+        assert result.stored.codes.tolist() == [exact_codes(row, bits)]

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ptqbench.cell.formats import INTEGER
 from ptqbench.cell.spec import IDENTITY, ROLES, UNTOUCHED_BITS, BitwidthSpec, RunSpec
 
 PLACES = ("name", "path", "hub_id", "revision", "files")
@@ -43,12 +44,33 @@ def bits_name(bits: BitwidthSpec) -> str:
 
     >>> bits_name(BitwidthSpec(name="", w_bits=4, a_bits=4, k_bits=4, v_bits=8, group_size=32))
     'w4a4k4v8g32'
+    >>> bits_name(BitwidthSpec(name="", w_bits=4, a_bits=16, k_bits=16, v_bits=16, w_format="nvfp4"))
+    'nvfp4a16'
     """
-    low = {"a": bits.a_bits, "kv": bits.k_bits} if bits.k_bits == bits.v_bits else {"a": bits.a_bits}
-    parts = [f"{name}{n}" for name, n in low.items() if n < UNTOUCHED_BITS]
-    parts += [f"k{bits.k_bits}v{bits.v_bits}"] if bits.k_bits != bits.v_bits else []
+    floats = bits.w_format != INTEGER
+    weights = bits.w_format if floats else f"w{bits.w_bits}"
+    parts = [_input_name(bits, floats)]
+    if bits.kv_format != INTEGER:
+        parts.append(f"_kv{bits.kv_format}")
+    elif bits.k_bits != bits.v_bits:
+        parts.append(f"k{bits.k_bits}v{bits.v_bits}")
+    elif bits.k_bits < UNTOUCHED_BITS:
+        parts.append(f"kv{bits.k_bits}")
     parts += [f"g{bits.group_size}"] if bits.group_size is not None else []
-    return "fp16" if not parts and bits.w_bits >= UNTOUCHED_BITS else f"w{bits.w_bits}{''.join(parts)}"
+    parts += [f"_{bits.mx_scale}"] if bits.mx_scale != "even" else []
+    parts += [f"_{bits.nv_input_scale}"] if bits.nv_input_scale != "static" else []
+    rest = "".join(parts)
+    return "fp16" if not rest and not floats and bits.w_bits >= UNTOUCHED_BITS else weights + rest
+
+
+def _input_name(bits: BitwidthSpec, floats: bool) -> str:
+    """Inputs of linears: nothing where a format of weights is that of inputs, too."""
+    if bits.a_format == INTEGER:
+        return f"a{bits.a_bits}" if floats or bits.a_bits < UNTOUCHED_BITS else ""
+    if bits.a_format == bits.w_format:
+        return ""
+    usual = bits.w_format.startswith("mxfp") and bits.a_format == "mxfp8"
+    return f"a{bits.a_bits}" if usual else f"_a{bits.a_format}"
 
 
 def says_other_bits(bits: BitwidthSpec) -> bool:

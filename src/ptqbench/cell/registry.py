@@ -17,6 +17,7 @@ MEMBERS: dict[Role, dict[str, str]] = {
     "transform": {
         "none": "ptqbench.methods.transforms:NoTransform",
         "hadamard": "ptqbench.methods.transforms:Hadamard",
+        "block_hadamard": "ptqbench.methods.block_hadamard:BlockHadamard",
         "subspace": "ptqbench.methods.subspace:Subspace",
         "smoothquant": "ptqbench.methods.smoothquant:SmoothQuant",
         "awq": "ptqbench.methods.awq:Awq",

@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from ptqbench.cell.formats import INTEGER, FormatName
+from ptqbench.cell.formats import check as check_formats
 from ptqbench.cell.validation import STRICT
 from ptqbench.cell.validation import build as build
 from ptqbench.cell.validation import may_hold as may_hold
@@ -91,9 +93,11 @@ class RoleSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class GridOptions:
-    """The integer grid that weights are rounded to, without its bits (see ``numerics.grid``).
+    """The grid that weights are rounded to, without its bits (see ``numerics.grid``).
 
     ``clip_ratio`` is a fixed share of the range of every row or group; ``clip_search`` finds one instead.
+    A bitwidth with a format of its own (``w_format``) has no scheme; of these options ``clip_search`` alone acts on it, or
+    ``scale_search``, which is for formats (``numerics.scale_search``).
     """
 
     scheme: Literal["asym", "sym_gptq", "sym_signed"] = identity(default="asym")
@@ -102,12 +106,17 @@ class GridOptions:
     range_contains_zero: bool = identity(default=True)
     zero_point: Literal["integer", "real"] = identity(default="integer")
     clip_ratio: Annotated[float, Field(gt=0, le=1)] = added(1.0)
+    scale_search: Literal["none", "exponent", "four_over_six", "scale_sweep", "fpq_mse"] = added("none")
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
         if self.clip_search and self.clip_ratio != 1:
             raise ConfigError(
                 f"method.grid: clip_search searches the share of the range that clip_ratio={self.clip_ratio:g} gives; choose one"
+            )
+        if self.clip_search and self.scale_search != "none":
+            raise ConfigError(
+                f"method.grid: clip_search and scale_search={self.scale_search} are two searches; choose one"
             )
         if self.scheme != "asym" and (self.zero_point == "real" or not self.range_contains_zero):
             raise ConfigError(
@@ -125,7 +134,8 @@ class ActivationOptions:
     """Dynamic quantizers of linear inputs (per token), keys and values (per token and head), without their bits.
 
     ``during_calibration`` keeps them active in the quantized stream while statistics are collected; QuaRot, ResQ and CoQuant
-    calibrate without them. ``group_size`` input channels share a grid per token; null is one grid for all channels.
+    calibrate without them. ``moment_input: plain`` takes statistics from inputs before their quantizer while the stream has it, as
+    MR-GPTQ does. ``group_size`` input channels share a grid per token; null is one grid for all channels.
     ``zero_point`` concerns asymmetric quantizers: ``real`` subtracts the minimum, ``integer`` rounds the zero point.
     ``range_contains_zero=false`` gives asymmetric inputs and keys the plain minimum and maximum that values and groups have.
     """
@@ -139,9 +149,14 @@ class ActivationOptions:
     group_size: Positive | None = identity(default=None)
     zero_point: Literal["integer", "real"] = identity(default="integer")
     range_contains_zero: bool = added(True)
+    moment_input: Literal["quantized", "plain"] = added("quantized")
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
+        if self.moment_input == "plain" and not self.during_calibration:
+            raise ConfigError(
+                "method.activation: moment_input=plain has no effect with during_calibration=false, which has no quantizers at all"
+            )
         if self.symmetric and self.kv_symmetric and (self.zero_point == "real" or not self.range_contains_zero):
             given = "zero_point=real" if self.zero_point == "real" else "range_contains_zero=false"
             raise ConfigError(f"method.activation: {given} belongs to asymmetric quantizers, all are symmetric")
@@ -163,7 +178,12 @@ class MethodSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class BitwidthSpec:
-    """Bits of weights, activations, keys and values; 16 leaves a tensor untouched. ``group_size: null`` is one group per row."""
+    """Bits of weights, activations, keys and values; 16 leaves a tensor untouched. ``group_size: null`` is one group per row.
+
+    A format other than ``int`` has elements, blocks and scales of its own (``numerics.formats``). ``mx_scale`` is the rule for
+    scales that are powers of two. ``nv_input_scale`` says whose maximum scales the blocks of NVFP4 inputs: that of the calibration
+    tokens (``static``), of the ``token`` itself, or ``none``.
+    """
 
     name: str = execution()
     w_bits: Bits = identity()
@@ -171,6 +191,15 @@ class BitwidthSpec:
     k_bits: Bits = identity()
     v_bits: Bits = identity()
     group_size: Positive | None = identity(default=None)
+    w_format: FormatName = added(INTEGER)
+    a_format: FormatName = added(INTEGER)
+    kv_format: FormatName = added(INTEGER)
+    mx_scale: Literal["even", "floor", "rceil", "ceil", "four_thirds"] = added("even")
+    nv_input_scale: Literal["static", "token", "none"] = added("static")
+
+    def __post_init__(self) -> None:
+        """Refuse values that contradict each other."""
+        check_formats(self)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,4 +1,4 @@
-"""Finished blocks on disk: the integer codes, scales and layer records of one decoder block each.
+"""Finished blocks on disk: codes, scales, peaks of quantizers and layer records of one decoder block each.
 
 A block's file is written under a temporary name and renamed, so that its existence means the block is finished. The weights
 that the model runs with are always rebuilt from the stored codes, in the run that made them and after a resume alike.
@@ -19,23 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptqbench.errors import ConfigError, StorageError
+from ptqbench.models.peaks import PEAKS
 from ptqbench.numerics.grid import LinearResult
+from ptqbench.numerics.stored import decode
 from ptqbench.runs.files import errno_of, is_readable, replacing
 from ptqbench.runs.folder import block_path
-
-PARTS = ("codes", "scale", "zero_point", "group_index")
-
-
-def stored_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor) -> Tensor:
-    """Rebuild the weight (out, in) float32 that codes and grids stand for: ``scale * (codes - zero_point)``."""
-    group = group_index.long()
-    return scale[:, group] * (codes.to(scale.dtype) - zero_point[:, group])
 
 
 def stored_parts(results: Mapping[str, LinearResult]) -> dict[str, Tensor]:
     """Name what is stored of the rounded linears of a block: nothing of those left at 16 bits, and no dequantized weight."""
-    rounded = {name: result for name, result in results.items() if result.codes is not None}
-    return {f"{name}.{part}": getattr(result, part) for name, result in rounded.items() for part in PARTS}
+    rounded = {name: result.stored for name, result in results.items() if result.stored is not None}
+    return {f"{name}.{part}": tensor for name, stored in rounded.items() for part, tensor in stored.tensors().items()}
 
 
 def metadata_of(path: Path, key: str, owner: str) -> dict[str, str] | None:
@@ -87,20 +81,26 @@ class BlockState:
         return metadata_of(self._path(index), "run_id", self.run_id)
 
     def save(self, index: int, parts: dict[str, Tensor], layer_records: list[dict[str, Any]]) -> None:
-        """Write a block: the ``stored_parts`` of its rounded linears, and their layer records."""
+        """Write a block: the ``stored_parts`` of its rounded linears with the peaks of its quantizers, and the layer records."""
         tensors = {name: part.cpu().clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
         with replacing(self._path(index)) as temporary:
             save_file(tensors, temporary, metadata={"run_id": self.run_id, "reports": json.dumps(layer_records)})
 
     def overlay(self, index: int, block: nn.Module) -> None:
-        """Put the quantized weights of a finished block into a loaded decoder block."""
+        """Put the quantized weights of a finished block into a loaded decoder block, and the peaks into its quantizers."""
         with safe_open(self._path(index), framework="pt") as stored:
-            names = sorted({key.rsplit(".", 1)[0] for key in stored.keys()})  # noqa: SIM118 - not a dict
-            for name in names:
-                parts = [stored.get_tensor(f"{name}.{part}") for part in PARTS]
-                linear = block.get_submodule(name)
-                old: Tensor = linear.weight  # type: ignore[assignment]
-                linear.weight = nn.Parameter(stored_weight(*parts).to(old.device, old.dtype), requires_grad=False)
+            parts: dict[str, dict[str, Tensor]] = {}
+            for key in stored.keys():  # noqa: SIM118 - not a dict
+                name, _, part = key.rpartition(".")
+                parts.setdefault(name, {})[part] = stored.get_tensor(key)
+        for name, tensors in sorted(parts.items()):
+            module = block.get_submodule(name)
+            place = next(module.parameters(), next(block.parameters())).device
+            for part in tensors.keys() & set(PEAKS):
+                setattr(module, part, tensors.pop(part).to(place))
+            if tensors:
+                old: Tensor = module.weight  # type: ignore[assignment]
+                module.weight = nn.Parameter(decode(tensors).to(old.device, old.dtype), requires_grad=False)
 
     def layer_records(self, n_blocks: int) -> list[dict[str, Any]]:
         """Read the layer records of all finished blocks, in order."""

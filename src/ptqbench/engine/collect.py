@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ptqbench.errors import CalibrationError
 from ptqbench.methods.base import REFERENCE, Statistic, Statistics
-from ptqbench.models.quantized import set_quantizers
+from ptqbench.models.quantized import QuantizedLinear, set_quantizers
 from ptqbench.models.stages import Positions, Run, Stage, StageInput, prepared, staged
 from ptqbench.numerics.null_space import PositionMean
 from ptqbench.numerics.second_moment import MomentSum
@@ -35,11 +35,13 @@ class Wanted:
         statistics: The union of what the members of the method need there.
         rms_scale: Which token weights, where ``TOKEN_WEIGHTS`` is among them.
         norm_eps: Epsilon of the norm behind the stage, in squared units of the residual stream.
+        plain: Whether inputs of the quantized stream are taken before their quantizer.
     """
 
     statistics: frozenset[Statistic]
     rms_scale: RmsScale = "none"
     norm_eps: float = 0.0
+    plain: bool = False
 
     def at(self, stage: Stage) -> Wanted:
         """Drop the statistics that exist only at stages whose output is added to the residual stream."""
@@ -131,7 +133,7 @@ class Collector:
     def add(self, quantized: StageInput, reference: StageInput | None) -> None:
         """Add one batch of whole windows. Both streams hold the same tokens in the same order; neither is modified."""
         # X_q as the weight sees it: H += X_q^T X_q.
-        inputs_q = prepared(self._linear, quantized.inputs)
+        inputs_q = self._prepared(quantized.inputs)
         self._second.add(inputs_q)
         # Mean over windows of X_q at every position.
         if Statistic.POSITION_MEAN in self.wanted.statistics:
@@ -147,6 +149,16 @@ class Collector:
             self._cross.add_cross(inputs_q, inputs)
         else:
             self._compare(inputs_q, inputs, quantized.residual, reference.residual)
+
+    def _prepared(self, inputs: Tensor) -> Tensor:
+        """The inputs as the weight sees them, perhaps without their quantizer."""
+        if not (self.wanted.plain and isinstance(self._linear, QuantizedLinear)):
+            return prepared(self._linear, inputs)
+        enabled, self._linear.enabled = self._linear.enabled, False
+        try:
+            return prepared(self._linear, inputs)
+        finally:
+            self._linear.enabled = enabled
 
     def _compare(self, inputs_q: Tensor, inputs: Tensor, residual_q: Tensor | None, residual: Tensor | None) -> None:
         """Add to the moments of a stage whose output is added to the residual stream."""

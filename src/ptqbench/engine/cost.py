@@ -20,7 +20,7 @@ from ptqbench.methods.base import REFERENCE, Statistic
 from ptqbench.methods.transform import Calibrated
 
 if TYPE_CHECKING:
-    from ptqbench.cell.spec import RunSpec
+    from ptqbench.cell.spec import BitwidthSpec, RunSpec
     from ptqbench.models.architecture import Architecture
 
 
@@ -95,13 +95,20 @@ def _calibration(spec: RunSpec, architecture: Architecture, tokens: int, length:
             round_ += 2 / 3 * width**3 + rows * width**2  # Cholesky and inverse; updates of all later columns
     blocks = architecture.n_blocks
     rounds = spec.bitwidth.w_bits < UNTOUCHED_BITS
+    passes = (1 if spec.method.true_sequential else 2) + observes(spec.bitwidth)
     return {
-        "forward": one_pass * (1 if spec.method.true_sequential else 2),
+        "forward": one_pass * passes,
         "reference": one_pass if needed & REFERENCE else 0.0,
         "moment": blocks * moment,
         "round": blocks * round_ * rounds,
         "report": blocks * report * rounds,
     }
+
+
+def observes(bits: BitwidthSpec) -> bool:
+    """Whether a pass finds the largest inputs, keys and values beforehand, for formats with a number per tensor."""
+    inputs = bits.a_format == "fp8" or (bits.a_format == "nvfp4" and bits.nv_input_scale == "static")
+    return inputs or bits.kv_format in ("fp8", "nvfp4")
 
 
 def _inputs(architecture: Architecture) -> list[tuple[int, int]]:

@@ -30,6 +30,7 @@ from ptqbench.engine.timings import Timings
 from ptqbench.errors import NumericalError
 from ptqbench.methods.base import Statistics
 from ptqbench.models.blockwise import BlockwiseModel
+from ptqbench.models.peaks import needs_peaks, observing, peaks_of
 from ptqbench.models.quantized import set_quantizers
 from ptqbench.models.stages import STAGES, Positions, Stage, finish, forward
 from ptqbench.numerics.grid import LinearResult
@@ -99,9 +100,11 @@ def quantize(
                 with timings.measure("load_s"):
                     block = held.enter_context(model.block(index))
                 held.enter_context(_calibrating(block, method))
+                loop.observe(block, streams)
                 streams, results, rows = loop.round_block(index, block, streams)
+                parts = stored_parts(results) | peaks_of(block)
             # Write it while the next block is computed.
-            writer.save(index, results, rows)
+            writer.save(index, parts, rows)
 
 
 class _Writer:
@@ -112,10 +115,10 @@ class _Writer:
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: tuple[int, Future[None]] | None = None
 
-    def save(self, index: int, results: Results, rows: Rows) -> None:
+    def save(self, index: int, parts: dict[str, Tensor], rows: Rows) -> None:
         """Wait for the previous save, then start this one. An error of the previous save is raised here."""
         self._finish()
-        self._pending = index, self._thread.submit(self._state.save, index, stored_parts(results), rows)
+        self._pending = index, self._thread.submit(self._state.save, index, parts, rows)
 
     def _finish(self) -> None:
         if self._pending is not None:
@@ -168,6 +171,13 @@ class _Loop:
         with self.model.block(index, state.overlay) as block, _calibrating(block, self.method):
             return Streams(self._propagate(block, streams.quantized), reference)
 
+    def observe(self, block: nn.Module, streams: Streams) -> None:
+        """Find the largest inputs, keys and values of the unrounded block, where its quantizers need them beforehand."""
+        if needs_peaks(block):
+            with observing(block), self.timings.measure("forward_s"):
+                for states in streams.quantized:
+                    forward(block, states.to(self.model.device), self.positions)
+
     def round_block(self, index: int, block: nn.Module, streams: Streams) -> tuple[Streams, Results, Rows]:
         """Round one block. Returns the streams that leave it, the rounded linears and one layer record per linear."""
         # The reference runs through a copy of the block that shares its weights and has no quantizers.
@@ -208,7 +218,8 @@ class _Loop:
         """Advance every window through the next stages, one window after the other, and sum what is found there."""
         # The union of what target, solver and refinement need at each stage.
         eps = float(self.model.config.rms_norm_eps)
-        wanted = [Wanted(self.method.needs(stage), self.method.target.rms_scale, eps) for stage in stages]
+        options = (self.method.target.rms_scale, eps, self.method.plain_moments)
+        wanted = [Wanted(self.method.needs(stage), *options) for stage in stages]
         collectors = [Collector(*pair, block, reference) for pair in zip(stages, wanted, strict=True)]
         for window in windows:
             for collector in collectors:
@@ -249,10 +260,9 @@ class _Loop:
         except NumericalError as error:
             raise NumericalError(f"block {index}, {error}{self._way_out()}") from error
         # Keep the codes for the file of the block, and describe every linear.
-        grid = self.method.grid_of(stage.name, len(statistics.second_moment))
         results |= {linear.name: linear.repaired.result for linear in linears}
         with self.timings.measure("report_s"):
-            rows += [layer_record(index, linear, statistics, grid) for linear in linears]
+            rows += [layer_record(index, linear, statistics) for linear in linears]
 
     def _propagate(self, block: nn.Module, hidden: list[Tensor], timing: str = "forward_s") -> list[Tensor]:
         with self.timings.measure(timing):

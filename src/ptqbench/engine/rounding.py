@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptqbench.engine.blocks_on_disk import stored_weight
 from ptqbench.errors import NumericalError, UnsupportedError
 from ptqbench.methods.base import REFERENCE, Aim, Refine, Repaired, Solver, Statistic, Statistics, Target
 from ptqbench.methods.refinements import NoRefinement
 from ptqbench.methods.solvers import RoundToNearest
 from ptqbench.methods.targets import Weight
 from ptqbench.models.stages import STAGES, Stage
-from ptqbench.numerics.grid import Grid, LinearResult, effective_bits, uniform_grid
-from ptqbench.numerics.grid_spec import GridSpec
+from ptqbench.numerics.grid import Grid, LinearResult, uniform_grid
+from ptqbench.numerics.grid_spec import UNTOUCHED_BITS, GridSpec
 from ptqbench.numerics.groups import split_rows
 from ptqbench.numerics.report import relative_output_error, relative_weight_error
 from ptqbench.numerics.targets import relative_correction
@@ -43,6 +42,7 @@ class Method:
         grid: One grid for all columns, or a function of stage name and in_features for mixed precision.
         true_sequential: Whether a stage sees the stages before it rounded.
         during_calibration: Whether activation, key and value quantizers are on in the quantized stream of calibration.
+        plain_moments: Whether statistics are those of the inputs before their quantizer nevertheless.
     """
 
     target: Target
@@ -51,6 +51,7 @@ class Method:
     grid: GridSpec | GridOf
     true_sequential: bool
     during_calibration: bool = True
+    plain_moments: bool = False
 
     def grid_of(self, stage: str, in_features: int) -> Grid:
         """Return the grid of the linears of a stage."""
@@ -68,11 +69,12 @@ class Method:
         """Whether the full-precision stream must be run at all."""
         return any(self.needs(stage) & REFERENCE for stage in STAGES)
 
-    def groups(self, stage: Stage) -> list[tuple[str, ...]]:
-        """Split the linears of a stage into groups that are treated alike."""
+    def groups(self, stage: Stage, in_features: int) -> list[tuple[str, ...]]:
+        """Split the linears of a stage into groups that are treated alike; a scale per tensor is that of one linear."""
+        by_itself = any(part.spec.format == "fp8" for part in self.grid_of(stage.name, in_features))
         groups: dict[tuple[bool, bool, str], list[str]] = {}
         for name in stage.linears:
-            own = name if self.solver.one_by_one else ""
+            own = name if self.solver.one_by_one or by_itself else ""
             groups.setdefault((name in self.target.exclude, name in self.refine.exclude, own), []).append(name)
         return [tuple(names) for names in groups.values()]
 
@@ -116,7 +118,7 @@ def round_stage(block: nn.Module, stage: Stage, method: Method, statistics: Stat
     """
     rounded: dict[str, Rounded] = {}
     # Every group is rounded from the original weights; the block is changed only after that.
-    for names in method.groups(stage):
+    for names in method.groups(stage, len(statistics.second_moment)):
         try:
             for linear in _round_group(block, names, stage, method, dataclasses.replace(statistics, linears=names)):
                 rounded[linear.name] = linear
@@ -192,12 +194,11 @@ def _split_repaired(repaired: Repaired, rows: list[int]) -> list[Repaired]:
 
 def _put(linear: Any, result: LinearResult) -> None:
     """Give a linear the weight that its stored codes rebuild; at 16 bits it keeps its own."""
-    if result.codes is not None:
-        stored = stored_weight(result.codes, result.scale, result.zero_point, result.group_index)
-        linear.weight = nn.Parameter(stored.to(linear.weight.dtype), requires_grad=False)
+    if result.stored is not None:
+        linear.weight = nn.Parameter(result.stored.weight().to(linear.weight.dtype), requires_grad=False)
 
 
-def layer_record(index: int, linear: Rounded, statistics: Statistics, grid: Grid) -> dict[str, Any]:
+def layer_record(index: int, linear: Rounded, statistics: Statistics) -> dict[str, Any]:
     """Describe one rounded linear: one row of ``layers.parquet``; every row has the same keys.
 
     ``relative_output_error`` compares with the original weight under the unweighted inputs of the quantized stream;
@@ -219,7 +220,7 @@ def layer_record(index: int, linear: Rounded, statistics: Statistics, grid: Grid
         ),
         "correction_norm": _finite(relative_correction(aim.weight, weight)),
         "correction_damping": aim.damping,
-        "effective_w_bits": effective_bits(grid),
+        "effective_w_bits": float(UNTOUCHED_BITS) if result.stored is None else result.stored.bits(),
         "damping_used": result.damping_used,
         "damping_retries": result.damping_retries,
         "degenerate": linear.degenerate,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ptqbench.cell import labels
 from ptqbench.cell.fingerprint import FORMAT, identity_fields
+from ptqbench.cell.formats import INTEGER
 from ptqbench.cell.registry import create
-from ptqbench.cell.spec import UNTOUCHED_BITS, CalibrationSpec, RunSpec
+from ptqbench.cell.spec import CalibrationSpec, RunSpec
 from ptqbench.errors import ConfigError
 from ptqbench.runs.artefacts import FOLDER, Artefacts
 from ptqbench.runs.folder import RunFolder, read_json, replacing, write_json
@@ -188,6 +189,7 @@ class Work:
             grid=lambda stage, in_features: self.precision.weight_grid(stage),
             true_sequential=asked.true_sequential,
             during_calibration=asked.activation.during_calibration,
+            plain_moments=asked.activation.moment_input == "plain",
         )
         with self.timings.measure("windows_s"):
             windows = self.calibration.windows()
@@ -199,7 +201,7 @@ class Work:
         from ptqbench.evaluate.cell import CellEvaluation
         from ptqbench.evaluate.unquantized import Unquantized
 
-        overlay = self.state.overlay if self.spec.bitwidth.w_bits < UNTOUCHED_BITS else None
+        overlay = self.state.overlay if self.spec.quantizes else None
         key = {"model": identity_fields(self.spec.model), "device": self.model.device.type}
         model = self.model.measured()
         unquantized = Unquantized(model, key, self.calibration.artefacts)
@@ -215,10 +217,24 @@ class Work:
         bits["kv_bytes_per_token"] = shape.n_blocks * shape.kv_dim * (bits["k_bits"] + bits["v_bits"]) / 8
         if not self.spec.quantizes:
             return bits
-        self._record_layers()
+        rows = self._record_layers()
+        extra = self._unplanned_bits(rows)
+        if extra:
+            bits["effective_w_bits"] += extra
+            bits["packed_bytes"] = round(bits["effective_w_bits"] * shape.linear_params / 8)
         return bits | {"codes_digest": self.state.codes_digest(self.model.n_blocks)}
 
-    def _record_layers(self) -> None:
+    def _unplanned_bits(self, rows: list[dict[str, Any]]) -> float:
+        """Bits per weight that linears store beyond their grids: row scales that no scale of a format could take up."""
+        from ptqbench.numerics.bits import mean_bits
+        from ptqbench.numerics.grid import effective_bits
+
+        sizes = [row["out_features"] * row["in_features"] for row in rows]
+        planned = [effective_bits(self.precision.weight_grid(row["linear"]), row["out_features"]) for row in rows]
+        beyond = [row["effective_w_bits"] - bits for row, bits in zip(rows, planned, strict=True)]
+        return mean_bits(zip(sizes, beyond, strict=True)) if any(beyond) else 0.0
+
+    def _record_layers(self) -> list[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet
 
@@ -235,6 +251,7 @@ class Work:
         schema = schema.set(column, pyarrow.field("degenerate", pyarrow.string())) if rows else schema
         with replacing(self.folder.layers_path) as temporary:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary)
+        return rows
 
     def _context_remarks(self) -> list[str]:
         """Say so where calibration windows are longer than the context that the model was made for."""
@@ -272,7 +289,7 @@ class Work:
             "timings": {name: round(seconds, 4) for name, seconds in self.timings.seconds.items()},
             "flop": done.flop,
             "n_tokens": done.n_tokens,
-            "column_loop": engine_on(self.model.device),
+            "column_loop": engine_on(self.model.device) if spec.bitwidth.w_format == INTEGER else "plain",
             "threads": torch.get_num_threads(),
             "peak_host_gib": round(provenance.peak_host_gib(), 4),
             "peak_gpu_gib": provenance.peak_gpu_gib(),

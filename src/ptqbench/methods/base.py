@@ -205,7 +205,7 @@ class Refine(Scoped, ABC):
 
     @abstractmethod
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
-        """Return a better result on the same codes; ``weight`` is the original one. ``result.codes`` is not None."""
+        """Return a better result on the same codes; ``weight`` is the original one. ``result.stored`` is not None."""
 
 
 def _idle(member: str, spec: RunSpec) -> str | None:

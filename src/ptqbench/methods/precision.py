@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.methods.formats import format_reason, no_format
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from ptqbench.numerics.bits import high_rank, kv_overhead_bits, mean_bits
+from ptqbench.numerics.formats import FORMATS, INTEGER, of_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from ptqbench.models.quantized import BasisChange, BlockPlan, KvPlan
     from ptqbench.numerics.activation import ActivationGrid
     from ptqbench.numerics.grid import Grid
+    from ptqbench.numerics.grid_spec import GridSpec
 
 STAGE_LINEARS = {"qkv": ATTENTION_INPUT, "o": ATTENTION_OUTPUT, "gate_up": MLP_INPUT, "down": MLP_OUTPUT}
 INT8 = 8
@@ -131,13 +134,12 @@ class Precision:
             ConfigError: There is no such linear or stage.
         """
         from ptqbench.numerics.grid import ColumnRange
-        from ptqbench.numerics.grid_spec import GridSpec
 
         linear = STAGE_LINEARS.get(name, (name,))[0]
         shapes = self.architecture.linear_shapes()
         if linear not in shapes:
             raise ConfigError(f"expected one of {[*STAGE_LINEARS, *shapes]}, got {name!r}")
-        bits, options = self.spec.bitwidth.w_bits, dataclasses.asdict(self.spec.method.grid)
+        bits = self.spec.bitwidth.w_bits
         # Parts of this linear's inputs, low to high: none for down, those of all heads together for o, else of the hidden size.
         if linear in MLP_OUTPUT:
             widths, part_bits = (0, shapes[linear][1], 0), (self._down_bits(bits),) * 3
@@ -150,12 +152,28 @@ class Precision:
         # One range of columns for each part that has any.
         ranges, start = [], 0
         for i, (width, its_bits) in enumerate(zip(widths, part_bits, strict=True)):
-            scheme = self._lowest_scheme() if i == 0 else options["scheme"]
-            grid = GridSpec(bits=its_bits, group_size=self.spec.bitwidth.group_size, **(options | {"scheme": scheme}))
             if width:
-                ranges.append(ColumnRange(start, start + width, grid))
+                ranges.append(ColumnRange(start, start + width, self._grid_spec(its_bits, lowest=i == 0)))
             start += width
         return tuple(ranges)
+
+    def _grid_spec(self, bits: int, lowest: bool) -> GridSpec:
+        """The grid of one range of columns; a part of other bits has the format of that width beside the one asked for."""
+        from ptqbench.numerics.grid_spec import GridSpec
+
+        given, options = self.spec.bitwidth, dataclasses.asdict(self.spec.method.grid)
+        name = of_width(given.w_format, bits) if bits < UNTOUCHED_BITS else INTEGER
+        if name is None:
+            raise UnsupportedError(no_format(given.w_format, bits))
+        if name != INTEGER:
+            rule = given.mx_scale if name == "mxfp4" or given.mx_scale != "four_thirds" else "even"
+            search = options["scale_search"] if name == given.w_format else "none"
+            return GridSpec(
+                bits=bits, format=name, mx_scale=rule, clip_search=options["clip_search"], scale_search=search
+            )
+        del options["scale_search"]
+        scheme = self._lowest_scheme() if lowest else options["scheme"]
+        return GridSpec(bits=bits, group_size=given.group_size, **(options | {"scheme": scheme}))
 
     def _lowest_scheme(self) -> str:
         """The lowest weight part is asymmetric in the codes' GPTQ and like the rest in their RTN."""
@@ -221,7 +239,7 @@ class Precision:
 
         if bits >= UNTOUCHED_BITS:
             return None
-        options, layout = self.spec.method.activation, layout or self.layout
+        options, given, layout = self.spec.method.activation, self.spec.bitwidth, layout or self.layout
         lowest, _, high = layout.parts(width)
         lowest_bits, _, high_bits = layout.bits(bits)
         symmetric = options.kv_symmetric if kv else options.symmetric
@@ -235,6 +253,10 @@ class Precision:
             n_high=high,
             lowest_bits=lowest_bits if lowest else None,
             n_lowest=lowest,
+            format=given.kv_format if kv else given.a_format,
+            mx_scale=given.mx_scale,
+            static=kv or given.nv_input_scale == "static" or given.a_format != "nvfp4",
+            one_level=not kv and given.nv_input_scale == "none",
         )
 
     def _uniform(self, bits: int, contains_zero: bool = True) -> ActivationGrid | None:
@@ -265,7 +287,16 @@ class Precision:
         return width // size if width % size == 0 or linear not in MLP_OUTPUT else self.architecture.hidden_size // size
 
     def skip_reason(self) -> str | None:
-        """Say why inputs cannot be quantized in the groups asked for, or None."""
+        """Say why the formats of the bitwidth do not go with the method, or inputs not into the groups asked for, or None."""
+        return format_reason(self.spec, self._widths) or self._group_reason()
+
+    def _widths(self, bulk: int) -> list[int]:
+        """The bits of all parts that there are, down_proj included."""
+        shares = (self.layout.lowest_fraction, 1.0, self.layout.high_fraction)
+        widths = [width for width, share in zip(self.layout.bits(bulk), shares, strict=True) if share]
+        return [*widths, self._down_bits(bulk)]
+
+    def _group_reason(self) -> str | None:
         size, bits = self.spec.method.activation.group_size, self.spec.bitwidth.a_bits
         if size is None or bits >= UNTOUCHED_BITS:
             return None
@@ -280,9 +311,12 @@ class Precision:
         return None
 
     def _basis_change_grid(self) -> ActivationGrid | None:
+        """Integers, whatever the format of the bitwidth: the bits of basis changes are the method's own."""
         bits = self.spec.bitwidth
-        quantized = min(bits.a_bits, bits.v_bits) < UNTOUCHED_BITS
-        return self._uniform(self.layout.basis_change_bits) if quantized else None
+        if min(bits.a_bits, bits.v_bits) >= UNTOUCHED_BITS:
+            return None
+        grid = self._uniform(self.layout.basis_change_bits)
+        return grid and dataclasses.replace(grid, format=INTEGER)
 
     def _kv_plan(self, key_rotation: Tensor | None) -> KvPlan | None:
         from ptqbench.models.quantized import KvPlan
@@ -315,7 +349,9 @@ class Precision:
             nominal_w_bits=mean_bits(zip((low, 1 - low - high, high), part_bits, strict=True)),
             code_w_bits=mean_bits((sizes[name], nominal_bits(grid)) for name, grid in grids.items()),
             basis_change_w_bits=change_bits,
-            effective_w_bits=mean_bits((sizes[name], effective_bits(grid)) for name, grid in grids.items())
+            effective_w_bits=mean_bits(
+                (sizes[name], effective_bits(grid, shapes[name][0])) for name, grid in grids.items()
+            )
             + change_bits,
             k_bits=self._cached_bits(self.spec.bitwidth.k_bits, self.spec.method.activation.k_group == "token"),
             v_bits=self._cached_bits(self.spec.bitwidth.v_bits, shared=False),
@@ -325,6 +361,8 @@ class Precision:
         """Bits per cached element: codes of the parts, and one grid per part and head (``shared``: per part and token)."""
         if bits >= UNTOUCHED_BITS:
             return float(UNTOUCHED_BITS)
+        if self.spec.bitwidth.kv_format != INTEGER:
+            return self._format_bits(bits)
         # Codes, and for each part a scale and (asymmetric) a zero point, spread over the elements that share them.
         parts = self.layout.parts(self.architecture.head_dim)
         numbers = 1 if self.spec.method.activation.kv_symmetric else 2
@@ -332,6 +370,16 @@ class Precision:
         n_grids = sum(part > 0 for part in parts)
         codes = mean_bits(zip(parts, self.layout.bits(bits), strict=True))
         return codes + kv_overhead_bits(width, n_grids, numbers * GRID_NUMBER_BITS)
+
+    def _format_bits(self, bits: int) -> float:
+        """Bits per cached element in the format of keys and values: codes, and a scale per block of every part of a head."""
+        spread = []
+        for width, its_bits in zip(self.layout.parts(self.architecture.head_dim), self.layout.bits(bits), strict=True):
+            if width:
+                form = FORMATS[of_width(self.spec.bitwidth.kv_format, its_bits) or ""]
+                blocks = -(-width // form.block) if form.block else 1
+                spread.append((float(width), its_bits + blocks * form.bits_per_block / width))
+        return mean_bits(spread)
 
 
 def _reordered(x: Tensor, order: Tensor) -> Tensor:

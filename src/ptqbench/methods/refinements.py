@@ -66,7 +66,7 @@ class NullSpace(Refine):
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
         """Return the rescaled result; unchanged, with rank None, if the rank rule finds no signal space."""
-        from ptqbench.numerics.null_space import apply_row_scale, null_space_row_scale, signal_space
+        from ptqbench.numerics.null_space import null_space_row_scale, signal_space
 
         moment = statistics.second_moment if self.moment == "full" else statistics.position_moment
         assert moment is not None, "the pipeline collects what a member needs"
@@ -81,8 +81,7 @@ class NullSpace(Refine):
             reference, rounded = reference[:, result.order], rounded[:, result.order]
         # alpha_i = 1 + <(w_i - q_i) U1, q_i U1> / (||q_i||^2 + ridge). A scale per row applies to columns in any order.
         alpha = null_space_row_scale(reference, rounded, basis, ridge=self.ridge, solver=self.solver)
-        dequantized = apply_row_scale(alpha, result.dequantized)
-        return Repaired(_rescaled(result, alpha, dequantized), alpha, basis.shape[1])
+        return Repaired(_rescaled(result, alpha), alpha, basis.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +94,16 @@ class ScaleRefit(Refine):
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SECOND_MOMENT})
 
     def repair(self, weight: Tensor, aim: Aim, result: LinearResult, statistics: Statistics) -> Repaired:
-        from ptqbench.numerics.null_space import apply_row_scale
         from ptqbench.numerics.scale_refit import refit_row_scale
 
         # alpha_i = argmin (v_i - alpha_i q_i) H (v_i - alpha_i q_i)^T
         alpha = refit_row_scale(aim.weight, result.dequantized, aim.second_moment)
-        return Repaired(_rescaled(result, alpha, apply_row_scale(alpha, result.dequantized)), alpha)
+        return Repaired(_rescaled(result, alpha), alpha)
 
 
-def _rescaled(result: LinearResult, row_scale: Tensor, dequantized: Tensor) -> LinearResult:
+def _rescaled(result: LinearResult, row_scale: Tensor) -> LinearResult:
     from ptqbench.numerics.null_space import apply_row_scale
 
-    return dataclasses.replace(result, scale=apply_row_scale(row_scale, result.scale), dequantized=dequantized)
+    assert result.stored is not None, "a refinement acts on rounded weights"
+    dequantized = apply_row_scale(row_scale, result.dequantized)
+    return dataclasses.replace(result, stored=result.stored.scaled(row_scale), dequantized=dequantized)

@@ -1,4 +1,4 @@
-"""Solvers: how one linear (or a stack of linears with one input) is rounded to an integer grid."""
+"""Solvers: how one linear (or a stack of linears with one input) is rounded to a grid."""
 
 from __future__ import annotations
 
@@ -62,6 +62,16 @@ class Gptq(Solver):
     on_cholesky_failure: Literal["raise", "retry"] = "raise"
 
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SECOND_MOMENT})
+
+    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
+        """Skip blocks of a format whose channels would not be neighbours."""
+        form = spec.bitwidth.w_format
+        if self.act_order and not self.static_groups and form != "int":
+            return (
+                f"act_order with dynamic groups scatters the channels of a block, {form} stores blocks of neighbours; "
+                "use static_groups=true"
+            )
+        return super().skip_reason(spec, architecture)
 
     def solve(self, aim: Aim, statistics: Statistics, grid: Grid, keep_working: bool = False) -> LinearResult:
         """Round ``aim.weight`` (out, in) with compensation under ``aim.second_moment`` (in, in)."""

@@ -236,16 +236,15 @@ class BlockwiseModel:
         tensors = self.tensors(index)
         self._fill(block, tensors if self.basis is None else self.basis.block(tensors, index))
         del tensors
-        # -> quantized weights -> online transforms and quantizers
+        # -> online transforms and quantizers -> quantized weights, and what quantizers know from the calibration
+        plan = None if self.basis is None else self.basis.plan(index)
+        if plan is not None:
+            from ptqbench.models.quantized import install
+
+            block = install(block, plan)
         if overlay is not None:
             overlay(index, block)
-        plan = None if self.basis is None else self.basis.plan(index)
-        if plan is None:
-            return block
-        from ptqbench.models.quantized import install
-
-        installed: nn.Module = install(block, plan)
-        return installed
+        return block
 
     def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
         placed = {key: self._cast(value) for key, value in tensors.items()}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.numerics.activation import ActivationGrid, apply_grid, fake_quantize, fake_quantize_tensor
+from ptqbench.numerics.activation import ActivationGrid, apply_grid, fake_quantize, fake_quantize_tensor, part_peaks
 
 _PREFIX = "ptqbench_"
 _BASES = ("sdpa", "eager")
@@ -66,7 +66,15 @@ class KvPlan:
 
 
 def apply_plan(
-    plan: KvPlan, query: Tensor, key: Tensor, value: Tensor, *, rotation: Tensor | None = None, enabled: bool = True
+    plan: KvPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    rotation: Tensor | None = None,
+    enabled: bool = True,
+    key_peaks: Tensor | None = None,
+    value_peaks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round to rope_output_bits, rotate and quantize q, k and v.
 
@@ -77,6 +85,8 @@ def apply_plan(
         value: (batch, G, tokens, e), not modified.
         rotation: (G, e, e) on the device of the keys, used in place of ``plan.rotation`` (which may lie on another device).
         enabled: False applies the rotation alone, and does not round it.
+        key_peaks: What ``key_grid`` needs of the calibration tokens (``numerics.activation.part_peaks``).
+        value_peaks: The same for ``value_grid``.
 
     Returns:
         (query, key, value) of the same shapes and dtypes; the inputs themselves if nothing applies.
@@ -92,9 +102,13 @@ def apply_plan(
         query, key = _rotate(query, used), _rotate(key, used)
     # The rotated keys, and the values, are rounded to their grids.
     if quantize_keys and plan.key_grid is not None:
-        key = _per_token(key, plan.key_grid) if plan.k_group == "token" else apply_grid(key, plan.key_grid)
+        key = (
+            _per_token(key, plan.key_grid)
+            if plan.k_group == "token"
+            else apply_grid(key, plan.key_grid, peaks=key_peaks)
+        )
     if enabled and plan.value_grid is not None:
-        value = apply_grid(value, plan.value_grid)
+        value = apply_grid(value, plan.value_grid, peaks=value_peaks)
     return query, key, value
 
 
@@ -140,14 +154,21 @@ class KvQuantizer(nn.Module):
     Attributes:
         plan: The plan.
         enabled: Whether the quantizers are on.
+        observing: Whether peaks are being found: the quantizers are off then.
+        key_peaks: Largest magnitudes of the parts on the calibration tokens, for a grid that needs them; None while they are not
+            known. Likewise ``value_peaks``.
         rotation: (G, e, e) on the device of the attention, float64 beside float64 weights and float32 beside others; or None.
     """
 
     rotation: Tensor | None
+    key_peaks: Tensor | None
+    value_peaks: Tensor | None
 
     def __init__(self, plan: KvPlan, attention: nn.Module) -> None:
         super().__init__()
-        self.plan, self.enabled = plan, True
+        self.plan, self.enabled, self.observing = plan, True, False
+        self.register_buffer("key_peaks", None, persistent=False)
+        self.register_buffer("value_peaks", None, persistent=False)
         rotation, weight = plan.rotation, next(attention.parameters())
         if rotation is not None:
             rotation = rotation.to(home(weight), torch.float64 if weight.dtype == torch.float64 else torch.float32)
@@ -156,7 +177,25 @@ class KvQuantizer(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Apply the plan; see ``apply_plan``."""
-        return apply_plan(self.plan, query, key, value, rotation=self.rotation, enabled=self.enabled)
+        peaks = {"key_peaks": self.key_peaks, "value_peaks": self.value_peaks}
+        query, key, value = apply_plan(
+            self.plan, query, key, value, rotation=self.rotation, enabled=self.enabled, **peaks
+        )
+        if self.observing and self.plan.key_grid is not None and self.plan.key_grid.needs_peaks:
+            self.key_peaks = larger(self.key_peaks, part_peaks(key, self.plan.key_grid))
+        if self.observing and self.plan.value_grid is not None and self.plan.value_grid.needs_peaks:
+            self.value_peaks = larger(self.value_peaks, part_peaks(value, self.plan.value_grid))
+        return query, key, value
+
+    @property
+    def needs_peaks(self) -> bool:
+        """Whether a quantizer needs the largest magnitudes on the calibration tokens."""
+        return any(grid is not None and grid.needs_peaks for grid in (self.plan.key_grid, self.plan.value_grid))
+
+
+def larger(earlier: Tensor | None, found: Tensor) -> Tensor:
+    """The larger of two peaks, entry by entry; NaN if there is one."""
+    return found if earlier is None else torch.maximum(earlier, found)
 
 
 def install_kv(attention: nn.Module, plan: KvPlan | None) -> None:

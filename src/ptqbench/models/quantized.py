@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.models.kv import KvPlan, KvQuantizer, check_kv, home, install_kv, wrapped_attention
-from ptqbench.numerics.activation import ActivationGrid, apply_grid
+from ptqbench.models.kv import KvPlan, KvQuantizer, check_kv, home, install_kv, larger, wrapped_attention
+from ptqbench.numerics.activation import ActivationGrid, apply_grid, part_peaks
 
 __all__ = [
     "BasisChange",
@@ -123,11 +123,14 @@ class QuantizedLinear(nn.Module):
     Attributes:
         plan: What `prepare` does.
         enabled: Whether the quantizer is on.
+        observing: Whether ``peaks`` are being found: the quantizer is off then.
+        peaks: ``part_peaks`` of the calibration tokens for a grid that needs them; None while they are not known.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     order: Tensor | None
+    peaks: Tensor | None
 
     def __init__(self, linear: nn.Linear, plan: InputPlan, prepared: _Prepared | None = None) -> None:
         """Take over the parameters of a linear.
@@ -140,7 +143,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self._prepared = prepared or _Prepared()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.plan, self.enabled = plan, True
+        self.plan, self.enabled, self.observing = plan, True, False
+        self.register_buffer("peaks", None, persistent=False)
         self.register_parameter("weight", linear.get_parameter("weight"))
         self.register_parameter("bias", linear.bias)
         order = None if plan.order is None else plan.order.to(home(linear.weight))
@@ -155,15 +159,22 @@ class QuantizedLinear(nn.Module):
         Returns:
             (..., in) in the dtype of x; x itself if the plan is empty. Do not modify it: it may be shared.
         """
-        return self._prepared.get(x, self.enabled, self._prepare)
+        return self._prepare(x) if self.observing else self._prepared.get(x, self.enabled, self._prepare)
 
     def _prepare(self, x: Tensor) -> Tensor:
         # reorder(quantize(online(x)))
         if self.plan.online is not None:
             x = self.plan.online(x)
-        if self.enabled and self.plan.grid is not None:
-            x = apply_grid(x, self.plan.grid, self.plan.n_groups)
+        if self.observing and self.plan.grid is not None:
+            self.peaks = larger(self.peaks, part_peaks(x, self.plan.grid, self.plan.n_groups))
+        elif self.enabled and self.plan.grid is not None:
+            x = apply_grid(x, self.plan.grid, self.plan.n_groups, self.peaks)
         return x if self.order is None else x.index_select(-1, self.order)
+
+    @property
+    def needs_peaks(self) -> bool:
+        """Whether the quantizer needs ``peaks``."""
+        return self.plan.grid is not None and self.plan.grid.needs_peaks
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""

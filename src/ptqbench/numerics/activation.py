@@ -3,6 +3,9 @@
 Objective: replace every row (token, or token and head) by the nearest point of a uniform grid fitted to that row's own
 range; ``y = (clamp(round(x / scale) + zero_point) - zero_point) scale``.
 
+Formats other than integers have a scale per block of channels instead (``numerics/microscaling.py``). Where they share a number per
+tensor, it comes from the largest magnitude on the calibration tokens, or from the row itself.
+
 Shapes: x (..., n), one grid per row and part; scale and zero_point (..., 1). Columns run from low to high importance,
 so the high-precision part is the last.
 
@@ -24,7 +27,9 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import ConfigError
-from ptqbench.numerics.grid_spec import code_limits
+from ptqbench.numerics.formats import FORMATS, INTEGER, of_width
+from ptqbench.numerics.grid_spec import UNTOUCHED_BITS, code_limits
+from ptqbench.numerics.microscaling import peak_of, quantize_rows, tensor_number
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class ActivationGrid:
         n_high: Channels of the high part.
         lowest_bits: Bits of the first n_lowest channels (``iso_bits``); needed when n_lowest > 0.
         n_lowest: Channels of the lowest part.
+        format: ``int``, or a format; parts of other bits have the format of that width beside it. Of the fields about ranges,
+            ``clip_ratio`` alone acts on formats.
+        mx_scale: Rule for scales that are powers of two.
+        static: Whether a number per tensor is that of the calibration tokens; otherwise it is that of each row.
+        one_level: Leave out the number per tensor of NVFP4.
 
     Raises:
         ConfigError: A value lies outside its range.
@@ -56,6 +66,10 @@ class ActivationGrid:
     n_high: int = 0
     lowest_bits: int | None = None
     n_lowest: int = 0
+    format: str = INTEGER
+    mx_scale: str = "even"
+    static: bool = True
+    one_level: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -67,6 +81,9 @@ class ActivationGrid:
         for bits in (self.bits, self.high_bits, self.lowest_bits):
             if bits is not None:
                 _check(bits, self.clip_ratio)
+        for bits in (self.bits, *(bits for bits in (self.high_bits, self.lowest_bits) if bits is not None)):
+            if bits < UNTOUCHED_BITS and of_width(self.format, bits) is None:
+                raise ConfigError(f"expected bits of a format beside {self.format}, got {bits}")
         for name, bits, count in (("high", self.high_bits, self.n_high), ("lowest", self.lowest_bits, self.n_lowest)):
             if count < 0 or (count > 0 and bits is None):
                 raise ConfigError(f"expected {name}_bits with n_{name} > 0, got {name}_bits={bits}, n_{name}={count}")
@@ -93,14 +110,41 @@ class ActivationGrid:
         )
         return tuple(part for part in ranges if part[0] < part[1])
 
+    @property
+    def needs_peaks(self) -> bool:
+        """Whether the largest magnitudes on the calibration tokens are needed."""
+        names = {
+            of_width(self.format, bits) for bits in (self.bits, self.high_bits, self.lowest_bits) if bits is not None
+        }
+        formats = [FORMATS[name] for name in names if name not in (None, INTEGER)]
+        return self.static and not self.one_level and any(form.per_tensor for form in formats)
 
-def apply_grid(x: Tensor, grid: ActivationGrid, n_groups: int = 1) -> Tensor:
+
+def part_peaks(x: Tensor, grid: ActivationGrid, n_groups: int = 1) -> Tensor:
+    """Return the largest magnitude of every part, over all rows and groups.
+
+    Args:
+        x: As for ``apply_grid``.
+        grid: The split.
+        n_groups: As for ``apply_grid``.
+
+    Returns:
+        (parts,) float32, or float64 where x is; NaN if there is one.
+    """
+    grouped = x.reshape(-1, n_groups, x.shape[-1] // n_groups)
+    work = grouped if x.dtype == torch.float64 else grouped.float()
+    return torch.stack([work[..., start:stop].abs().max() for start, stop, _ in grid.parts(grouped.shape[-1])])
+
+
+def apply_grid(x: Tensor, grid: ActivationGrid, n_groups: int = 1, peaks: Tensor | None = None) -> Tensor:
     """Fake-quantize the last axis with one range per row, group and part.
 
     Args:
         x: (..., n) floating point, not modified.
         grid: Bits, split and range rule; the split applies inside each group.
         n_groups: Equal groups of the last axis, e.g. the number of heads for per-(token, head) grids.
+        peaks: ``part_peaks`` of the calibration tokens, for a grid that ``needs_peaks``; while they are not known, each row has
+            its own.
 
     Returns:
         Same shape and dtype; x itself when every part has 16 bits.
@@ -116,13 +160,26 @@ def apply_grid(x: Tensor, grid: ActivationGrid, n_groups: int = 1) -> Tensor:
     if all(bits == 16 for _, _, bits in parts):
         return x
     # Every part of the split has its own range and bits.
+    known = [None] * len(parts) if peaks is None else peaks.to(x.device).unbind()
     quantized = [
-        fake_quantize(
-            grouped[..., start:stop], bits, grid.symmetric, grid.clip_ratio, grid.range_contains_zero, grid.zero_point
-        )
-        for start, stop, bits in parts
+        _fake_quantize_part(grouped[..., start:stop], grid, bits, peak)
+        for (start, stop, bits), peak in zip(parts, known, strict=True)
     ]
     return torch.cat(quantized, dim=-1).reshape(x.shape) if len(parts) > 1 else quantized[0].reshape(x.shape)
+
+
+def _fake_quantize_part(x: Tensor, grid: ActivationGrid, bits: int, peak: Tensor | None) -> Tensor:
+    name = of_width(grid.format, bits) or INTEGER
+    if name == INTEGER or bits == UNTOUCHED_BITS:
+        return fake_quantize(x, bits, grid.symmetric, grid.clip_ratio, grid.range_contains_zero, grid.zero_point)
+    form, work = FORMATS[name], x.detach() if x.dtype == torch.float64 else x.detach().float()
+    number = None
+    if form.per_tensor and not (grid.one_level and form.block):
+        # A number per tensor from the calibration tokens, or from the row; a scale per tensor takes the clip ratio as well.
+        peak = peak if peak is not None and grid.static else peak_of(work)[..., None]
+        number = tensor_number(peak.to(work.dtype) * (1.0 if form.block else grid.clip_ratio), form)
+    rounded = quantize_rows(work, form, grid.mx_scale, grid.clip_ratio, number).to(x.dtype)
+    return straight_through(x, rounded) if x.requires_grad and torch.is_grad_enabled() else rounded
 
 
 def fake_quantize(

@@ -116,7 +116,7 @@ def run_columns(
     Raises:
         UnsupportedError: The engine ``fused`` was asked for and cannot serve, or its kernel does not compile here.
     """
-    fused = FusedPanels(grids) if use_fused(engine, work) else None
+    fused = FusedPanels(grids) if use_fused(engine, work, [group.spec for group in grids.groups]) else None
     size = min(options.column_block, len(work))
     # Stale groups are fitted on the weights as they were when the block began, so that those are kept.
     stale = options.group_refit == "stale" and not all(grids.fitted)

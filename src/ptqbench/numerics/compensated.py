@@ -90,7 +90,7 @@ def solve_by_columns(
     check_weight(weight, grid, grid_weight)
     require_shape("second_moment", second_moment, (weight.shape[1], weight.shape[1]))
     if all(part.spec.untouched for part in grid):
-        return untouched_result(weight, grid, compute_dtype(weight))
+        return untouched_result(weight)
     factor = factorise(second_moment, damping=damping, act_order=act_order, on_cholesky_failure=on_cholesky_failure)
     return compensated_rounding(
         weight,
@@ -143,7 +143,8 @@ def compensated_rounding(
     """
     dtype, order = compute_dtype(weight), factor.order
     upper = factor.upper.to(dtype)
-    groups = plan_groups(grid, None if options.static_groups else order)
+    source = weight if grid_weight is None else grid_weight
+    groups = plan_groups(grid, source, None if options.static_groups else order)
     inverse = torch.arange(weight.shape[1], device=weight.device) if order is None else torch.argsort(order)
     positions = [inverse[group.channels.to(weight.device)] for group in groups]
     codes = torch.empty(weight.shape, dtype=code_dtype(grid), device=weight.device)

@@ -15,6 +15,7 @@ may get the other code; later channels absorb the difference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import util
 from types import ModuleType
@@ -25,6 +26,7 @@ from torch import Tensor
 from ptqbench.errors import UnsupportedError
 from ptqbench.numerics.affine import tie_shift
 from ptqbench.numerics.checks import require_choice
+from ptqbench.numerics.grid_spec import GridSpec
 from ptqbench.numerics.group_grids import GroupGrids, kind
 
 ENGINES = ("auto", "plain", "fused")
@@ -56,12 +58,13 @@ def engine_on(device: torch.device) -> str:
     return f"fused, triton {_kernels().VERSION}" if fused else "plain"
 
 
-def use_fused(engine: str, work: Tensor) -> bool:
+def use_fused(engine: str, work: Tensor, specs: Sequence[GridSpec] = ()) -> bool:
     """Choose the engine.
 
     Args:
         engine: One of ``ENGINES``.
         work: (n, m), for dtype, device and layout.
+        specs: The grids of all groups.
 
     Returns:
         Whether to use the kernel.
@@ -73,7 +76,7 @@ def use_fused(engine: str, work: Tensor) -> bool:
     require_choice("engine", engine, ENGINES)
     if engine == "plain" or (engine == "auto" and (_forbidden or not work.is_cuda)):
         return False
-    reason = _obstacle(work)
+    reason = _obstacle(work, specs)
     if reason and engine == "fused":
         raise UnsupportedError(f"engine fused: {reason}; choose engine 'auto' or 'plain'")
     return not reason
@@ -156,8 +159,11 @@ def _has_triton() -> bool:
     return util.find_spec("triton") is not None
 
 
-def _obstacle(work: Tensor) -> str:
+def _obstacle(work: Tensor, specs: Sequence[GridSpec]) -> str:
     """Return why the kernel cannot serve, in words; empty if it can."""
+    for spec in specs:
+        if not spec.integer:
+            return f"the kernel rounds to integer grids, got format {spec.format}"
     if not _has_triton():
         return "triton is not installed"
     if work.dtype != torch.float32 or not work.is_contiguous():

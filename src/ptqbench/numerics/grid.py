@@ -1,10 +1,11 @@
-"""Integer grids: which values a quantized weight may take, how they are fitted, and what they cost in bits.
+"""Grids of weights: which values a quantized weight may take, how they are fitted, and what they cost in bits.
 
     value = scale * (codes - zero_point)
 
 A linear's grid is a sequence of column ranges, each with its own ``GridSpec`` (mixed precision). A range is one group, or is cut
 into groups of ``group_size`` consecutive input channels. Every (row, group) has its own scale and zero point. Rounding is
 half-to-even. The range of the values contains zero and the zero point is an integer, unless an asymmetric grid says otherwise.
+The formats of ``numerics/formats.py`` are symmetric, and their blocks are the groups.
 Without ``range_contains_zero`` it is the plain minimum and maximum (efsotr/NeUQI@2331daf), so that zero may be off the grid. A
 real ``zero_point`` puts both ends of the range exactly on the grid instead of zero.
 
@@ -26,9 +27,7 @@ from ptqbench.numerics.affine import scale_from_range, value_range
 from ptqbench.numerics.checks import compute_dtype, require_finite, require_matrix
 from ptqbench.numerics.clip_search import best_shrink
 from ptqbench.numerics.grid_spec import GridSpec
-
-SCALE_BITS = 16
-"""Bits of one stored scale in ``effective_bits``."""
+from ptqbench.numerics.stored import TENSOR_SCALE_BITS, Stored
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,7 @@ class LinearResult:
     """The rounded weight of one linear.
 
     Attributes:
-        codes: (out, in) in the smallest of uint8, int8 and int16 that holds every code of the grid; ``None`` when the
-            whole grid is untouched. Columns of an untouched range inside a mixed grid hold 0 and mean nothing.
-        scale: (out, n_groups), groups of all column ranges in column order; float32, or float64 when the weight is.
-        zero_point: (out, n_groups), dtype of ``scale``; integers within the codes. They may lie outside the codes where the
-            range need not contain zero, and between them where the zero point is ``real``.
-        group_index: (in,) int32, the group of each input channel. It is not monotone when ``act_order`` forms its groups in
-            processing order (``static_groups`` off).
+        stored: Codes and scales; ``None`` when the whole grid is untouched.
         dequantized: (out, in) in the dtype of the weight.
         damping_used: Fraction of the mean diagonal that was added; 0.0 where no factorisation took place.
         damping_retries: How often the damping was raised before the factorisation succeeded.
@@ -64,10 +57,7 @@ class LinearResult:
             the updates by all earlier blocks and none by its own. Dead channels hold 0.
     """
 
-    codes: Tensor | None
-    scale: Tensor
-    zero_point: Tensor
-    group_index: Tensor
+    stored: Stored | None
     dequantized: Tensor
     damping_used: float = 0.0
     damping_retries: int = 0
@@ -152,8 +142,14 @@ def fit(values: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
 
 
 def code_dtype(grid: Grid) -> torch.dtype:
-    """Return the smallest of uint8, int8 and int16 that holds every code of the grid (0 for untouched ranges)."""
-    limits = [part.spec.code_limits for part in grid if not part.spec.untouched]
+    """Return the smallest dtype that holds every code of the grid (0 for untouched ranges).
+
+    This is uint8, int8 or int16 for integers. The elements of every floating-point format are exact in float8_e4m3fn.
+    """
+    specs = [part.spec for part in grid if not part.spec.untouched]
+    if any(not spec.integer and spec.own_format.elements.emin is not None for spec in specs):
+        return torch.float8_e4m3fn
+    limits = [spec.code_limits for spec in specs]
     low, high = min((low for low, _ in limits), default=0), max((high for _, high in limits), default=0)
     if low >= 0 and high <= 255:
         return torch.uint8
@@ -165,28 +161,25 @@ def nominal_bits(grid: Grid) -> float:
     return sum((part.stop - part.start) * part.spec.bits for part in grid) / grid[-1].stop
 
 
-def effective_bits(grid: Grid) -> float:
-    """Return the true average bits per weight: codes plus what is stored per row and group.
+def effective_bits(grid: Grid, rows: int) -> float:
+    """Return the true average bits per weight: codes plus what is stored per row and group, and per tensor.
 
-    Each (row, group) stores a 16-bit scale and, for ``asym``, a zero point of ``bits`` bits, or of 16 where it may lie outside
-    the codes or between them. The zero point of ``sym_gptq`` and ``sym_signed`` is a constant. Untouched columns cost 16 bits
-    and nothing else. The number of rows cancels. The channel-to-group map of ``act_order`` with dynamic groups is not counted
+    Untouched columns cost 16 bits and nothing else. The channel-to-group map of ``act_order`` with dynamic groups is not counted
     (one integer per input channel, shared by all rows).
 
     Args:
         grid: A valid grid.
+        rows: Number of rows, which share the number per tensor that some formats have. It cancels elsewhere.
 
     Returns:
         Bits per weight.
     """
     # Bits of one row: codes, then a scale and perhaps a zero point per group.
-    total = 0
+    row, shared = 0, 0
     for part in grid:
         columns, spec = part.stop - part.start, part.spec
-        total += columns * spec.bits
-        if spec.untouched:
-            continue
-        groups = 1 if spec.group_size is None else -(-columns // spec.group_size)
-        zero_bits = spec.bits if spec.plain else SCALE_BITS
-        total += groups * (SCALE_BITS + (zero_bits if spec.scheme == "asym" else 0))
-    return total / grid[-1].stop
+        groups = 1 if spec.block is None else -(-columns // spec.block)
+        row += columns * spec.bits + groups * spec.bits_per_group
+        if not (spec.integer or spec.untouched):
+            shared += TENSOR_SCALE_BITS * spec.own_format.per_tensor
+    return (rows * row + shared) / (rows * grid[-1].stop)

@@ -9,14 +9,16 @@ Legend: out = rows of the weight, in = input channels, G = number of groups in c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ptqbench.numerics.checks import compute_dtype
 from ptqbench.numerics.grid import Grid, LinearResult, code_dtype
 from ptqbench.numerics.grid_spec import GridSpec
+from ptqbench.numerics.microscaling import tensor_number
+from ptqbench.numerics.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,21 @@ class Group:
         channels: (size,) int64 original channels, in processing order.
         whole_range: Whether the group is a complete column range (``group_size`` None). Its grid is always fitted before any
             rounding, on the original weight.
+        number: Scalar that all rows and groups of the range share (``microscaling.tensor_number``); None where there is none.
     """
 
     spec: GridSpec
     channels: Tensor
     whole_range: bool
+    number: Tensor | None = None
 
 
-def plan_groups(grid: Grid, order: Tensor | None = None) -> list[Group]:
+def plan_groups(grid: Grid, source: Tensor, order: Tensor | None = None) -> list[Group]:
     """Cut every column range into its groups.
 
     Args:
         grid: A valid grid.
+        source: (out, in) weight that the grids are fitted on, for what all rows of a range share; not modified.
         order: (in,) processing order to form groups in; ``None`` for consecutive original channels. Not modified.
 
     Returns:
@@ -52,9 +57,13 @@ def plan_groups(grid: Grid, order: Tensor | None = None) -> list[Group]:
             channels = torch.arange(part.start, part.stop)
         else:
             channels = order[(order >= part.start) & (order < part.stop)].cpu()
-        size = None if part.spec.untouched else part.spec.group_size
+        spec, number = part.spec, None
+        if not (spec.integer or spec.untouched) and spec.own_format.per_tensor:
+            peak = source[:, part.start : part.stop].to(compute_dtype(source)).abs().max()
+            number = tensor_number(peak, spec.own_format, spec.largest_scale)
+        size = None if spec.untouched else spec.block
         pieces = (channels,) if size is None else torch.split(channels, size)
-        groups += [Group(part.spec, piece, size is None) for piece in pieces]
+        groups += [Group(spec, piece, size is None, number) for piece in pieces]
     return groups
 
 
@@ -74,12 +83,9 @@ def columns_of(weight: Tensor, group: Group) -> Tensor:
     return weight[:, group.channels.to(weight.device)]
 
 
-def untouched_result(weight: Tensor, grid: Grid, dtype: torch.dtype) -> LinearResult:
+def untouched_result(weight: Tensor) -> LinearResult:
     """Return the result of a grid without any quantized range: the weight itself, bit for bit."""
-    groups = plan_groups(grid)
-    scale = torch.ones(weight.shape[0], len(groups), dtype=dtype, device=weight.device)
-    index = group_index(groups, weight.shape[1], weight.device)
-    return LinearResult(None, scale, torch.zeros_like(scale), index, weight.clone())
+    return LinearResult(None, weight.clone())
 
 
 def assemble(
@@ -99,13 +105,18 @@ def assemble(
     Returns:
         The result with contiguous tensors, without damping entries.
     """
-    return LinearResult(
+    # One number per range that has any; groups of a range share it.
+    numbers = list({id(group.number): group.number for group in groups if group.number is not None}.values())
+    has_zero_points = any(group.spec.integer for group in groups)
+    stored = Stored(
+        specs=tuple(group.spec for group in groups),
         codes=codes.to(code_dtype(grid)).contiguous(),
         scale=scale.T.contiguous(),
-        zero_point=zero_point.T.contiguous(),
+        zero_point=zero_point.T.contiguous() if has_zero_points else None,
         group_index=group_index(groups, weight.shape[1], weight.device),
-        dequantized=values.to(weight.dtype).contiguous(),
+        tensor_scale=torch.stack(numbers) if numbers else None,
     )
+    return LinearResult(stored, values.to(weight.dtype).contiguous())
 
 
 def split_rows(result: LinearResult, rows: list[int]) -> list[LinearResult]:
@@ -118,10 +129,10 @@ def split_rows(result: LinearResult, rows: list[int]) -> list[LinearResult]:
     Returns:
         One result per linear; the tensors are views.
     """
-
-    def split(tensor: Tensor | None) -> Sequence[Tensor | None]:
-        return [None] * len(rows) if tensor is None else torch.split(tensor, rows)
-
-    per_row = ("codes", "scale", "zero_point", "dequantized", "working")
-    parts = zip(*(split(getattr(result, name)) for name in per_row), strict=True)
-    return [replace(result, **dict(zip(per_row, part, strict=True))) for part in parts]
+    stored = [None] * len(rows) if result.stored is None else result.stored.split_rows(rows)
+    dequantized = torch.split(result.dequantized, rows)
+    working = [None] * len(rows) if result.working is None else torch.split(result.working, rows)
+    return [
+        replace(result, stored=kept, dequantized=values, working=copy)
+        for kept, values, copy in zip(stored, dequantized, working, strict=True)
+    ]

@@ -75,8 +75,66 @@ def fit_grid(values: Tensor, bits: int, scheme: str = "asym", clip_search: bool 
     return grid(best_p)
 
 
+class FloatGrid(NamedTuple):
+    """The elements of a format, value = scale * code: scale (m, 1), the codes +- ``magnitudes`` (K,), which begin with 0."""
+
+    scale: Tensor
+    magnitudes: Tensor
+
+    def codes(self, values: Tensor) -> Tensor:
+        """Return the nearest codes of (m, c) values; between two of them the one at an even place wins."""
+        x = (values / self.scale).abs()
+        middle = (self.magnitudes[1:] + self.magnitudes[:-1]) / 2
+        place = torch.bucketize(x, middle)  # the lower one of two that are equally near
+        tie = x == middle[place.clamp(max=len(middle) - 1)]
+        return self.magnitudes[place + (tie & (place % 2 == 1))] * values.sign()
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Return the (m, c) values of codes."""
+        return self.scale * codes
+
+
+def minifloat(exponent_bits: int, mantissa_bits: int, bias: int) -> Tensor:
+    """List the magnitudes of a floating-point format in the order of its codes."""
+    subnormal = [m * 2.0 ** (1 - bias - mantissa_bits) for m in range(2**mantissa_bits)]
+    normal = [
+        (1 + m / 2**mantissa_bits) * 2.0 ** (e - bias)
+        for e in range(1, 2**exponent_bits)
+        for m in range(2**mantissa_bits)
+    ]
+    return torch.tensor(subnormal + normal, dtype=torch.float64)
+
+
+FORMATS = {
+    "mxfp4": (32, minifloat(2, 1, 1), 1), "mxfp6": (32, minifloat(2, 3, 1), 3), "mxfp6_e3m2": (32, minifloat(3, 2, 3), 2),
+    "mxfp8": (32, minifloat(4, 3, 7)[:-1], 1), "mxint8": (32, torch.arange(128).double() / 64, 6),
+    "nvfp4": (16, minifloat(2, 1, 1), 0), "fp8_row": (None, minifloat(4, 3, 7)[:-1], 0),
+}  # fmt: skip
+"""Channels per scale, magnitudes, mantissa bits of the rule ``even``. The last code of e4m3 is NaN."""
+
+
+def fit_format(values: Tensor, W: Tensor, name: str) -> FloatGrid:
+    """Fit the scales of one block (m, c) of the weight W: compressed-tensors 0.20, in float64."""
+    _, magnitudes, even_bits = FORMATS[name]
+    a, top = values.abs().amax(1, keepdim=True), magnitudes[-1]
+    if name == "fp8_row":  # s = a / 448
+        return FloatGrid(torch.where(a == 0, 2.0**-23, a / top), magnitudes)
+    if name == "nvfp4":  # s = E4M3(G a / 6) / G, G = 2688 / A: the largest block scale of the tensor is 448
+        A = W.abs().max()
+        G = 2688 * (1 / A) if A > 0 else torch.ones_like(A)
+        e4m3 = FloatGrid(torch.ones_like(a), minifloat(4, 3, 7)[:-1])
+        return FloatGrid(e4m3.codes(G * (a / top)).clamp(min=2.0**-9) / G, magnitudes)
+    # s = 2^e, e = floor(log2 a) - emax, one more where the mantissa of a is above what the elements hold
+    mantissa, exponent = torch.frexp(a)
+    e = exponent - torch.frexp(top)[1] + (mantissa >= 1 - 2.0 ** -(even_bits + 2))
+    return FloatGrid(2.0 ** torch.where(a == 0, -127, e.clamp(-127, 127)).double(), magnitudes)
+
+
 class Options(NamedTuple):
-    """The grid and the order of rounding; ``group_size`` consecutive channels share a scale per row (None: all)."""
+    """The grid and the order of rounding; ``group_size`` consecutive channels share a scale per row (None: all).
+
+    A ``format`` has blocks of its own; then bits, scheme and ``clip_search`` say nothing.
+    """
 
     bits: int
     scheme: str = "asym"
@@ -84,9 +142,17 @@ class Options(NamedTuple):
     group_size: int | None = None
     act_order: bool = False
     static_groups: bool = False
+    format: str | None = None
 
-    def fit(self, values: Tensor) -> Grid:
-        """Fit the grid of these options."""
+    @property
+    def block(self) -> int | None:
+        """Channels per scale; None for all."""
+        return self.group_size if self.format is None else FORMATS[self.format][0]
+
+    def fit(self, values: Tensor, W: Tensor) -> Grid | FloatGrid:
+        """Fit the grid of these options to some columns (m, c) of the weight W."""
+        if self.format is not None:
+            return fit_format(values, W, self.format)
         return fit_grid(values, self.bits, self.scheme, self.clip_search)
 
 
@@ -145,9 +211,8 @@ def awq_clip(
 
 def rtn(W: Tensor, options: Options) -> Rounded:
     """Round to nearest: min over Q on the grid of ``|w - q|``, entry by entry."""
-    size = options.group_size or W.shape[1]
-    pieces = W.split(size, dim=1)
-    grids = [options.fit(piece) for piece in pieces]
+    pieces = W.split(options.block or W.shape[1], dim=1)
+    grids = [options.fit(piece, W) for piece in pieces]
     codes = [grid.codes(piece) for grid, piece in zip(grids, pieces, strict=True)]
     values = [grid.values(code) for grid, code in zip(grids, codes, strict=True)]
     return Rounded(torch.cat(codes, 1), torch.cat(values, 1))
@@ -196,7 +261,7 @@ def qronos(W: Tensor, H: Tensor, C: Tensor, options: Options, damping: float = 0
 
 
 def round_columns(
-    W: Tensor, U: Tensor, grid_at: Callable[[int, Tensor], Grid], P: Tensor | None = None
+    W: Tensor, U: Tensor, grid_at: Callable[[int, Tensor], Grid | FloatGrid], P: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run the loop of GPTQ on weights in processing order; with P that of GPTAQ."""
     w, codes, values = W.clone(), torch.zeros_like(W), torch.zeros_like(W)
@@ -230,20 +295,22 @@ def processing_order(H: Tensor, options: Options) -> Tensor:
     return torch.argsort(H.diagonal(), descending=True, stable=True) if options.act_order else torch.arange(n)
 
 
-def grids_of(W: Tensor, work: Tensor, order: Tensor, options: Options) -> Callable[[int, Tensor], Grid]:
+def grids_of(W: Tensor, work: Tensor, order: Tensor, options: Options) -> Callable[[int, Tensor], Grid | FloatGrid]:
     """Return the function that gives the grid of position j, the weights being w (m, n) by then."""
-    size = options.group_size
+    size = options.block
     if size is None:  # one grid per row, fitted on the original weight, dead channels and all
-        whole = options.fit(W)
+        whole = options.fit(W, W)
         return lambda j, w: whole
     if options.static_groups:  # consecutive channels of the model, fitted before the loop
-        static = [options.fit(piece) for piece in work[:, torch.argsort(order)].split(size, dim=1)]
+        static = [options.fit(piece, W) for piece in work[:, torch.argsort(order)].split(size, dim=1)]
         return lambda j, w: static[int(order[j]) // size]
-    fitted: dict[int, Grid] = {}  # consecutive channels in processing order, fitted when the first one is reached
+    fitted: dict[
+        int, Grid | FloatGrid
+    ] = {}  # consecutive channels in processing order, fitted when the first one is reached
 
-    def dynamic(j: int, w: Tensor) -> Grid:
+    def dynamic(j: int, w: Tensor) -> Grid | FloatGrid:
         if j // size not in fitted:
-            fitted[j // size] = options.fit(w[:, j : j + size])
+            fitted[j // size] = options.fit(w[:, j : j + size], W)
         return fitted[j // size]
 
     return dynamic

@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptqbench.numerics.affine import to_codes, to_values
+from ptqbench.numerics.affine import to_values
 from ptqbench.numerics.checks import compute_dtype, require_finite
-from ptqbench.numerics.grid import Grid, LinearResult, check_weight, fit
+from ptqbench.numerics.grid import Grid, LinearResult, check_weight, code_dtype
 from ptqbench.numerics.groups import assemble, columns_of, plan_groups, untouched_result
+from ptqbench.numerics.levels import fit_levels
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, grid_weight: Tensor | None = None) -> LinearResult:
@@ -35,24 +36,23 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, grid_weight: Tensor | None =
     check_weight(weight, grid, grid_weight)
     dtype = compute_dtype(weight)
     if all(part.spec.untouched for part in grid):
-        return untouched_result(weight, grid, dtype)
-    groups = plan_groups(grid)
+        return untouched_result(weight)
     source = weight if grid_weight is None else grid_weight
+    groups = plan_groups(grid, source)
     scales, zeros = [], []
-    codes = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device)
+    codes = torch.zeros(weight.shape, dtype=code_dtype(grid), device=weight.device)
     values = weight.clone()
     for group in groups:
         # scale and zero_point of every row, fitted on the weight or on ``grid_weight``
-        scale, zero_point = fit(columns_of(source, group).to(dtype), group.spec)
-        scales.append(scale)
-        zeros.append(zero_point)
+        levels = fit_levels(columns_of(source, group).to(dtype), group.spec, group.number)
+        scales.append(levels.scale)
+        zeros.append(levels.zero_point)
         if group.spec.untouched:
             continue
-        # codes = clamp(round(w / scale) + zero_point),   q = scale * (codes - zero_point)
-        scale, zero_point = scale[:, None], zero_point[:, None]
-        rounded = to_codes(columns_of(weight, group).to(dtype), scale, zero_point, group.spec)
+        # codes = round(w / scale) + zero_point within the codes,   q = scale * (codes - zero_point)
+        rounded = levels.codes(columns_of(weight, group).to(dtype))
         columns_of(codes, group).copy_(rounded)
-        columns_of(values, group).copy_(to_values(rounded, scale, zero_point))
+        columns_of(values, group).copy_(to_values(rounded, levels.scale[:, None], levels.zero_point[:, None]))
     result = assemble(weight, grid, groups, torch.stack(scales), torch.stack(zeros), codes, values)
     require_finite("dequantized", result.dequantized)
     return result

@@ -16,6 +16,7 @@ import pandas as pd
 from pydantic import Field
 
 from ptqbench.cell.folders import claims_file, group_names
+from ptqbench.cell.formats import INTEGER
 from ptqbench.cell.spec import ROLES, build, nearest, strict
 from ptqbench.errors import ConfigError
 from ptqbench.results.compare import UNDECIDED, Judged, compare_metric, holm, judged, shared_metrics
@@ -30,6 +31,7 @@ from ptqbench.sweeps.yaml_file import read_mapping
 
 SUPPORTED, CONTRADICTED, UNDISTINGUISHABLE, NOT_RUN = "supported", "contradicted", "not distinguishable", "not run"
 SO_FAR = "supported so far"
+FORMATS = ("w_format", "a_format", "kv_format")
 BITS = (
     "bitwidth",
     "w_bits",
@@ -37,6 +39,7 @@ BITS = (
     "k_bits",
     "v_bits",
     "group_size",
+    *FORMATS,
     "nominal_w_bits",
     "nominal_a_bits",
     "nominal_kv_bits",
@@ -287,6 +290,8 @@ def _selected(cell: Mapping[str, Any], claim: Claim, selection: Selection) -> bo
     if claim.models and cell["model"] not in claim.models:
         return False
     conditions = {**claim.where, **selection}
+    if "bitwidth" not in conditions:  # bits mean integers unless the claim names a format
+        conditions = dict.fromkeys(FORMATS, INTEGER) | conditions
     return any(_fits(cell, one) for one in _spelled_out(conditions))
 
 

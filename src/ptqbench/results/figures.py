@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from ptqbench.cell.folders import reported_folder
+from ptqbench.cell.formats import INTEGER
 from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.results.metrics import MISSING, known
@@ -147,6 +148,8 @@ def same_cell(cell: dict[str, Any], figure: Figure) -> bool:
         return False
     if method["solver"] == "none":
         return bool(cell["nominal_w_bits"] >= UNTOUCHED_BITS)
+    if {cell["w_format"], cell["a_format"], cell["kv_format"]} != {INTEGER}:  # figures that papers print for integers
+        return False
     bits = [("nominal_w_bits", "w_bits"), ("nominal_a_bits", "a_bits"), ("nominal_kv_bits", "kv_bits")]
     if pd.isna(row["w_bits"]) or any(pd.notna(row[name]) and cell[ours] != row[name] for ours, name in bits):
         return False

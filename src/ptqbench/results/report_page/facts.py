@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pandas as pd
 
+from ptqbench.cell.formats import INTEGER
 from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.engine.timings import EVALUATION_TIMINGS
 from ptqbench.errors import StorageError
@@ -307,17 +308,20 @@ def _bitwidths(frame: pd.DataFrame) -> list[str]:
     lines = []
     for row in tables.records(frame.dropna(subset=["w_bits"]).drop_duplicates("bitwidth")):
         group = "" if pd.isna(row["group_size"]) else f" in groups of {row['group_size']:g}"
-        weights = f"weights {_bits(row['w_bits'])}{group if row['w_bits'] < UNTOUCHED_BITS else ''}"
-        others = {"inputs of linears": row["a_bits"], "keys": row["k_bits"], "values": row["v_bits"]}
-        rounded = [f"{name} {_bits(bits)}" for name, bits in others.items() if bits < UNTOUCHED_BITS]
-        rest = _and(name for name, bits in others.items() if bits >= UNTOUCHED_BITS)
+        weights = f"weights {_bits(row['w_bits'], row['w_format'])}{group if row['w_bits'] < UNTOUCHED_BITS else ''}"
+        caches = {"keys": (row["k_bits"], row["kv_format"]), "values": (row["v_bits"], row["kv_format"])}
+        others = {"inputs of linears": (row["a_bits"], row["a_format"]), **caches}
+        rounded = [f"{name} {_bits(bits, form)}" for name, (bits, form) in others.items() if bits < UNTOUCHED_BITS]
+        rest = _and(name for name, (bits, _) in others.items() if bits >= UNTOUCHED_BITS)
         words = [weights, *rounded, *([f"{rest} untouched"] if rest else [])]
         lines.append(f"{row['bitwidth']}: {', '.join(words)}")
     return lines
 
 
-def _bits(bits: float) -> str:
-    return "untouched" if bits >= UNTOUCHED_BITS else f"{bits:g} bits"
+def _bits(bits: float, form: str) -> str:
+    if bits >= UNTOUCHED_BITS:
+        return "untouched"
+    return f"{bits:g} bits" if form == INTEGER else f"in {form.upper()}"
 
 
 def _measures(found: Pivot) -> list[str]:

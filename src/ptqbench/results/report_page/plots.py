@@ -135,7 +135,8 @@ def _compared(frame: pd.DataFrame, metric: str, cost: str) -> pd.DataFrame:
     """
     # ``pareto`` compares the rows of one model. Here a "model" is a model with the precision of everything but weights.
     quantized = [bits < UNTOUCHED_BITS for bits in frame["w_bits"]]
-    precision = list(zip(frame["model"], frame["a_bits"], frame["k_bits"], frame["v_bits"], quantized, strict=True))
+    others = ["model", "a_bits", "a_format", "k_bits", "v_bits", "kv_format"]
+    precision = list(zip(*(frame[name] for name in others), quantized, strict=True))
     leagues = {str(one): one for one in precision}
     rows = analysis.pareto(frame.assign(model=[str(one) for one in precision]), metric, cost)
     rows = rows[[leagues[name][-1] for name in rows["model"]]]

@@ -62,9 +62,8 @@ class Part:
     bitwidth: str = ""
 
 
-def _bits(spec: RunSpec) -> tuple[int | None, ...]:
-    bits = spec.bitwidth
-    return bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits, bits.group_size
+def _bits(spec: RunSpec) -> str:
+    return canonical_json(identity_fields(spec.bitwidth))
 
 
 def _model(spec: RunSpec) -> str:

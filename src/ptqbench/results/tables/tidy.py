@@ -38,7 +38,7 @@ NUMBERS = [
 DRAW = ["seed", "rotation_seed", "replicate"]
 """Columns that tell the draws of a row apart. A table averages over them."""
 COLUMNS = [
-    *KEYS, "w_bits", "a_bits", "k_bits", "v_bits", "group_size", *ROLES, *SETTINGS, *DRAW,
+    *KEYS, "w_bits", "a_bits", "k_bits", "v_bits", "group_size", "w_format", "a_format", "kv_format", *ROLES, *SETTINGS, *DRAW,
     "run_id", "variant", "evaluation",
     *NUMBERS[:-2], "metric", *NUMBERS[-2:], "protocol", "state", "reason",
 ]  # fmt: skip
@@ -155,7 +155,8 @@ def _digests(texts: dict[str, str]) -> dict[str, str]:
 def _key(spec: RunSpec) -> dict[str, Any]:
     """The columns that every row of a cell has, with its ``spec``, which ``names`` needs."""
     bits = spec.bitwidth
-    widths = {name: getattr(bits, name) for name in ("w_bits", "a_bits", "k_bits", "v_bits", "group_size")}
+    fields = ("w_bits", "a_bits", "k_bits", "v_bits", "group_size", "w_format", "a_format", "kv_format")
+    widths = {name: getattr(bits, name) for name in fields}
     rotation_seed = spec.method.transform.options.get("rotation_seed")
     seeds = {"seed": spec.seed, "rotation_seed": rotation_seed, "replicate": spec.replicate or None}
     return {
