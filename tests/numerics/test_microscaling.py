@@ -252,7 +252,8 @@ def test_golden_solvers(form: str, solver: dict | None, hadamard: bool | str, er
     if hadamard:
         turn = torch.block_diag(HADAMARD, HADAMARD)
         weight, moment = (weight.double() @ turn).float(), turn @ moment @ turn
-    grid = uniform_grid(32, spec(form))
+    search = hadamard if isinstance(hadamard, str) else "none"
+    grid = uniform_grid(32, spec(form, scale_search=search))
     result = (
         round_to_nearest(weight, grid) if solver is None else gptq(weight, moment, grid, static_groups=True, **solver)
     )

@@ -117,7 +117,7 @@ class ActivationGrid:
             of_width(self.format, bits) for bits in (self.bits, self.high_bits, self.lowest_bits) if bits is not None
         }
         formats = [FORMATS[name] for name in names if name not in (None, INTEGER)]
-        return self.static and not self.one_level and any(form.per_tensor for form in formats)
+        return self.static and any(form.per_tensor and not (self.one_level and form.block) for form in formats)
 
 
 def part_peaks(x: Tensor, grid: ActivationGrid, n_groups: int = 1) -> Tensor:
