@@ -57,7 +57,8 @@ class Hadamard(Transform):
         r2: Whether values are rotated per head (fused).
         r3: Whether queries and keys are rotated per head after RoPE (online; installed where keys are quantized).
         r4: Whether the input of down_proj is transformed (online).
-        head_mix: ``hadamard`` transforms the input of o across heads (online); ``none`` leaves R2 fully fused.
+        head_mix: ``hadamard`` transforms the input of o across heads (online), where a Hadamard matrix of their number exists
+            (none of order 9 or 14 does); ``none`` leaves R2 fully fused.
         odd_hadamard: Rule for the odd factor of R1 and R4: ``paley`` builds it; ``table`` (QuaRot code) and ``as_code``
             (ResQ and CoQuant code) follow the codes' divisor lists. Head mixing always builds it.
         center_embedding: Subtract row means from the embedding (on in the code; changes an RMSNorm model).
@@ -103,9 +104,20 @@ class Hadamard(Transform):
             reason = no_hadamard(shape.hidden_size, rule, f"r1={self.r1} (hidden_size; haar works)")
         if self.r4:
             reason = reason or no_hadamard(shape.intermediate_size, rule, "r4 (intermediate_size)")
-        if self.head_mix == "hadamard":
-            reason = reason or no_hadamard(shape.n_heads, "paley", "head_mix=hadamard (heads)")
         return reason or self.precision(spec, architecture).skip_reason()
+
+    def deviations(self, architecture: Architecture) -> list[str]:
+        """Heads that no Hadamard matrix mixes are left unmixed."""
+        if self.head_mix == "none" or self._mixed_heads(architecture) is not None:
+            return []
+        return [
+            f"heads are not mixed: no Hadamard matrix of order {architecture.n_heads} exists or can be built; "
+            "the other rotations are as published"
+        ]
+
+    def _mixed_heads(self, architecture: Architecture) -> int | None:
+        n_heads = architecture.n_heads
+        return n_heads if self.head_mix == "hadamard" and no_hadamard(n_heads, "paley", "heads") is None else None
 
     def layout(self) -> Layout:
         """No split; down_proj may have bits of its own."""
@@ -147,7 +159,7 @@ class Hadamard(Transform):
             residual=bases["residual"] if self.r1 == "file" else self._residual(architecture.hidden_size),  # type: ignore[index]
             heads=head if self.r2 is True else None,
             key=head if self.r3 else None,
-            mixed_heads=architecture.n_heads if self.head_mix == "hadamard" else None,
+            mixed_heads=self._mixed_heads(architecture),
             down=down_transform(architecture, self.odd_hadamard, self.rotation_seed) if self.r4 else None,
             center_embedding=self.center_embedding,
             block_heads=bases if self.r2 == "file" else None,
