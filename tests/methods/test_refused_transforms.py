@@ -17,9 +17,7 @@ from transforms_at_hand import SHAPE, cell, member, shape
         ("hadamard", {"odd_hadamard": "table"}, {"intermediate_size": 4864}, r"r4.*4864"),
         ("hadamard", {}, {"hidden_size": 50}, r"r1=random_hadamard.*50"),
         ("subspace", {}, {"intermediate_size": 90}, r"down_proj.*90"),
-        ("subspace", {"objective": "joint"}, {}, "only with granularity=per_layer"),
         ("subspace", {"objective": "outlier"}, {}, "only with granularity=per_layer"),
-        ("subspace", {"objective": "joint", "granularity": "one_per_decoder"}, {}, "only with granularity=per_layer"),
     ],
 )
 def test_impossible_cells_are_skipped_with_a_reason(name, options, changes, words):
@@ -60,6 +58,7 @@ def test_a_high_part_without_channels_is_an_error():
     [
         ({"kv_joint": True}, "objective=joint"),
         ({"pre_fuse_compensation": True}, "objective=joint"),
+        ({"pre_fuse_compensation": True, "objective": "joint"}, "granularity=per_layer"),
         ({"iso_bits": True}, "high_bits=6"),
         ({"iso_bits": True, "high_bits": 6, "granularity": "per_layer"}, "full_shared"),
         ({"high_fraction": 1.5}, "high_fraction"),

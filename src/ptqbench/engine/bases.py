@@ -25,7 +25,7 @@ from torch import Tensor
 from ptqbench.engine.blocks_on_disk import metadata_of
 from ptqbench.errors import NumericalError
 from ptqbench.methods.basis import FoldedBasis
-from ptqbench.methods.eigenbases import COLUMNS_OF, FACTS, diagonalised, eigenbases, facts
+from ptqbench.methods.eigenbases import COLUMNS_OF, FACTS, diagonalised, eigenbases, facts, stream_objective
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.capture import BlockMoments, read_moments
 from ptqbench.models.stages import Positions, forward
@@ -269,7 +269,7 @@ class _Computation:
                     start = self._save(str(index), self._bases(index, moments), start)
                 # The shared basis diagonalises the mean over all 2 L inputs of the stream.
                 if self.one_for_all:
-                    both = moments.attention + moments.mlp
+                    both = stream_objective(self.transform, moments, self._weights(index))
                     total = both if total is None else total + both
             on_block(index)
         if total is not None:
@@ -285,10 +285,15 @@ class _Computation:
     def _bases(self, index: int, moments: BlockMoments) -> dict[str, Tensor]:
         model, transform = self.model, self.transform
         try:
-            tensors = model.tensors(index) if transform.objective == "joint" else {}
-            return eigenbases(transform, moments, tensors, model.architecture, transform.low_bits(self.spec))
+            return eigenbases(
+                transform, moments, self._weights(index), model.architecture, transform.low_bits(self.spec)
+            )
         except NumericalError as error:
             raise NumericalError(f"block {index}: {error}") from error
+
+    def _weights(self, index: int) -> dict[str, Tensor]:
+        """Tensors of a block before its norms are folded, where the objective weighs them."""
+        return self.model.tensors(index) if self.transform.objective == "joint" else {}
 
     def _clock(self) -> float:
         return 0.0 if self.shelf is None else self.shelf.artefacts.clock()
