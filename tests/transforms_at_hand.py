@@ -15,6 +15,7 @@ from ptqbench.runs.attempt import Silent
 
 OFF = {"r1": "none", "r2": False, "r3": False, "r4": False, "head_mix": "none"}
 TRANSFORMS = {
+    "keys alone": ("none", {"r3": True, "output_group": "head"}),
     "folding": ("hadamard", OFF),
     "r1": ("hadamard", OFF | {"r1": "random_hadamard"}),
     "r1 haar": ("hadamard", OFF | {"r1": "haar"}),
@@ -30,6 +31,8 @@ TRANSFORMS = {
     "per_layer": ("subspace", {"granularity": "per_layer"}),
     "iso": ("subspace", {"iso_bits": True, "high_bits": 6}),
     "joint": ("subspace", {"objective": "joint", "granularity": "per_layer"}),
+    "joint shared": ("subspace", {"objective": "joint", "kv_joint": True}),
+    "joint per block": ("subspace", {"objective": "joint", "granularity": "one_per_decoder"}),
     "outlier": ("subspace", {"objective": "outlier", "granularity": "per_layer"}),
     "output per token": ("subspace", {"output_group": "token"}),
     "smoothquant": ("smoothquant", {}),

@@ -37,7 +37,7 @@ def test_stored_bases_are_found_resumed_and_guarded(checkpoint, tmp_path, monkey
     compute_bases(transform, model, WINDOWS, cell(), folder, "mine")
 
 
-@pytest.mark.parametrize("label", ["full_shared", "per_layer", "joint"])
+@pytest.mark.parametrize("label", ["full_shared", "per_layer", "joint", "joint shared"])
 def test_cells_share_moments_and_bases(checkpoint, tmp_path, monkeypatch, label):
     """With another cell's artefacts the same bases come out, to the bit, without running the model."""
     model, shelf = open_model(checkpoint(), torch.float32), lambda: Shelf(Artefacts(tmp_path / "shared"), SHELF)

@@ -23,6 +23,8 @@ VARIANTS = [
         {"head_dim": 32, "num_attention_heads": 12, "num_key_value_heads": 3, "tie_word_embeddings": True},
         BROAD,
     ),
+    ("llama", {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}, ("quarot",)),
+    ("qwen2", {"hidden_size": 112, "num_attention_heads": 14, "num_key_value_heads": 2}, ("quarot",)),
 ]
 
 

@@ -12,6 +12,7 @@ import pytest
 from ptqbench.cell.folders import group_names
 from ptqbench.cell.registry import MEMBERS, create
 from ptqbench.cell.spec import ROLES
+from ptqbench.results.tables import comparison_sheet, tidy
 from ptqbench.run import run_cell
 from ptqbench.runs.folder import create as create_folder
 from ptqbench.sweeps.compose import compose_cell
@@ -115,10 +116,21 @@ def test_every_member_is_offered_by_a_file_and_says_what_it_needs():
         assert offered == set(MEMBERS[role])
 
 
-def test_impossible_combinations_say_why(checkpoint, tmp_path):
+def test_heads_that_no_hadamard_matrix_mixes_stay_unmixed_and_the_table_says_so(checkpoint, tmp_path):
     folder = checkpoint("llama", hidden_size=56, num_attention_heads=14, num_key_value_heads=2, head_dim=8)
-    assert "14" in skip_reason(cell(folder, tmp_path, "+method=quarot"))
-    assert skip_reason(cell(folder, tmp_path, "+method=quarot", "method.transform.head_mix=none")) is None
+    asked, plain = (
+        cell(folder, tmp_path, "+method=quarot", *words) for words in ([], ["method.transform.head_mix=none"])
+    )
+    assert skip_reason(asked) is None
+    assert perplexity(asked) == perplexity(plain)
+    result, unmixed = (create_folder(spec).result() for spec in (asked, plain))
+    assert result["bits"]["codes_digest"] == unmixed["bits"]["codes_digest"]
+    assert unmixed["deviations"] == []
+    (said,) = result["deviations"]
+    assert "no Hadamard matrix of order 14" in said
+    sheet = comparison_sheet(tidy((create_folder(spec), spec) for spec in (asked, plain)))
+    assert sheet.notes == [said]
+    assert [row[1].note for row in sheet.rows] == [1, None]
 
 
 def test_learned_factors_compose_into_a_whole_cell(checkpoint, tmp_path):

@@ -1,13 +1,15 @@
 """Eigenbases gather what they should, from moments that are those of the installed model."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ptqbench.methods.basis import FoldedBasis
-from ptqbench.models.capture import read_moments
-from transforms_at_hand import LINEARS, TRANSFORMS, WINDOWS, cell, in_basis, member, open_model
+from ptqbench.methods.eigenbases import eigenbases, stream_objective
+from ptqbench.models.capture import BlockMoments, read_moments
+from transforms_at_hand import LINEARS, SHAPE, TRANSFORMS, WINDOWS, cell, in_basis, member, open_model
 
 
 def slow_moments(folder, architecture):
@@ -127,6 +129,65 @@ def test_joint_bases_weigh_weights_too(checkpoint, tmp_path):
             x = x[head] if x.ndim == 3 else x
             top = torch.linalg.eigh(unit(x) + unit(y))[1][:, -4:]
             assert (found[head][:, -4:] @ found[head][:, -4:].T - top @ top.T).abs().max() < 1e-5
+
+
+def test_shared_joint_bases_weigh_every_input_alike(checkpoint, tmp_path):
+    """The eigenvectors, by numpy, of the mean of S_x / tr S_x + S_w / tr S_w over the inputs and heads that share a basis."""
+    model = open_model(checkpoint("qwen3", head_dim=32))
+    folded = model.reopened(FoldedBasis(), torch.float32)
+    hidden, positions, shares, keys = list(folded.embed(WINDOWS).split(1)), folded.positions(32), [], []
+    unit = lambda matrix: (matrix / matrix.trace()).numpy()
+    for index in range(2):
+        with folded.block(index) as block:
+            its, hidden = read_moments(block, hidden, positions, torch.device("cpu"))
+            w = {name: block.get_submodule(name).weight.double() for name in LINEARS}
+        for x, linears in ((its.attention, LINEARS[:3]), (its.mlp, LINEARS[4:6])):
+            stacked = torch.cat([w[name] for name in linears])
+            shares.append(unit(x) + unit(stacked.T @ stacked))
+        keys.append([unit(its.key[head]) + unit(its.query[head]) for head in range(2)])
+    for label, parts in {"joint shared": [shares, shares], "joint per block": [shares[:2], shares[2:]]}.items():
+        name, options = TRANSFORMS[label]
+        basis = in_basis(model, member(name, **options), cell(), tmp_path / label).basis
+        for index, part in enumerate(parts):
+            check_top(basis.attention_basis(index), np.mean(part, axis=0), 6)
+            check_top(basis.mlp_basis(index), np.mean(part, axis=0), 6)
+        if label == "joint shared":
+            for index in range(2):
+                for head in range(2):
+                    check_top(basis.key_basis(index)[head], np.mean(keys[index], axis=0), 4)
+
+
+def check_top(basis, matrix, n_high):
+    """The last columns span the top eigenvectors."""
+    top, high = np.linalg.eigh(matrix)[1][:, -n_high:], basis[:, -n_high:].numpy()
+    assert np.abs(high @ high.T - top @ top.T).max() < 1e-5
+
+
+def block_of(seed, scale=1.0):
+    """Moments and tensors of a block whose two inputs are alike, with norm gains."""
+    draws = torch.Generator().manual_seed(seed)
+    drawn = lambda *shape: torch.randn(*shape, generator=draws, dtype=torch.float64)
+    inputs, weight, gain = drawn(60, 12) * torch.linspace(0.2, 3, 12), scale * drawn(9, 12), drawn(12)
+    moment = scale * inputs.T @ inputs
+    tensors = {f"{norm}.weight": gain for norm in ("input_layernorm", "post_attention_layernorm")}
+    tensors |= {f"{name}.weight": part for name, part in zip(LINEARS[:3], weight.split(3), strict=True)}
+    tensors |= {f"{name}.weight": part for name, part in zip(LINEARS[4:6], weight.split([4, 5]), strict=True)}
+    head = torch.eye(8, dtype=torch.float64)[None]
+    return BlockMoments(moment, moment, head, head, head), tensors
+
+
+def test_a_shared_joint_basis_of_equal_inputs_is_that_of_one_and_no_scale_moves_it():
+    def bases(granularity, moments, tensors):
+        transform = member("subspace", objective="joint", granularity=granularity)
+        return eigenbases(transform, moments, tensors, SHAPE, 4)
+
+    own, shared = (bases(granularity, *block_of(0)) for granularity in ("per_layer", "one_per_decoder"))
+    for name in ("attention", "mlp"):
+        torch.testing.assert_close(shared["residual"], own[name], rtol=0, atol=1e-10)
+    assert "residual_coefficients" not in shared
+    transform = member("subspace", objective="joint")
+    objectives = [stream_objective(transform, *block_of(1, scale)) for scale in (1.0, 100.0)]
+    torch.testing.assert_close(objectives[0], objectives[1])
 
 
 def test_pre_fuse_compensation_uses_the_gain_of_the_checkpoint(checkpoint, tmp_path):

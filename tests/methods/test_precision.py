@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from ptqbench.cell.registry import complete
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.models.architecture import published
-from transforms_at_hand import LINEARS, SHAPE, cell, member, ranges
+from transforms_at_hand import LINEARS, SHAPE, cell, member, ranges, shape
 
 
 def test_weight_grids_split_by_importance():
@@ -113,6 +114,39 @@ def test_uniform_transforms_quantize_per_token_and_per_head(name):
     assert ranges(precision, "o") == [(0, 64, 4)]
 
 
+@pytest.mark.parametrize("name", ["none", "hadamard", "learned_rotation"])
+def test_the_input_of_o_is_quantized_per_head_where_asked_and_is_left_out_of_groups(name):
+    transform = member(name, output_group="head")
+    plan = transform.precision(cell(4, 5), SHAPE).block_plan()
+    assert {linear: one.n_groups for linear, one in plan.inputs.items() if one.n_groups > 1} == {"self_attn.o_proj": 4}
+    output = plan.inputs["self_attn.o_proj"]
+    assert (output.grid.bits, output.grid.range_contains_zero, output.order) == (5, False, None)
+    assert (
+        transform.precision(cell(4, 5), SHAPE).storage_bits()
+        == member(name).precision(cell(4, 5), SHAPE).storage_bits()
+    )
+    assert "grouped by head" in transform.skip_reason(cell(4, 5, group_size=16), SHAPE)
+
+
+def test_keys_alone_are_rotated_where_they_are_quantized():
+    transform = member("none", r3=True)
+    assert transform.basis(cell(4, 16, 16, 16), SHAPE) is None
+    rotation = transform.basis(cell(16, 16, 4, 16), SHAPE).plan(1).kv.rotation
+    torch.testing.assert_close(rotation, member("hadamard").basis(cell(), SHAPE).plan(1).kv.rotation)
+    assert "power of two" in transform.skip_reason(cell(), shape(head_dim=24))
+    assert transform.skip_reason(cell(k=16), shape(head_dim=24)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("none", {"r3": False, "output_group": "token"}), ("hadamard", {"output_group": "token"}),
+     ("learned_rotation", {"output_group": "token"})],
+)  # fmt: skip
+def test_new_options_at_their_defaults_are_no_part_of_the_identity(name, given):
+    assert complete("transform", {"name": name, **given}).options == complete("transform", {"name": name}).options
+    assert not set(given) & set(complete("transform", {"name": name, **given}).options)
+
+
 @pytest.mark.parametrize("name", ["hadamard", "subspace"])
 def test_int8_down_proj(name):
     precision = member(name, int8_down_proj=True).precision(cell(), SHAPE)
@@ -155,6 +189,21 @@ def test_golden_storage_bits(model, codes, with_changes):
     assert per_layer.effective_w_bits == pytest.approx(shared.effective_w_bits + per_layer.basis_change_w_bits)
     once = member("subspace", granularity="one_per_decoder").precision(cell(), shape).storage_bits()
     assert once.basis_change_w_bits == pytest.approx(per_layer.basis_change_w_bits / 2)
+    # A scale of 16 bits per output channel; without rounded weights the matrices stay as they are.
+    options = {"granularity": "per_layer", "basis_change_weight_bits": 8}
+    eight, untouched = (member("subspace", **options).precision(cell(w), shape).storage_bits() for w in (4, 16))
+    share = (8 + 16 / shape.hidden_size) / 16
+    assert eight.basis_change_w_bits == pytest.approx(per_layer.basis_change_w_bits * share)
+    assert untouched.basis_change_w_bits == per_layer.basis_change_w_bits
+
+
+@pytest.mark.parametrize("w", [4, 16])
+def test_basis_changes_are_rounded_where_weights_are(w):
+    precision = member("subspace", granularity="per_layer", basis_change_weight_bits=8, basis_change_bits=16).precision(
+        cell(w), SHAPE
+    )
+    for change in precision.block_plan({}, torch.zeros(2, 16, 16), (torch.eye(48), torch.eye(48))).basis_changes:
+        assert (change.grid, change.matrix_bits) == (None, 8 if w == 4 else 16)
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,13 @@ from transforms_at_hand import SHAPE, cell, member, shape
 @pytest.mark.parametrize(
     ("name", "options", "changes", "words"),
     [
-        ("hadamard", {}, {"n_heads": 14, "n_kv_heads": 2}, r"head_mix.*14"),
         ("hadamard", {}, {"head_dim": 24}, r"r2 and r3.*24"),
         ("hadamard", {"r2": False}, {"head_dim": 24}, r"r2 and r3.*24"),
         ("hadamard", {}, {"intermediate_size": 90}, r"r4.*90"),
         ("hadamard", {"odd_hadamard": "table"}, {"intermediate_size": 4864}, r"r4.*4864"),
         ("hadamard", {}, {"hidden_size": 50}, r"r1=random_hadamard.*50"),
         ("subspace", {}, {"intermediate_size": 90}, r"down_proj.*90"),
-        ("subspace", {"objective": "joint"}, {}, "only with granularity=per_layer"),
         ("subspace", {"objective": "outlier"}, {}, "only with granularity=per_layer"),
-        ("subspace", {"objective": "joint", "granularity": "one_per_decoder"}, {}, "only with granularity=per_layer"),
     ],
 )
 def test_impossible_cells_are_skipped_with_a_reason(name, options, changes, words):
@@ -31,7 +28,7 @@ def test_impossible_cells_are_skipped_with_a_reason(name, options, changes, word
 
 
 def test_ways_out_of_a_skipped_cell():
-    assert member("hadamard", head_mix="none").skip_reason(cell(), shape(n_heads=14)) is None
+    assert member("hadamard").skip_reason(cell(), shape(n_heads=14)) is None, "its heads are left unmixed"
     assert member("hadamard", r2=False, r3=False).skip_reason(cell(), shape(head_dim=24)) is None
     assert member("hadamard", r2=False).skip_reason(cell(k=16), shape(head_dim=24)) is None, "r3 needs quantized keys"
     assert member("hadamard", r1="haar").skip_reason(cell(), shape(hidden_size=50)) is None
@@ -61,6 +58,7 @@ def test_a_high_part_without_channels_is_an_error():
     [
         ({"kv_joint": True}, "objective=joint"),
         ({"pre_fuse_compensation": True}, "objective=joint"),
+        ({"pre_fuse_compensation": True, "objective": "joint"}, "granularity=per_layer"),
         ({"iso_bits": True}, "high_bits=6"),
         ({"iso_bits": True, "high_bits": 6, "granularity": "per_layer"}, "full_shared"),
         ({"high_fraction": 1.5}, "high_fraction"),

@@ -29,6 +29,7 @@ def test_files_write_out_every_option_and_keep_the_defaults(path):
     }
     expected = {
         "subspace_joint": {"objective", "granularity"},
+        "subspace_joint_shared": {"objective"},
         "subspace_activation_per_layer": {"granularity"},
         "subspace_iso": {"iso_bits", "high_bits"},
         "subspace_outlier": {"objective", "granularity"},

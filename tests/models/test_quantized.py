@@ -19,6 +19,7 @@ from ptqbench.models.quantized import (
     KvPlan,
     PlannedLayer,
     QuantizedLinear,
+    ResidualChange,
     install,
     set_quantizers,
 )
@@ -201,6 +202,19 @@ def test_a_changed_layer_equals_its_definition_and_norms_see_the_unquantized_str
         expected = branch[1](middle) + stock.mlp(stock.post_attention_layernorm(middle))
         assert relative(planned(hidden, position_embeddings=rope, attention_mask=None), expected) < 1e-14
         assert [change is None for change in planned.basis_changes] == [change is None for change in plan]
+
+
+def test_a_stored_basis_change_has_a_grid_per_output_channel_and_switches_off():
+    matrix, hidden = haar(48, generator(0, "basis")), torch.randn(3, 48, dtype=F64)
+    change = ResidualChange(BasisChange(matrix, matrix_bits=8), torch.empty(0, dtype=F64))
+    scales = matrix.abs().amax(0) / 127
+    torch.testing.assert_close(change(hidden), hidden @ (torch.round(matrix / scales) * scales), rtol=0, atol=1e-12)
+    assert relative(change(hidden), hidden @ matrix) > 1e-3
+    change.enabled = False
+    assert torch.equal(change(hidden), hidden @ matrix)
+    exact = ResidualChange(BasisChange(matrix), torch.empty(0, dtype=F64))
+    assert exact.rounded is None
+    assert torch.equal(exact(hidden), hidden @ matrix)
 
 
 def test_basis_quantizers_switch_off_and_matrices_stay(checkpoint):

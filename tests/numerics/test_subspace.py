@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,11 +11,11 @@ from ptqbench.errors import ConfigError, NumericalError, UnsupportedError
 from ptqbench.numerics.bits import high_rank, kv_overhead_bits, mean_bits
 from ptqbench.numerics.orthogonal import generator, haar
 from ptqbench.numerics.subspace import (
-    activation_objective,
     eigenbasis,
     joint_coefficients,
     joint_objective,
     noise_power,
+    normalised_joint_objective,
     output_head_moments,
     pre_fuse_basis,
     random_rotations,
@@ -94,16 +95,6 @@ def test_eigenbasis_refuses_bad_input(bad: float) -> None:
 
 
 # --- objectives ------------------------------------------------------------------------------------------------------
-
-
-def test_activation_objective_is_the_mean_moment() -> None:
-    blocks = [(moment(6, 2 * i), moment(6, 2 * i + 1)) for i in range(3)]
-    full_shared = activation_objective(m for pair in blocks for m in pair)
-    torch.testing.assert_close(full_shared, sum(a + m for a, m in blocks) / 6)
-    assert torch.equal(activation_objective([blocks[0][0].float()]), blocks[0][0].float().double())
-    assert torch.equal(blocks[0][0], moment(6, 0))  # not modified
-    with pytest.raises(ConfigError):
-        activation_objective([])
 
 
 def test_weight_moment_sums_over_rows() -> None:
@@ -187,6 +178,46 @@ def test_joint_minimises_the_linearised_error() -> None:
     g = generator(0, "frames")
     assert all(cost(haar(12, g)[:, :n_low]) > best for _ in range(50))
     assert cost(eigenbasis(s_x)[:, :n_low]) > best
+
+
+def test_golden_normalised_objective() -> None:
+    s_x, s_w = torch.diag(torch.tensor([4.0, 1, 1])), torch.diag(torch.tensor([1.0, 1, 9]))
+    share = normalised_joint_objective(s_x, s_w)
+    expected = torch.diag(torch.tensor([4 / 6 + 1 / 11, 1 / 6 + 1 / 11, 1 / 6 + 9 / 11], dtype=torch.float64))
+    torch.testing.assert_close(share, expected, atol=1e-12, rtol=0)
+    lambda_x, lambda_w, gamma = joint_coefficients(s_x, s_w, 4, 1)
+    torch.testing.assert_close(share, joint_objective(s_x, s_w, 4, 1) * gamma / (lambda_x * lambda_w))
+
+
+def test_normalised_objective_ignores_scales_and_what_causes_no_error() -> None:
+    s_x, s_w = moment(8, 0, 3), moment(8, 1, 3)
+    share = normalised_joint_objective(s_x, s_w)
+    torch.testing.assert_close(share.diagonal(dim1=-2, dim2=-1).sum(-1), torch.full((3,), 2.0).double())
+    torch.testing.assert_close(normalised_joint_objective(1e6 * s_x, 1e-6 * s_w), share)
+    s_x[0], s_w[2] = 0, 0
+    assert [bool(part.any()) for part in normalised_joint_objective(s_x, s_w)] == [False, True, False]
+    s_x[1, 0, 0] = float("nan")
+    assert normalised_joint_objective(s_x, s_w)[1].isnan().any(), "what is not finite must not pass for zero"
+
+
+def test_a_basis_of_several_inputs_minimises_the_mean_of_their_shares() -> None:
+    """Against numpy on the errors written out, each over its value without a high part."""
+    pairs = [(10.0**i * moment(12, 2 * i), moment(12, 2 * i + 1).flip(0, 1)) for i in range(3)]
+    n_low = 10
+
+    def cost(low: Tensor) -> float:
+        errors = [w.trace() * (low.T @ x @ low).trace() + x.trace() * (low.T @ w @ low).trace() for x, w in pairs]
+        return sum(float(e / (2 * x.trace() * w.trace())) for e, (x, w) in zip(errors, pairs, strict=True)) / 3
+
+    mean = torch.stack([normalised_joint_objective(*pair) for pair in pairs]).mean(0)
+    basis = eigenbasis(mean)
+    written_out = sum((x / x.trace() + w / w.trace()).numpy() for x, w in pairs) / 3
+    values, vectors = np.linalg.eigh(written_out)
+    torch.testing.assert_close(projector(basis[:, :n_low]).numpy(), vectors[:, :n_low] @ vectors[:, :n_low].T)
+    assert cost(basis[:, :n_low]) == pytest.approx(values[:n_low].sum() / 2)
+    g = generator(0, "frames")
+    assert all(cost(haar(12, g)[:, :n_low]) > cost(basis[:, :n_low]) for _ in range(50))
+    assert all(cost(eigenbasis(joint_objective(*pair, 4, 2))[:, :n_low]) > cost(basis[:, :n_low]) for pair in pairs)
 
 
 def test_joint_is_batched_over_heads() -> None:

@@ -131,6 +131,13 @@ def test_another_protocol_is_marked_where_it_holds(resq):
     }
 
 
+def test_a_deviation_from_the_method_stands_against_its_figure(tmp_path):
+    folder = add(tmp_path, "quarot", "w4a4kv4", 14.2, "llama-3.2-1b")
+    store.write_json(folder.result_path, folder.result() | {"deviations": ["heads are not mixed"]})
+    add(tmp_path, "fp16", "fp16", 9.8, "llama-3.2-1b")
+    assert "heads are not mixed" in cell_of(one(tmp_path, RESQ), "quarot", "wikitext2") + str(one(tmp_path, RESQ).notes)
+
+
 def test_what_stands_against_every_comparison_is_one_line_below(tmp_path):
     for method in ("fp16", "loaq"):
         add(tmp_path, method, "fp16" if method == "fp16" else "w3", 6.5, "llama-2-7b")

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 from fidelity_cells import fidelity_cell
 
@@ -17,7 +18,7 @@ import golden_store
 from ptqbench.cli import main
 from ptqbench.results import analysis, tables
 from ptqbench.results.report_page import facts, plots, report_page
-from ptqbench.results.report_page.plots import _shifts
+from ptqbench.results.report_page.plots import _shifts, _within_reach
 from ptqbench.runs import folder as store
 from ptqbench.runs import provenance
 
@@ -425,6 +426,28 @@ def test_a_name_that_does_not_fit_between_marks_goes_around_them():
     shifts = _shifts(np.array([*names, *marks], float), 2)
     spans = sorted((low + by, high + by) for (_, low, _, high), by in zip(names, shifts, strict=True))
     assert spans == [(36, 44), (44, 52)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "at_the_edge"),
+    [
+        ([("w3", 3.2), ("w4", 4.1), ("w4", 4.6), ("w4", 9.9)], [3]),
+        ([("w3", 3.2), ("w4", 4.1), ("w4", 7.4), ("w4", 9.9)], [2, 3]),
+        ([("w2", 2.1), ("w4", 4.1), ("w8", 8.1)], []),
+        ([("w8", 8.1), ("w4", 4.1), ("w4", 7.4)], []),
+        ([("w4", 4.1)], []),
+    ],
+)
+def test_marks_with_far_more_bits_than_others_of_their_bitwidth_stand_at_the_edge(bits, at_the_edge):
+    widths, costs = zip(*bits, strict=True)
+    rows = pd.DataFrame({"bitwidth": widths, "cost": costs, "name": [f"m{n}" for n in range(len(bits))]})
+    found = _within_reach(rows)
+    for n, cost in enumerate(costs):
+        moved = found["cost"][n] != cost
+        assert moved == (n in at_the_edge)
+        assert found["name"][n] == (f"m{n}: {cost:.2f} bits →" if moved else f"m{n}")
+    inside = [cost for n, cost in enumerate(costs) if n not in at_the_edge]
+    assert all(max(inside) < found["cost"][n] < min(costs[n], max(inside) + 1) for n in at_the_edge)
 
 
 def test_page_needs_no_torch():

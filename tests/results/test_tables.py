@@ -17,10 +17,10 @@ from ptqbench.results import tables
 from ptqbench.runs import folder as store
 
 
-def make_cell(root, method="gptq", bitwidth="w4", seed=0, perplexity=None, acc=0.5, model="m", replicate=0):
+def make_cell(root, method="gptq", bitwidth="w4", seed=0, perplexity=None, acc=0.5, model="m", replicate=0, digest="d"):
     role = {"name": "none", "options": {"label": method}}
     data = {
-        "model": {"name": model, "digest": "d", "dtype": "float32"},
+        "model": {"name": model, "digest": digest, "dtype": "float32"},
         "method": {
             "name": method, "transform": role, "target": role, "solver": role, "refine": role,
             "grid": {}, "activation": {}, "true_sequential": True,
@@ -146,6 +146,19 @@ def test_spread_and_number_of_seeds_are_printed(tmp_path):
     assert "| m | gptq | w4 | 4 | 4.25 | 3 | **5.000 ± 1.000** |" in text
     assert "| m | rtn | w4 | 4 | 4.25 | 1 | 9.000 |" in text
     assert "standard deviation over seeds. n = 3." in text
+
+
+def test_a_deviation_is_a_footnote_of_its_method_and_names_the_model_where_models_share_the_row(tmp_path):
+    for model, said in (("m", []), ("n", ["heads are not mixed"])):  # two models of one method
+        folder = make_cell(tmp_path, "quarot", perplexity=9.0, model=model, digest=model)
+        store.write_json(folder.result_path, folder.result() | {"deviations": said})
+    text = tables.markdown(tables.comparison_sheet(frame_of(tmp_path)))
+    assert "| m | quarot | w4 |" in text
+    assert "| n | quarot [1] | w4 |" in text
+    assert "[1] heads are not mixed\n" in text
+    wide = tables.markdown(tables.comparison_sheet(frame_of(tmp_path), columns=["model", "metric"]))
+    assert "| quarot [1] | w4 |" in wide
+    assert "[1] n: heads are not mixed\n" in wide
 
 
 def test_failed_cell_is_a_dash_with_its_reason(tmp_path):

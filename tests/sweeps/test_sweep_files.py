@@ -317,7 +317,7 @@ def test_composition_crosses_the_three_roles_with_three_seeds():
     points = [point for point in expand(load_sweep("composition")) if point["method"] != "fp16"]
     axes = [f"method/{role}" for role in ("transform", "target", "refine")]
     combinations = {tuple(point[axis] for axis in axes) for point in points}
-    assert len(combinations) == 5 * 3 * 3
+    assert len(combinations) == 6 * 3 * 3
     bitwidths = {"learned_rotation": {"w4a4kv4"}}  # without quantized activations there is nothing to learn
     for combination in combinations:
         cells = [point for point in points if tuple(point[axis] for axis in axes) == combination]
@@ -327,6 +327,7 @@ def test_composition_crosses_the_three_roles_with_three_seeds():
         )
     assert {choice for choices in combinations for choice in choices} >= {
         "subspace_joint",
+        "subspace_joint_shared",
         "learned_rotation",
         "hadamard",
         "loaq",

@@ -295,6 +295,7 @@ class Work:
             "peak_gpu_gib": provenance.peak_gpu_gib(),
             "attempts": len(self.folder.attempts),
             "remarks": [*self.model.source.remarks, *self._context_remarks()],
+            "deviations": self.transform.deviations(self.model.architecture),
             "tokenizer": type(self.tokenizer).__name__,
             "shared": self.calibration.artefacts.account(),
         }

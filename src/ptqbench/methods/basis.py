@@ -27,9 +27,10 @@ Granularity = Literal["full_shared", "one_per_decoder", "per_layer"]
 
 @dataclasses.dataclass(frozen=True)
 class PlainBasis:
-    """The checkpoint as it is; only quantizers are installed."""
+    """The checkpoint as it is; only quantizers are installed, and where asked for a rotation ``key`` (e, e) of queries and keys."""
 
     precision: Precision
+    key: Tensor | None = None
     unties: ClassVar[bool] = False
 
     def embedding(self, tensors: Tensors) -> Tensors:
@@ -42,7 +43,7 @@ class PlainBasis:
         return tensors
 
     def plan(self, index: int) -> BlockPlan | None:
-        return self.precision.block_plan()
+        return self.precision.block_plan(key_rotation=_for_all_heads(self.key, self.precision))
 
 
 def clip_name(linear: str) -> str:
@@ -189,8 +190,11 @@ class HadamardBasis(_Folded):
             online[MLP_OUTPUT[0]] = self.down
         if self.online_dtype == "model":
             online = {name: partial(_in_own_type, transform) for name, transform in online.items()}
-        key = None if self.key is None else self.key.expand(self.precision.architecture.n_kv_heads, -1, -1)
-        return self.precision.block_plan(online, key)
+        return self.precision.block_plan(online, _for_all_heads(self.key, self.precision))
+
+
+def _for_all_heads(rotation: Tensor | None, precision: Precision) -> Tensor | None:
+    return None if rotation is None else rotation.expand(precision.architecture.n_kv_heads, -1, -1)
 
 
 def _in_own_type(transform: Callable[..., Tensor], x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Zachary5895/CoQuant@0e2e343.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT
@@ -71,26 +71,26 @@ def eigenbases(
     Returns:
         ``value`` and ``key``; with them ``attention`` and ``mlp`` (``per_layer``), ``residual`` (``one_per_decoder``), or
         nothing more (``full_shared``, whose one basis needs all blocks). Beside a basis ``NAME_identity``, 1 where a matrix
-        is the identity because what it diagonalises is zero (left out where none is), and for ``joint``
+        is the identity because what it diagonalises is zero (left out where none is), and for a ``joint`` basis of one input
         ``NAME_coefficients`` (..., 3): lambda_x, lambda_w and gamma_low.
 
     Raises:
         NumericalError: A moment is not finite.
         UnsupportedError: ``joint`` with low_bits of 16.
     """
-    from ptqbench.numerics.subspace import activation_objective, selection_basis
+    from ptqbench.numerics.subspace import selection_basis
 
     # No rotation: channels sorted by their magnitude.
     if transform.objective == "outlier":
         sizes = moments.largest if transform.outlier_norm == "linf" else moments.mean_abs
         return {name: selection_basis(size) for name, size in sizes.items()}
     # The residual stream: eigenvectors of its moment, alone or joint with that of the weights that read it.
-    if transform.objective == "joint":
+    if transform.granularity == "per_layer" and transform.objective == "joint":
         bases = _joint_residual(transform, moments, tensors, low_bits)
     elif transform.granularity == "per_layer":
         bases = diagonalised("attention", moments.attention) | diagonalised("mlp", moments.mlp)
     elif transform.granularity == "one_per_decoder":
-        bases = diagonalised("residual", activation_objective([moments.attention, moments.mlp]))
+        bases = diagonalised("residual", stream_objective(transform, moments, tensors) / 2)
     else:
         bases = {}
     # Values and keys, head by head; one key basis for all heads where the model has one basis.
@@ -98,6 +98,26 @@ def eigenbases(
         return bases | _joint_heads(transform, moments, tensors, architecture, low_bits)
     key = moments.key.mean(0) if transform.granularity == "full_shared" else moments.key
     return bases | diagonalised("value", moments.value) | diagonalised("key", key)
+
+
+def stream_objective(transform: Choice, moments: BlockMoments, tensors: Tensors) -> Tensor:
+    """Sum what the two inputs of a block ask of a basis of the residual stream that they share.
+
+    Args:
+        transform: Objective.
+        moments: As for `eigenbases`.
+        tensors: As for `eigenbases`.
+
+    Returns:
+        (d, d) float64: the second moments, or for ``joint`` the normalised objectives.
+    """
+    from ptqbench.numerics.subspace import normalised_joint_objective
+
+    if transform.objective == "activation":
+        return moments.attention + moments.mlp
+    pairs = ((moment, weights) for _, _, moment, weights in _inputs_with_weights(moments, tensors))
+    attention, mlp = (normalised_joint_objective(*pair) for pair in pairs)
+    return attention + mlp
 
 
 def diagonalised(name: str, moment: Tensor) -> dict[str, Tensor]:
@@ -154,18 +174,24 @@ def facts(bases: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def _joint_residual(transform: Choice, moments: BlockMoments, tensors: Tensors, low_bits: int) -> dict[str, Tensor]:
+def _inputs_with_weights(moments: BlockMoments, tensors: Tensors) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """Name, norm, second moment, and moment sum W^T W of the linears that read it (gains folded in), of both inputs."""
     from ptqbench.models.fuse import fold_norms
-    from ptqbench.numerics.subspace import pre_fuse_basis, weight_moment
+    from ptqbench.numerics.subspace import weight_moment
 
-    # Activation moment of the stream and weight moment sum W^T W of the linears that read it, gains folded in.
     folded = fold_norms(tensors)
-    bases: dict[str, Tensor] = {}
     for name, linears, norm, moment in (
         ("attention", ATTENTION_INPUT, "input_layernorm", moments.attention),
         ("mlp", MLP_INPUT, "post_attention_layernorm", moments.mlp),
     ):
-        weights = weight_moment(folded[f"{linear}.weight"] for linear in linears)
+        yield name, norm, moment, weight_moment(folded[f"{linear}.weight"] for linear in linears)
+
+
+def _joint_residual(transform: Choice, moments: BlockMoments, tensors: Tensors, low_bits: int) -> dict[str, Tensor]:
+    from ptqbench.numerics.subspace import pre_fuse_basis
+
+    bases: dict[str, Tensor] = {}
+    for name, norm, moment, weights in _inputs_with_weights(moments, tensors):
         n_high = transform.layout().parts(len(moment))[2]
         bases |= _joint(name, moment, weights, low_bits, n_high)
         if transform.pre_fuse_compensation and f"{name}{IDENTITY}" not in bases:
@@ -190,11 +216,13 @@ def _joint_heads(
     transform: Choice, moments: BlockMoments, tensors: Tensors, architecture: Architecture, low_bits: int
 ) -> dict[str, Tensor]:
     """Compute the joint bases of values (with the columns of o that read them) and of keys (with their queries)."""
-    from ptqbench.numerics.subspace import output_head_moments
+    from ptqbench.numerics.subspace import normalised_joint_objective, output_head_moments
 
     # The moment of o's columns beside that of the values; the moment of the queries beside that of the keys.
     head_dim = architecture.head_dim
     n_high = transform.layout().parts(head_dim)[2]
     output = output_head_moments(tensors[f"{ATTENTION_OUTPUT[0]}.weight"], architecture.n_kv_heads, head_dim)
     values = _joint("value", moments.value, output, low_bits, n_high)
+    if transform.granularity == "full_shared":
+        return values | diagonalised("key", normalised_joint_objective(moments.key, moments.query).mean(0))
     return values | _joint("key", moments.key, moments.query, low_bits, n_high)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from ptqbench.cell.spec import UNTOUCHED_BITS
+from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError
 from ptqbench.methods.precision import Layout
 from ptqbench.methods.transform import Learning, Transform
-from ptqbench.methods.transforms import Seed, down_transform, no_hadamard
+from ptqbench.methods.transforms import Seed, down_transform, head_hadamard, no_hadamard
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,7 @@ class LearnedRotation(Transform):
         center_embedding: As for ``hadamard``.
         rotation_seed: Names the random factors, i.e. the start.
         int8_down_proj: Weight and input of down_proj at 8 bits.
+        output_group: As for ``hadamard``.
     """
 
     init: Literal["random_hadamard", "haar"] = "random_hadamard"
@@ -63,6 +64,7 @@ class LearnedRotation(Transform):
     center_embedding: bool = False
     rotation_seed: Seed = 0
     int8_down_proj: bool = False
+    output_group: Literal["token", "head"] = added("token")
 
     @property
     def learning(self) -> Learning:
@@ -88,7 +90,7 @@ class LearnedRotation(Transform):
 
     def layout(self) -> Layout:
         """No split; down_proj may have bits of its own."""
-        return Layout(int8_down_proj=self.int8_down_proj)
+        return Layout(int8_down_proj=self.int8_down_proj, output_per_head=self.output_group == "head")
 
     def start(self, architecture: Architecture) -> dict[str, Tensor]:
         """Draw the rotations that learning starts from.
@@ -121,19 +123,16 @@ class LearnedRotation(Transform):
             ConfigError: There are no rotations.
         """
         from ptqbench.methods.basis import HadamardBasis
-        from ptqbench.numerics.hadamard import hadamard_matrix
 
         if bases is None:
             raise ConfigError(
                 "transform 'learned_rotation' needs its rotations: learn them first (ptqbench.engine.rotations)"
             )
-        head_dim = architecture.head_dim
-        key = hadamard_matrix(head_dim).double().T / head_dim**0.5 if self.r3 else None
         return HadamardBasis(
             precision=self.precision(spec, architecture),
             residual=bases["residual"],
             heads=None,
-            key=key if spec.bitwidth.k_bits < UNTOUCHED_BITS else None,
+            key=head_hadamard(architecture) if self.r3 and spec.bitwidth.k_bits < UNTOUCHED_BITS else None,
             mixed_heads=None,
             down=down_transform(architecture, self.odd_hadamard, self.rotation_seed) if self.r4 else None,
             center_embedding=self.center_embedding,

@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 STAGE_LINEARS = {"qkv": ATTENTION_INPUT, "o": ATTENTION_OUTPUT, "gate_up": MLP_INPUT, "down": MLP_OUTPUT}
 INT8 = 8
-BASIS_CHANGE_WEIGHT_BITS = 16
 GRID_NUMBER_BITS = 16
-"""Bits of one scale or zero point that is stored with cached keys and values."""
+"""Bits of one scale or zero point that is stored with cached keys and values, and of one scale of a stored basis change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Layout:
             heads share a grid each.
         basis_changes: Stored (d, d) changes of the residual basis per block.
         basis_change_bits: Bits of their input, once activations or values are quantized.
+        basis_change_weight_bits: Bits of their matrices, once weights are quantized.
         key_rotation_bits: Bits of the online key rotation, once keys are quantized.
         rope_output_bits: Bits of queries and keys before that rotation, once keys are quantized.
     """
@@ -66,6 +66,7 @@ class Layout:
     output_per_head: bool = False
     basis_changes: int = 0
     basis_change_bits: int = UNTOUCHED_BITS
+    basis_change_weight_bits: int = UNTOUCHED_BITS
     key_rotation_bits: int = UNTOUCHED_BITS
     rope_output_bits: int = UNTOUCHED_BITS
 
@@ -92,8 +93,8 @@ class StorageBits:
     Attributes:
         nominal_w_bits: What the method's name promises for weights.
         code_w_bits: Codes alone, over the linears of all blocks.
-        basis_change_w_bits: Stored basis changes (16 bits per element), per weight of those linears. The key rotations
-            (G, e, e) of a block are not counted.
+        basis_change_w_bits: Stored basis changes, per weight of those linears. The key rotations (G, e, e) of a block are not
+            counted.
         effective_w_bits: Codes, scales, zero points and basis changes.
         k_bits: A cached key element, grids included.
         v_bits: A cached value element, grids included.
@@ -216,8 +217,8 @@ class Precision:
             if plan.online is not None or plan.grid is not None or plan.order is not None:
                 inputs[linear] = plan
         # Basis changes of the residual stream, then keys and values.
-        grid = self._basis_change_grid()
-        first, second = (None if matrix is None else BasisChange(matrix, grid) for matrix in basis_changes)
+        grid, stored_bits = self._basis_change_grid(), self._basis_change_weight_bits()
+        first, second = (None if matrix is None else BasisChange(matrix, grid, stored_bits) for matrix in basis_changes)
         kv = self._kv_plan(key_rotation)
         if not inputs and kv is None and first is None and second is None:
             return None
@@ -302,7 +303,8 @@ class Precision:
             return None
         if self.layout != dataclasses.replace(Layout(), int8_down_proj=self.layout.int8_down_proj):
             return (
-                f"activation.group_size={size}: groups are not defined for inputs that are split into precision parts"
+                f"activation.group_size={size}: groups are not defined for inputs that are split into precision parts or grouped "
+                "by head"
             )
         for linear, (_, width) in self.architecture.linear_shapes().items():
             groups = self._input_groups(linear) or 0
@@ -317,6 +319,10 @@ class Precision:
             return None
         grid = self._uniform(self.layout.basis_change_bits)
         return grid and dataclasses.replace(grid, format=INTEGER)
+
+    def _basis_change_weight_bits(self) -> int:
+        rounds = self.spec.bitwidth.w_bits < UNTOUCHED_BITS
+        return self.layout.basis_change_weight_bits if rounds else UNTOUCHED_BITS
 
     def _kv_plan(self, key_rotation: Tensor | None) -> KvPlan | None:
         from ptqbench.models.quantized import KvPlan
@@ -340,9 +346,10 @@ class Precision:
         shapes = self.architecture.linear_shapes()
         grids = {name: self.weight_grid(name) for name in shapes}
         sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
-        # d^2 numbers of 16 bits per basis change, spread over the weights of a block.
-        changes = self.layout.basis_changes * self.architecture.hidden_size**2 * BASIS_CHANGE_WEIGHT_BITS
-        change_bits = changes / sum(sizes.values())
+        # d^2 numbers per basis change, and a scale per output channel where they are rounded, spread over the weights of a block.
+        width, number_bits = self.architecture.hidden_size, self._basis_change_weight_bits()
+        scales = width * GRID_NUMBER_BITS if number_bits < UNTOUCHED_BITS else 0
+        change_bits = self.layout.basis_changes * (width**2 * number_bits + scales) / sum(sizes.values())
         low, high = self.layout.lowest_fraction, self.layout.high_fraction
         part_bits = self.layout.bits(self.spec.bitwidth.w_bits)
         return StorageBits(

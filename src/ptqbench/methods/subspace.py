@@ -44,11 +44,12 @@ class Subspace(Calibrated):
     Attributes:
         objective: What is diagonalised: ``activation`` second moments (ResQ), or ``joint`` with weight moments (CoQuant).
             ``outlier`` diagonalises and rotates nothing: the high part is the channels of largest magnitude (ResQ's baseline).
-        granularity: One basis of the residual stream for the model, per block, or per norm.
+        granularity: One basis of the residual stream for the model, per block, or per norm (CoQuant's code has ``joint`` per norm
+            alone; the others minimise the mean of the normalised objectives of the inputs that share a basis).
         high_bits: Bits of the important directions.
         high_fraction: Their share of the hidden size and of every head.
         n_samples: Calibration windows behind the bases.
-        pre_fuse_compensation: Solve before the norm gain and return behind it (``joint`` alone).
+        pre_fuse_compensation: Solve before the norm gain and return behind it (``joint`` and ``per_layer`` alone).
         kv_joint: Weigh values by what reads them and keys by queries (``joint`` alone).
         iso_bits: The least important ``high_fraction`` of directions at 2 bits; with 4-bit bulk and 6 high bits the mean
             stays 4 (``full_shared`` alone).
@@ -57,6 +58,7 @@ class Subspace(Calibrated):
         key_rotation_bits: Bits of the online key rotation.
         rope_output_bits: Bits of queries and keys before it.
         basis_change_bits: Bits of the residual stream entering a basis change.
+        basis_change_weight_bits: Bits of its stored matrix, on a symmetric grid per output channel; 16 in the codes.
         int8_down_proj: Weight and input of down_proj at 8 bits.
         rotation_seed: Names the random factors, which do not depend on the objective.
         outlier_norm: Magnitude of a channel over the calibration tokens: largest (``linf``) or summed (``l1``).
@@ -100,6 +102,7 @@ class Subspace(Calibrated):
     rotation_digest: str | None = added(None)
     basis_file: str | None = added(None)
     basis_digest: str | None = added(None)
+    basis_change_weight_bits: Annotated[int, Field(ge=2, le=UNTOUCHED_BITS)] = added(16)
 
     FILES: ClassVar[Mapping[str, str]] = {"rotation_file": "rotation_digest", "basis_file": "basis_digest"}
     statistics: ClassVar[Literal["moments"]] = "moments"
@@ -107,7 +110,7 @@ class Subspace(Calibrated):
         {
             "high_bits", "odd_hadamard", "key_rotation_bits", "rope_output_bits", "basis_change_bits", "int8_down_proj",
             "rotation_seed", "output_group", "learned_rotation", "learning_rate", "learning_steps", "learning_momentum",
-            "rotation_file", "rotation_digest", "basis_file", "basis_digest",
+            "rotation_file", "rotation_digest", "basis_file", "basis_digest", "basis_change_weight_bits",
         }
     )  # fmt: skip
     """Options that cells with the same eigenbases may differ in."""
@@ -118,6 +121,11 @@ class Subspace(Calibrated):
             raise ConfigError(
                 "method.transform: pre_fuse_compensation and kv_joint belong to objective=joint, "
                 f"got objective={self.objective}"
+            )
+        if self.pre_fuse_compensation and self.granularity != "per_layer":
+            raise ConfigError(
+                "method.transform: pre_fuse_compensation solves before the gain of one norm and expects granularity=per_layer, "
+                f"got {self.granularity}"
             )
         if self.learned_rotation and (self.granularity != "full_shared" or self.objective != "activation"):
             raise ConfigError(
@@ -146,8 +154,8 @@ class Subspace(Calibrated):
         """
         for width in (architecture.hidden_size, architecture.head_dim):
             self.layout().parts(width)
-        if self.objective != "activation" and self.granularity != "per_layer":
-            return f"objective={self.objective} exists only with granularity=per_layer (as in its code), got {self.granularity}"
+        if self.objective == "outlier" and self.granularity != "per_layer":
+            return f"objective=outlier exists only with granularity=per_layer (as in its code), got {self.granularity}"
         bits = spec.bitwidth
         below = [b for b in (bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits) if b < UNTOUCHED_BITS]
         if self.high_fraction and max(below, default=0) > self.high_bits:
@@ -279,8 +287,10 @@ class Subspace(Calibrated):
         return self.granularity == "full_shared"
 
     def shared_term(self, view: BlockView) -> Tensor:
-        """The moments of both inputs that the stream has in a block, (d, d)."""
-        return view.moments.attention + view.moments.mlp
+        """What both inputs of a block ask of the basis that they share, (d, d)."""
+        from ptqbench.methods.eigenbases import stream_objective
+
+        return stream_objective(self, view.moments, view.tensors if self.objective == "joint" else {})
 
     def solve_model(self, total: Tensor, n_blocks: int) -> dict[str, Tensor]:
         """Diagonalise the mean over all 2 L inputs of the stream."""
@@ -307,6 +317,7 @@ class Subspace(Calibrated):
             if self.objective == "outlier"
             else {"full_shared": 0, "one_per_decoder": 1, "per_layer": 2}[self.granularity],
             basis_change_bits=self.basis_change_bits,
+            basis_change_weight_bits=self.basis_change_weight_bits,
             key_rotation_bits=self.key_rotation_bits,
             rope_output_bits=self.rope_output_bits,
         )

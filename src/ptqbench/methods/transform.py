@@ -74,6 +74,10 @@ class Transform(Member, ABC):
         """Map our names to the matrices to take from its files, which hold the names ``held``."""
         return {}
 
+    def deviations(self, architecture: Architecture) -> list[str]:
+        """Say in words what a model rules out of the method, and what is done instead; recorded with the result."""
+        return []
+
     def layout(self) -> Layout:
         """Say how the transform splits axes; here not at all."""
         return Layout()

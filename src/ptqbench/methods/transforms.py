@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ptqbench.cell.spec import UNTOUCHED_BITS
+from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.methods.precision import Layout
 from ptqbench.methods.transform import FileMatrix, Transform
@@ -32,11 +32,26 @@ Seed = Annotated[int, Field(ge=0)]
 
 @dataclasses.dataclass(frozen=True)
 class NoTransform(Transform):
-    """Quantize in the basis of the checkpoint."""
+    """Quantize in the basis of the checkpoint.
+
+    Attributes:
+        r3: Whether queries and keys are still rotated by a Hadamard after RoPE (online; installed where keys are quantized):
+            what ResQ's and CoQuant's codes run as unrotated.
+        output_group: Grids of the input of o: per ``token``, or per token and ``head`` (those codes).
+    """
+
+    r3: bool = added(False)
+    output_group: Literal["token", "head"] = added("token")
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Skip activation groups that do not fit."""
+        """Skip heads without a Hadamard matrix, and activation groups that do not fit."""
+        if self.r3 and spec.bitwidth.k_bits < UNTOUCHED_BITS and architecture.head_dim & (architecture.head_dim - 1):
+            return f"r3 needs a head_dim that is a power of two, {spec.model.name} has {architecture.head_dim}"
         return self.precision(spec, architecture).skip_reason()
+
+    def layout(self) -> Layout:
+        """No split."""
+        return Layout(output_per_head=self.output_group == "head")
 
     def basis(
         self, spec: RunSpec, architecture: Architecture, bases: Mapping[str, Tensor] | None = None
@@ -44,8 +59,9 @@ class NoTransform(Transform):
         """The checkpoint's own, with quantizers where activations, keys or values are quantized; else None."""
         from ptqbench.methods.basis import PlainBasis
 
-        precision = self.precision(spec, architecture)
-        return None if precision.block_plan() is None else PlainBasis(precision)
+        key = head_hadamard(architecture) if self.r3 and spec.bitwidth.k_bits < UNTOUCHED_BITS else None
+        basis = PlainBasis(self.precision(spec, architecture), key)
+        return None if basis.plan(0) is None else basis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +73,8 @@ class Hadamard(Transform):
         r2: Whether values are rotated per head (fused).
         r3: Whether queries and keys are rotated per head after RoPE (online; installed where keys are quantized).
         r4: Whether the input of down_proj is transformed (online).
-        head_mix: ``hadamard`` transforms the input of o across heads (online); ``none`` leaves R2 fully fused.
+        head_mix: ``hadamard`` transforms the input of o across heads (online), where a Hadamard matrix of their number exists
+            (none of order 9 or 14 does); ``none`` leaves R2 fully fused.
         odd_hadamard: Rule for the odd factor of R1 and R4: ``paley`` builds it; ``table`` (QuaRot code) and ``as_code``
             (ResQ and CoQuant code) follow the codes' divisor lists. Head mixing always builds it.
         center_embedding: Subtract row means from the embedding (on in the code; changes an RMSNorm model).
@@ -67,6 +84,7 @@ class Hadamard(Transform):
             its names). The cell is identified by the content, not by the path.
         rotation_digest: Content of that file; filled in when a request is resolved.
         online_dtype: Arithmetic of the online transforms of o and down: ``float32``, or the type of the ``model``.
+        output_group: Grids of the input of o: per ``token``, or per token and ``head`` (ResQ's code).
     """
 
     r1: Literal["random_hadamard", "haar", "hadamard", "none", "file"] = "random_hadamard"
@@ -81,6 +99,7 @@ class Hadamard(Transform):
     rotation_file: str | None = None
     rotation_digest: str | None = None
     online_dtype: Literal["float32", "model"] = "float32"
+    output_group: Literal["token", "head"] = added("token")
 
     FILES: ClassVar[Mapping[str, str]] = {"rotation_file": "rotation_digest"}
 
@@ -103,13 +122,24 @@ class Hadamard(Transform):
             reason = no_hadamard(shape.hidden_size, rule, f"r1={self.r1} (hidden_size; haar works)")
         if self.r4:
             reason = reason or no_hadamard(shape.intermediate_size, rule, "r4 (intermediate_size)")
-        if self.head_mix == "hadamard":
-            reason = reason or no_hadamard(shape.n_heads, "paley", "head_mix=hadamard (heads)")
         return reason or self.precision(spec, architecture).skip_reason()
+
+    def deviations(self, architecture: Architecture) -> list[str]:
+        """Heads that no Hadamard matrix mixes are left unmixed."""
+        if self.head_mix == "none" or self._mixed_heads(architecture) is not None:
+            return []
+        return [
+            f"heads are not mixed: no Hadamard matrix of order {architecture.n_heads} exists or can be built; "
+            "the other rotations are as published"
+        ]
+
+    def _mixed_heads(self, architecture: Architecture) -> int | None:
+        n_heads = architecture.n_heads
+        return n_heads if self.head_mix == "hadamard" and no_hadamard(n_heads, "paley", "heads") is None else None
 
     def layout(self) -> Layout:
         """No split; down_proj may have bits of its own."""
-        return Layout(int8_down_proj=self.int8_down_proj)
+        return Layout(int8_down_proj=self.int8_down_proj, output_per_head=self.output_group == "head")
 
     def from_files(self, architecture: Architecture, held: Collection[str]) -> dict[str, FileMatrix]:
         """``residual`` (d, d) and ``l.heads`` (e, e) of block l, as far as they are wanted (names of SpinQuant's code)."""
@@ -135,19 +165,17 @@ class Hadamard(Transform):
             UnsupportedError: An order has no Hadamard matrix; `skip_reason` says so beforehand.
         """
         from ptqbench.methods.basis import HadamardBasis
-        from ptqbench.numerics.hadamard import hadamard_matrix
 
         if "file" in (self.r1, self.r2) and bases is None:
             raise ConfigError("r1=file and r2=file need their rotations: read them first (ptqbench.engine.rotations)")
         # R2 and R3 are the Hadamard matrix of a head; R1 is drawn or read; head mixing and R4 run online.
-        head_dim = architecture.head_dim
-        head = hadamard_matrix(head_dim).double().T / head_dim**0.5 if self.r2 is True or self.r3 else None
+        head = head_hadamard(architecture) if self.r2 is True or self.r3 else None
         return HadamardBasis(
             precision=self.precision(spec, architecture),
             residual=bases["residual"] if self.r1 == "file" else self._residual(architecture.hidden_size),  # type: ignore[index]
             heads=head if self.r2 is True else None,
             key=head if self.r3 else None,
-            mixed_heads=architecture.n_heads if self.head_mix == "hadamard" else None,
+            mixed_heads=self._mixed_heads(architecture),
             down=down_transform(architecture, self.odd_hadamard, self.rotation_seed) if self.r4 else None,
             center_embedding=self.center_embedding,
             block_heads=bases if self.r2 == "file" else None,
@@ -171,6 +199,13 @@ class Hadamard(Transform):
             signs = 2.0 * torch.randint(0, 2, (width,), generator=draws) - 1
         factor = odd_factor(width, self.odd_hadamard, generator(self.rotation_seed, "r1 odd factor"))
         return hadamard_transform(torch.diag(signs.double()), odd_factor=factor)
+
+
+def head_hadamard(architecture: Architecture) -> Tensor:
+    """The Hadamard matrix of a head, (e, e) float64, orthogonal."""
+    from ptqbench.numerics.hadamard import hadamard_matrix
+
+    return hadamard_matrix(architecture.head_dim).double().T / architecture.head_dim**0.5
 
 
 def no_hadamard(order: int, rule: OddHadamard, what: str) -> str | None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.models.kv import KvPlan, KvQuantizer, check_kv, home, install_kv, larger, wrapped_attention
-from ptqbench.numerics.activation import ActivationGrid, apply_grid, part_peaks
+from ptqbench.numerics.activation import ActivationGrid, apply_grid, fake_quantize, part_peaks
 
 __all__ = [
     "BasisChange",
@@ -69,10 +69,12 @@ class BasisChange:
     Attributes:
         matrix: (d, d), kept in the block's dtype once installed.
         grid: Quantizer of the input, per token; None or 16 bits: none.
+        matrix_bits: Bits of the matrix, on a symmetric grid per output channel; 16 leaves it alone.
     """
 
     matrix: Tensor
     grid: ActivationGrid | None = None
+    matrix_bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -190,10 +192,12 @@ class ResidualChange(nn.Module):
 
     Attributes:
         matrix: (d, d) in the dtype and on the device of the block.
-        enabled: Whether the quantizer is on.
+        rounded: The same at the bits of its plan; None where that leaves it alone.
+        enabled: Whether the quantizer is on. Without it the exact matrix is applied.
     """
 
     matrix: Tensor
+    rounded: Tensor | None
 
     def __init__(self, change: BasisChange, like: Tensor) -> None:
         """Place the matrix beside the weights.
@@ -204,13 +208,18 @@ class ResidualChange(nn.Module):
         """
         super().__init__()
         self.grid, self.enabled = change.grid, True
-        self.register_buffer("matrix", change.matrix.to(home(like), like.dtype), persistent=False)
+        matrix = change.matrix.to(home(like))
+        self.register_buffer("matrix", matrix.to(like.dtype), persistent=False)
+        # h <- h M: column j of M makes output channel j and has a scale of its own.
+        rounded = fake_quantize(matrix.mT, change.matrix_bits, symmetric=True).mT if change.matrix_bits < 16 else None
+        self.register_buffer("rounded", None if rounded is None else rounded.to(like.dtype), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map the residual stream (..., d) to its new basis; hidden is not modified."""
-        if self.enabled and self.grid is not None:
-            hidden = apply_grid(hidden, self.grid)
-        return hidden @ self.matrix
+        if not self.enabled:
+            return hidden @ self.matrix
+        hidden = hidden if self.grid is None else apply_grid(hidden, self.grid)
+        return hidden @ (self.matrix if self.rounded is None else self.rounded)
 
 
 class PlannedLayer(nn.Module):

@@ -4,6 +4,8 @@ Objective: choose an orthogonal U whose last r columns are kept at high precisio
 ``a(b) * signal / dim`` inside each part s. The expected output error is then ``sum_s gamma_s ||X U_s||^2 ||W U_s||^2``. ResQ
 minimises ``tr(U_low^T S_x U_low)``. CoQuant drops the high part and linearises around the unsplit energies, which
 leaves ``gamma_low tr(U_low^T (tr(S_w) S_x + tr(S_x) S_w) U_low)``. The eigenvectors of the smallest eigenvalues solve both.
+A basis that several inputs share minimises the mean of their objectives: for ResQ as they are, for CoQuant each as a share of
+its value without a high part (`normalised_joint_objective`).
 
 Shapes: S_x second_moment of the input (d, d); S_w weight moment ``sum W^T W`` (d, d); r = n_high; e head_dim; r_e =
 int(high_fraction e). In every basis columns run from low to high importance. Leading batch axes (key/value heads) are
@@ -12,7 +14,7 @@ allowed everywhere. Everything is computed and returned in float64.
 Source: arXiv 2412.14363 (ResQ), code utkarsh-dmx/project-resq@cb87d0d; arXiv 2604.26378 (CoQuant), code
 Zachary5895/CoQuant@0e2e343. Deviations: the signs of eigenvectors are fixed; a bulk precision of 16 bits (where CoQuant's
 matrix is zero) and a high part that rounds to no channel are errors, where the codes return an arbitrary basis; the random
-rotations come from an explicit generator.
+rotations come from an explicit generator. A joint basis of several inputs is ours; CoQuant's code has one per norm.
 """
 
 from __future__ import annotations
@@ -78,30 +80,6 @@ def selection_basis(importance: Tensor) -> Tensor:
     order = torch.argsort(importance, dim=-1, stable=True)
     identity = torch.eye(importance.shape[-1], dtype=torch.float64, device=importance.device)
     return identity[order].mT
-
-
-def activation_objective(moments: Iterable[Tensor]) -> Tensor:
-    """Average second moments: the matrix that ResQ diagonalises.
-
-    The granularities differ only in what is averaged, with A_l and M_l the moments of the attention and MLP inputs of block l:
-    those of all blocks (``full_shared``), a single one (``per_layer``), or the two of one block (``one_per_decoder``).
-
-    Args:
-        moments: Non-empty iterable (a generator may load block by block) of (d, d) tensors, not modified.
-
-    Returns:
-        (d, d) float64.
-
-    Raises:
-        ConfigError: There is nothing to average.
-    """
-    total, count = torch.zeros(()), 0
-    for moment in moments:
-        total = moment.double() if count == 0 else total + moment.double()
-        count += 1
-    if count == 0:
-        raise ConfigError("expected at least one second moment to average, got none")
-    return total / count
 
 
 def weight_moment(weights: Iterable[Tensor]) -> Tensor:
@@ -202,6 +180,27 @@ def joint_objective(second_moment: Tensor, weight_moment: Tensor, low_bits: int,
     # lambda_x S_x + lambda_w S_w
     lambda_x, lambda_w, _ = joint_coefficients(second_moment, weight_moment, low_bits, n_high)
     return lambda_x[..., None, None] * second_moment.double() + lambda_w[..., None, None] * weight_moment.double()
+
+
+def normalised_joint_objective(second_moment: Tensor, weight_moment: Tensor) -> Tensor:
+    """Express the joint objective as a share: ``S_x / tr(S_x) + S_w / tr(S_w)``, with trace 2.
+
+    It is `joint_objective` over ``gamma_low tr(S_x) tr(S_w)``, half of that objective's value where no direction is kept at
+    high precision. So ``tr(U_low^T N U_low) / 2`` is the share of the expected error that a basis leaves, which is comparable
+    between inputs: the objective of a basis that they share is the mean of these matrices. An input that causes no error,
+    because one of its moments is zero, adds nothing.
+
+    Args:
+        second_moment: S_x (..., d, d), not modified.
+        weight_moment: S_w (..., d, d), not modified.
+
+    Returns:
+        (..., d, d) float64; zero where either moment is zero.
+    """
+    # S_x / tr(S_x) + S_w / tr(S_w)
+    of_x, of_w = (_trace(moment)[..., None, None] for moment in (second_moment, weight_moment))
+    share = second_moment.double() / of_x + weight_moment.double() / of_w
+    return torch.where((of_x == 0) | (of_w == 0), torch.zeros_like(share), share)
 
 
 def pre_fuse_basis(second_moment: Tensor, weight_moment: Tensor, gain: Tensor, low_bits: int, n_high: int) -> Tensor:

@@ -21,6 +21,7 @@ from ptqbench.cell.spec import ROLES, UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.results.metrics import MISSING, known
 from ptqbench.results.tables import records
+from ptqbench.results.tables.tidy import DEVIATION
 
 COLLAPSED = 1000.0
 """Perplexity from which a model no longer works, so that its value says nothing."""
@@ -192,7 +193,7 @@ def method_objections(cell: dict[str, Any], figure: Figure) -> list[str]:
     expected |= {name: value for name, value in method.items() if name in OPTIONS}
     rounds_alone = (cell["solver"], cell["target"], cell["refine"]) == ("rtn", "weight", "none")
     idle = IDLE_WITHOUT_DATA if rounds_alone and pd.isna(cell["basis_samples"]) else ()
-    reasons = []
+    reasons = [cell[DEVIATION]] if isinstance(cell.get(DEVIATION), str) else []
     for name, value in expected.items():
         ours = cell[name]
         if name not in idle and pd.notna(ours) and ours != value:

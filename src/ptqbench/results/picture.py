@@ -51,6 +51,7 @@ def draw(found: Pivot, path: str) -> None:
             axis.set_xlabel(f"{metric.replace('/', ' ')} ({direction} is better)", fontsize=8)
     if len(models) == 1:
         figure.suptitle(str(models.pop()), fontsize=9)
+    figure.supxlabel("In brackets: true bits per weight, with scales, zero points and changes of basis", fontsize=8)
     # Drawn in memory first: what matplotlib leaves behind on a full disk hides the error of the disk.
     drawn = io.BytesIO()
     figure.savefig(drawn, format=Path(path).suffix.removeprefix("."), dpi=150)

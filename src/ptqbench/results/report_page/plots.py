@@ -28,6 +28,8 @@ KL_COST = "effective_w_bits"
 ERROR = "relative_output_error"
 WIDE_COST = 2.0
 """Ratio of largest to smallest cost above which its axis is logarithmic. It is small, because bits differ by small factors."""
+FAR = 1.5
+"""Ratio of true bits to the next lower ones of a bitwidth from which marks stand at the edge of a plot: the others need room."""
 FLOOR_IN_VIEW = 100.0
 """A noise floor further below the lowest KL divergence than by this factor is named, not drawn: it would hide all differences."""
 PANELS_ACROSS = 4
@@ -158,7 +160,9 @@ def _scatter(
     rows: pd.DataFrame, looks: Mapping[str, Look], metric: str, label: str, line: tuple[str, float] | None
 ) -> Figure:
     percent = 100.0 if known(metric).share else 1.0  # shares are fractions in the frame
-    rows = rows.assign(quality=percent * rows["quality"], spread=percent * rows["spread"])
+    rows = rows.assign(quality=percent * rows["quality"], spread=percent * rows["spread"], name=rows["method"].map(cut))
+    if label == COSTS[KL_COST]:
+        rows = _within_reach(rows)
     figure, (axis,) = new_figure(5.4, 4.1)
     for bitwidth in (name for name in looks if (rows["bitwidth"] == name).any()):
         marker, colour = looks[bitwidth].marker, looks[bitwidth].colour
@@ -192,6 +196,18 @@ def _scatter(
     return figure
 
 
+def _within_reach(rows: pd.DataFrame) -> pd.DataFrame:
+    """Move marks that lie far behind the others to the edge of the plot; their names say where they belong."""
+    # Of every bitwidth, in the order of their bits, the marks behind the first jump.
+    steps = rows.sort_values("cost").groupby("bitwidth", sort=False)["cost"]
+    jumps = steps.transform(lambda bits: (bits > FAR * bits.shift()).cummax()).reindex(rows.index).astype(bool)
+    near = rows["cost"][~jumps]
+    far = jumps & (rows["cost"] > near.max())
+    edge = near.max() + 0.15 * max(near.max() - near.min(), 1.0)
+    said = [f"{name}: {cost:.2f} bits →" for name, cost in zip(rows["name"], rows["cost"], strict=True)]
+    return rows.assign(cost=rows["cost"].mask(far, edge), name=rows["name"].mask(far, pd.Series(said, rows.index)))
+
+
 def _name(axis: Axes, rows: pd.DataFrame) -> None:
     """Write the method beside every mark. A name that would cover a name or mark is moved up or down, with a leader line."""
     from matplotlib.lines import Line2D
@@ -204,7 +220,7 @@ def _name(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_xlim(right=float(scale.inverted().transform((right, 0.0))[0]))
     figure = cast("Figure", axis.figure)
     names = [
-        axis.annotate(cut(row["method"]), (row["cost"], row["quality"]), (ASIDE, 0), "data", "offset points", va="center",
+        axis.annotate(row["name"], (row["cost"], row["quality"]), (ASIDE, 0), "data", "offset points", va="center",
                       fontsize=7.5, in_layout=False)
         for row in records(rows)
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from ptqbench.cell.spec import UNTOUCHED_BITS
 from ptqbench.errors import ConfigError
 from ptqbench.results.metrics import AVERAGE, higher_is_better, kind, order
 from ptqbench.results.tables.names import KEYS
-from ptqbench.results.tables.tidy import DRAW, NOISE
+from ptqbench.results.tables.tidy import DEVIATION, DRAW, NOISE
 
 BITS = ["nominal_w_bits", "effective_w_bits"]
 NEVER_RUN = ("excluded", "skipped")
@@ -36,6 +36,7 @@ class Pivot:
         noise: What a difference must exceed because the measurement itself is no finer; zero where nothing is known of it.
         count: Number of seeds in the mean.
         reasons: Why a row has missing cells: state, reason and seeds in words.
+        deviations: In what the cells of a row depart from their method because of their model.
         protocols: What each column was measured on; several where cells of a column only differ in what cannot matter.
     """
 
@@ -46,6 +47,7 @@ class Pivot:
     noise: pd.DataFrame
     count: pd.DataFrame
     reasons: dict[tuple[str, ...], str]
+    deviations: dict[tuple[str, ...], str]
     protocols: dict[str, str]
 
 
@@ -92,6 +94,7 @@ def pivot(frame: pd.DataFrame) -> Pivot:
         noise=wide["noise"].fillna(0.0),
         count=count,
         reasons=_reasons(cells),
+        deviations=_deviations(cells),
         protocols=protocols,
     )
 
@@ -237,6 +240,12 @@ def _reasons(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
         key: "; ".join(_seeds(given, seeds[key]) + words for words, given in which.items())
         for key, which in found.items()
     }
+
+
+def _deviations(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
+    """What is recorded of deviations, by row."""
+    said = cells.dropna(subset=[DEVIATION]) if DEVIATION in cells else cells.iloc[:0]
+    return {tuple(names): "; ".join(dict.fromkeys(rows[DEVIATION])) for names, rows in said.groupby(KEYS, sort=False)}
 
 
 def draw(seed: Any, rotation_seed: Any, replicate: Any) -> str:

@@ -187,7 +187,7 @@ class _Lookup:
     """A comparison as plain dictionaries, because single look-ups in a frame are slow: a thousand take a second."""
 
     def __init__(self, found: Pivot) -> None:
-        self.reasons, marks = found.reasons, best(found)
+        self.reasons, self.deviations, marks = found.reasons, found.deviations, best(found)
         self.several = bool((found.bits["n_seeds"] > 1).any())
         self.any_bold = bool(marks.any(axis=None))
         self.bits, self.mean, self.spread, self.count, self.marks = (
@@ -206,11 +206,13 @@ class _Lookup:
         text += "" if count == self.bits[key]["n_seeds"] else f" (n={count})"
         return Entry(text, bool(self.marks[key][metric]))
 
-    def partly(self, sheet: Sheet, key: Key) -> int | None:
-        """A footnote for the name of a row: why some of its cells have no value, where no dash in the row can say so."""
+    def about(self, key: Key, wide: bool) -> list[str]:
+        """Footnotes for the name of a row: why some of its cells have no value, where no dash says so, and its deviations."""
         values = self.mean[key].values()
         somewhere = not values or any(pd.notna(value) for value in values)
-        return sheet.note(self.reasons[key]) if key in self.reasons and somewhere else None
+        reason = [self.reasons[key]] if key in self.reasons and somewhere else []
+        deviation = self.deviations.get(key)
+        return reason + ([] if deviation is None else [f"{key[0]}: {deviation}" if wide else deviation])
 
 
 def _lay_out(look: _Lookup, metrics: list[str], wide: bool) -> Sheet:
@@ -224,11 +226,11 @@ def _lay_out(look: _Lookup, metrics: list[str], wide: bool) -> Sheet:
         heads += [Column(heading(name), name.rpartition("/")[0]) for name in metrics]
     sheet = Sheet(heads)
     for keys in _by_model(look.mean, models) if wide else ([key] for key in look.mean):
-        # What the row is called, with a footnote at its method where a cell behind it has no value.
+        # What the row is called, with a footnote at its method where a cell behind it has no value or departs from the method.
         known = [key for key in keys if key in look.mean]
         model, method, width = keys[0]
-        notes = [note for key in known if (note := look.partly(sheet, key)) is not None]
-        lead = [Entry(method, note=notes[0] if notes else None), Entry(width)]
+        said = dict.fromkeys(words for key in known for words in look.about(key, wide))
+        lead = [Entry(method, note=sheet.note("; ".join(said)) if said else None), Entry(width)]
         # Its bits, as a range where models differ, and its values.
         bits = [[look.bits[key][name] for key in known] for name in BITS]
         numbers = [

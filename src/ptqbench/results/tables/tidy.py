@@ -44,6 +44,8 @@ COLUMNS = [
 ]  # fmt: skip
 NOISE = "noise"
 """Column of a frame in which any cell has a noise floor: KL divergence of the unquantized model from itself, in nats."""
+DEVIATION = "deviation"
+"""Column of a frame in which any cell departs from its method because of its model: in what."""
 BESIDE_VARIANT = ("seed", "replicate", "evaluation")
 ROTATION_SEED = re.compile(r'"rotation_seed":\d+,?')
 """The seed of random rotations in the canonical JSON of a method. A table averages over it as over the seed of the cell."""
@@ -96,7 +98,7 @@ def tidy(cells: Iterable[Source]) -> pd.DataFrame:
     Returns:
         Columns ``COLUMNS``; ``metric`` and ``value`` are missing where the cell has no result, and ``reason`` says why.
         ``protocol`` says in words what a value was measured on. Where a cell was compared with its unquantized model, ``NOISE``
-        is one more column. Order of the input is kept.
+        is one more column, and where a cell departs from its method, ``DEVIATION``. Order of the input is kept.
     """
     # Plain dictionaries first; one frame at the end is faster than many.
     rows: list[dict[str, Any]] = []
@@ -128,7 +130,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _framed(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Lay out rows in ``COLUMNS``; a field that a row lacks is missing."""
-    names = COLUMNS + [NOISE] * any(NOISE in row for row in rows)
+    names = COLUMNS + [name for name in (NOISE, DEVIATION) if any(name in row for row in rows)]
     kinds = {name: float if name in (*NUMBERS, NOISE) else object for name in names}
     columns = {name: [row.get(name, math.nan) for row in rows] for name in names}
     return pd.DataFrame({name: pd.Series(columns[name], dtype=kind) for name, kind in kinds.items()})
@@ -223,7 +225,9 @@ def _measurements(folder: Measured, spec: RunSpec, key: dict[str, Any]) -> list[
 
 def _shared(result: dict[str, Any]) -> dict[str, Any]:
     """The figures of a result that all its metrics share."""
+    deviations = "; ".join(result.get("deviations", []))
     return {
+        **({DEVIATION: deviations} if deviations else {}),
         "effective_w_bits": float(result["bits"]["effective_w_bits"]),
         "packed_bytes": int(result["bits"]["packed_bytes"]),
         "quantize_s": quantize_seconds(result),
