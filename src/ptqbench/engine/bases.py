@@ -327,7 +327,8 @@ class _Stream:
 
     @cached_property
     def _model(self) -> BlockwiseModel:
-        return self._given.reopened(FoldedBasis(self._center), torch.float32)
+        folded = FoldedBasis(self._center, self._given.architecture.family)
+        return self._given.reopened(folded, torch.float32)
 
     @cached_property
     def _positions(self) -> Positions:

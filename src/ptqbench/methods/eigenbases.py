@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ptqbench.methods.subspace import Subspace
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.capture import BlockMoments
+    from ptqbench.models.family import Family
     from ptqbench.models.fuse import Tensors
 
 FACTS = (IDENTITY, COEFFICIENTS) = "_identity", "_coefficients"
@@ -69,7 +70,7 @@ def eigenbases(
         return {name: selection_basis(size) for name, size in sizes.items()}
     # The residual stream: eigenvectors of its moment, alone or joint with that of the weights that read it.
     if transform.objective == "joint":
-        bases = _joint_residual(transform, moments, tensors, low_bits)
+        bases = _joint_residual(transform, moments, tensors, architecture.family, low_bits)
     elif transform.granularity == "per_layer":
         bases = diagonalised("attention", moments.attention) | diagonalised("mlp", moments.mlp)
     elif transform.granularity == "one_per_decoder":
@@ -134,22 +135,25 @@ def facts(bases: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def _joint_residual(transform: Subspace, moments: BlockMoments, tensors: Tensors, low_bits: int) -> dict[str, Tensor]:
+def _joint_residual(
+    transform: Subspace, moments: BlockMoments, tensors: Tensors, family: Family, low_bits: int
+) -> dict[str, Tensor]:
     from ptqbench.models.fuse import fold_norms
     from ptqbench.numerics.subspace import pre_fuse_basis, weight_moment
 
     # Activation moment of the stream and weight moment sum W^T W of the linears that read it, gains folded in.
-    folded = fold_norms(tensors)
+    folded = fold_norms(tensors, family)
     bases: dict[str, Tensor] = {}
     for name, linears, norm, moment in (
-        ("attention", ATTENTION_INPUT, "input_layernorm", moments.attention),
-        ("mlp", MLP_INPUT, "post_attention_layernorm", moments.mlp),
+        ("attention", ATTENTION_INPUT, family.norms.before_attention, moments.attention),
+        ("mlp", MLP_INPUT, family.norms.before_mlp, moments.mlp),
     ):
         weights = weight_moment(folded[f"{linear}.weight"] for linear in linears)
         n_high = transform.layout().parts(len(moment))[2]
         bases |= _joint(name, moment, weights, low_bits, n_high)
         if transform.pre_fuse_compensation and f"{name}{IDENTITY}" not in bases:
-            bases[name] = pre_fuse_basis(moment, weights, tensors[f"{norm}.weight"], low_bits, n_high)
+            gain = family.gain_offset + tensors[f"{norm}.weight"]
+            bases[name] = pre_fuse_basis(moment, weights, gain, low_bits, n_high)
     return bases
 
 

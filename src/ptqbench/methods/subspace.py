@@ -16,7 +16,7 @@ from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError
 from ptqbench.methods.learned import Count, Momentum, Rate, constant_loss
 from ptqbench.methods.precision import Layout
-from ptqbench.methods.transform import FileMatrix, Learning, Transform
+from ptqbench.methods.transform import FileMatrix, Learning, Transform, fixed_stream
 from ptqbench.methods.transforms import Bits, Seed, down_transform, no_hadamard
 
 if TYPE_CHECKING:
@@ -140,6 +140,9 @@ class Subspace(Transform):
         Raises:
             UnsupportedError: ``high_fraction`` rounds to no channel of the hidden size or of a head.
         """
+        fixed = fixed_stream(architecture, f"a {self.granularity} basis", "take none, or hadamard with r1=none")
+        if fixed is not None:
+            return fixed
         for width in (architecture.hidden_size, architecture.head_dim):
             self.layout().parts(width)
         if self.objective != "activation" and self.granularity != "per_layer":

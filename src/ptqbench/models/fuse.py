@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT, NORM_READERS
+from ptqbench.errors import UnsupportedError
+from ptqbench.models.family import ATTENTION_INPUT, ATTENTION_OUTPUT, FAMILIES, MLP_INPUT, MLP_OUTPUT, Family
 from ptqbench.numerics.orthogonal import (
     fold_gain,
     mix_heads,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ptqbench.models.quantized import BlockPlan
 
 Tensors = dict[str, Tensor]
+LLAMA = FAMILIES["llama"]
 
 
 class Basis(Protocol):
@@ -86,27 +88,35 @@ class BlockRotations:
     output_order: Tensor | None = None
 
 
-def fold_norms(tensors: Tensors) -> Tensors:
-    """Multiply the two norm gains of a block into the linears behind them; the gains become 1.
+def fold_norms(tensors: Tensors, family: Family = LLAMA) -> Tensors:
+    """Multiply the norm gains of a block into the linears that read the norms; the gains become 1.
 
     Args:
-        tensors: A block, not modified. Query and key norms (per head, before RoPE) are not folded.
+        tensors: A block, not modified. Norms of queries and keys (before RoPE), and norms behind attention and MLP, are not
+            folded: no linear reads their output.
+        family: Where the block normalises.
 
     Returns:
         All tensors of the block, in float64.
+
+    Raises:
+        UnsupportedError: The block has other norms than the family.
     """
+    found = {name.removesuffix(".weight") for name in tensors if name.endswith("layernorm.weight")}
+    if found != set(family.all_norms):
+        raise UnsupportedError(f"expected the norms of {family.model_type}, {family.all_norms}, got {sorted(found)}")
     folded = _double(tensors)
-    for norm, linears in NORM_READERS.items():
-        # W <- W diag(g), g <- 1.
-        gain = folded[f"{norm}.weight"]
+    for norm, linears in family.readers.items():
+        # W <- W diag(g), g <- 1; the weight of a norm is its gain less ``gain_offset``.
+        gain = family.gain_offset + folded[f"{norm}.weight"]
         for linear in linears:
             folded[f"{linear}.weight"] = fold_gain(folded[f"{linear}.weight"], gain)
-        folded[f"{norm}.weight"] = torch.ones_like(gain)
+        folded[f"{norm}.weight"] = torch.full_like(gain, 1 - family.gain_offset)
     return folded
 
 
 def rotate_block(tensors: Tensors, rotations: BlockRotations) -> Tensors:
-    """Move a norm-folded block into another basis.
+    """Move a norm-folded block into another basis. The stream of a family with norms behind a linear cannot be rotated.
 
     Args:
         tensors: A block with unit gains, not modified.
@@ -146,21 +156,22 @@ def rotate_embedding(tensors: Tensors, rotation: Tensor | None, *, center: bool 
     return {"weight": weight if rotation is None else rotate_input(weight, rotation.to(weight.device))}
 
 
-def rotate_head(tensors: Tensors, rotation: Tensor | None) -> Tensors:
+def rotate_head(tensors: Tensors, rotation: Tensor | None, family: Family = LLAMA) -> Tensors:
     """Fold the final norm into the output projection and let it read the rotated stream.
 
     Args:
         tensors: ``norm.weight`` (d,) and ``lm_head.weight`` (rows, d), not modified.
         rotation: (d, d), or None.
+        family: How the norm computes its gain.
 
     Returns:
         Both, in float64, with unit gain.
     """
-    gain, weight = tensors["norm.weight"].double(), tensors["lm_head.weight"].double()
+    gain, weight = family.gain_offset + tensors["norm.weight"].double(), tensors["lm_head.weight"].double()
     weight = fold_gain(weight, gain)
     if rotation is not None:
         weight = rotate_input(weight, rotation.to(weight.device))
-    return {"norm.weight": torch.ones_like(gain), "lm_head.weight": weight}
+    return {"norm.weight": torch.full_like(gain, 1 - family.gain_offset), "lm_head.weight": weight}
 
 
 def part_order(n_heads: int, parts: Sequence[int]) -> Tensor:
