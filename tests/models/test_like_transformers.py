@@ -161,6 +161,7 @@ def rope_parts_outside(folder):
     )
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
 OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 ACCEPTED = {
     "untied": ("llama", {}, None),
@@ -190,6 +191,10 @@ ACCEPTED = {
     "bfloat16, none in config": ("llama", {}, typed(as_type(torch.bfloat16), ("dtype",))),
     "type in index": ("llama", {}, lambda f: (edit_config(f, ("dtype",)), sharded(f, metadata={"dtype": "float16"}))),
     "full attention": ("qwen3", {}, configured(layer_types=["full_attention"] * 2, use_sliding_window=True, sliding_window=4)),
+    "windows in some blocks": ("qwen3", {}, configured(layer_types=["full_attention", "sliding_attention"], **WINDOW)),
+    "windows by the old keys": ("qwen2", {}, windows(4, 1)),
+    "windows in every block": ("qwen3", {}, windows(5, 0)),
+    "windows longer than the text": ("qwen2", {}, windows(64, 1)),
     "windows in no block": ("qwen2", {}, windows(4, 2)),
     "windows without width": ("qwen2", {}, windows(None, 0)),
     "windows of llama": ("llama", {}, configured(use_sliding_window=True, sliding_window=4)),
@@ -406,7 +411,7 @@ REFUSED = {
     "padding outside": (configured(pad_token_id=10**6), "pad_token_id"),
     "context 0": (configured(max_position_embeddings=0), "max_position_embeddings"),
     "model_type as list": (configured(model_type=["llama"]), r"model_type \['llama'\]"),
-    "model_type": (configured(model_type="mistral"), "'mistral'.*known: llama"),
+    "model_type": (configured(model_type="gpt2"), "'gpt2'.*known: llama"),
     "per_layer_config": (configured(per_layer_config={"0": {"num_key_value_heads": 1}}), "per_layer_config"),
     "transformers_weights": (configured(transformers_weights="other.safetensors"), "transformers_weights"),
     "configuration_files": (configured(configuration_files=["config.4.0.0.json"]), "names another configuration file"),
@@ -420,10 +425,11 @@ REFUSED = {
     "chunked": (configured(layer_types=["chunked_attention"] * 2), "'chunked_attention'"),
     "too many layer types": (configured(layer_types=["full_attention"] * 3), "one entry for each of 2 blocks"),
     "layer types as text": (configured(layer_types="full_attention"), "layer_types must be a list"),
-    "sliding by the old keys": (
-        windows(4, 1, model_type="qwen2"),
-        "use_sliding_window",
+    "sliding without leave": (
+        configured(layer_types=["sliding_attention"] * 2, model_type="qwen2"), "use_sliding_window is not true",
     ),
+    "window as text": (windows("4", 1, model_type="qwen2"), "sliding_window must be a positive integer, got '4'"),
+    "first window as text": (windows(4, "1", model_type="qwen2"), "max_window_layers must be an integer"),
     "rope unknown": (rope(rope_type="spiral", factor=2.0), "rope_type 'spiral'.*known: default"),
     "rope unknown, old": (rope("rope_scaling", type="mrope", mrope_section=[2, 3, 3]), "'mrope'"),
     "rope as list": (configured(rope_parameters=[1]), "rope_parameters must be a mapping"),

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.models.architecture import NORM_READERS
+from ptqbench.models.family import FAMILIES
 from ptqbench.models.outliers import outlier_channels, rescale_block
 
 
@@ -73,7 +73,7 @@ def folded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Multiply the gains of the blocks' norms into the linears behind them, in float64."""
     result = {}
     for block in range(2):
-        for norm, linears in NORM_READERS.items():
+        for norm, linears in FAMILIES["llama"].readers.items():
             gain = state[f"model.layers.{block}.{norm}.weight"].double()
             for linear in linears:
                 result[f"{block}.{linear}"] = state[f"model.layers.{block}.{linear}.weight"].double() * gain

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,16 +39,20 @@ Rotations = dict[str, Tensor]
 
 @contextmanager
 def opened(model: BlockwiseModel, seq_len: int, grids: Mapping[str, Grid] | None = None) -> Iterator[Network]:
-    """Hold what all steps share: positions, the norm-folded embedding and head, and one block that runs any block's weights.
+    """Hold what all steps share: positions, the norm-folded embedding and head, and a block of each kind for the others' weights.
 
     Args:
         model: The checkpoint.
         seq_len: Tokens per window.
         grids: Linears that the loss rounds to nearest -> their grids; none of them where weights are left alone.
     """
-    folded = model.reopened(FoldedBasis())
-    with folded.block(0) as block, folded.head() as head:
-        yield Network(model, folded, block, head, folded.positions(seq_len), grids or {})
+    shape = model.architecture
+    folded = model.reopened(FoldedBasis(family=shape.family))
+    kinds = {shape.block_kind(index): index for index in reversed(range(shape.n_blocks))}
+    with ExitStack() as held:
+        blocks = {kind: held.enter_context(folded.block(index)) for kind, index in kinds.items()}
+        head = held.enter_context(folded.head())
+        yield Network(model, folded, blocks, head, folded.positions(seq_len), grids or {})
 
 
 def _repeatable_attention(device: torch.device) -> AbstractContextManager[Any]:
@@ -63,7 +67,7 @@ class Network:
     Attributes:
         model: The checkpoint, whose tensors are fused with the rotations.
         folded: The same with norms folded; gives embedding and head.
-        block: A decoder block of the installed class, whose weights are replaced in every call.
+        blocks: A decoder block of the installed class for every kind of block, whose weights are replaced in every call.
         head: Final norm and output projection.
         positions: RoPE tables and mask.
         grids: Linears that the loss rounds to nearest -> their grids.
@@ -71,7 +75,7 @@ class Network:
 
     model: BlockwiseModel
     folded: BlockwiseModel
-    block: nn.Module
+    blocks: Mapping[tuple[str, bool], nn.Module]
     head: Callable[[Tensor], Tensor]
     positions: Positions
     grids: Mapping[str, Grid]
@@ -145,10 +149,12 @@ class Network:
             name = f"{linear}.weight"
             weights[name] = straight_through(weights[name], round_to_nearest(weights[name].detach(), grid).dequantized)
         # Run the installed block with these weights and its quantizers on.
-        install(self.block, basis.plan(index) or BlockPlan())
-        placed = {"attention_mask": self.positions.mask, "position_embeddings": self.positions.rope}
+        block = self.blocks[self.model.architecture.block_kind(index)]
+        install(block, basis.plan(index) or BlockPlan())
+        own = self.positions.of(block)
+        placed = {"attention_mask": own.mask, "position_embeddings": own.rope}
         with _repeatable_attention(stream.device):
-            output = torch.func.functional_call(self.block, weights, (stream,), placed)
+            output = torch.func.functional_call(block, weights, (stream,), placed)
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
 

@@ -32,7 +32,7 @@ from ptqbench.methods.base import Statistics
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.peaks import needs_peaks, observing, peaks_of
 from ptqbench.models.quantized import set_quantizers
-from ptqbench.models.stages import STAGES, Positions, Stage, finish, forward
+from ptqbench.models.stages import Positions, Stage, finish, forward, stages_of
 from ptqbench.numerics.grid import LinearResult
 
 __all__ = ["Method", "Streams", "Timings", "quantize"]
@@ -185,9 +185,10 @@ class _Loop:
         windows = [self._enter(block, reference, i, streams) for i in range(len(streams.quantized))]
         results: Results = {}
         rows: Rows = []
+        stages = stages_of(self.model.architecture.family)
         if self.method.true_sequential:
             # Statistics of a stage come from inputs that the stages before it, already rounded, have computed.
-            for stage in STAGES:
+            for stage in stages:
                 (statistics,) = self._collect(index, windows, (stage,), block, reference)
                 self._round(index, block, stage, statistics, results, rows)
             # Every linear has run once; only the last addition to the residual stream is left.
@@ -196,9 +197,9 @@ class _Loop:
             return Streams(quantized, self._leave(windows)), results, rows
         # Otherwise one pass through the unrounded block gives the statistics of all four stages, and a second pass
         # through the rounded block gives the stream of the next one.
-        together = self._collect(index, windows, STAGES, block, reference)
+        together = self._collect(index, windows, stages, block, reference)
         behind = self._leave(windows)  # the reference has passed all stages; only its last addition is left
-        for stage, statistics in zip(STAGES, together, strict=True):
+        for stage, statistics in zip(stages, together, strict=True):
             self._round(index, block, stage, statistics, results, rows)
         return Streams(self._propagate(block, streams.quantized), behind), results, rows
 

@@ -88,10 +88,13 @@ class Awq(Calibrated):
         return {**super().depends_on(spec), "bits": bits, "grid": dataclasses.asdict(spec.method.grid)}
 
     def scaled(self, architecture: Architecture) -> tuple[str, ...]:
-        """The stages whose inputs are scaled."""
+        """The stages whose inputs are scaled: of those that have a norm or a linear to take the scale back."""
+        from ptqbench.models.family import producers
+
         shared = architecture.n_heads != architecture.n_kv_heads
         skipped = ("o",) if shared and self.o == "mha_only" else ()
-        return tuple(stage for stage in STAGE_LINEARS if self.scale and stage not in skipped)
+        kept = producers(architecture.family)
+        return tuple(stage for stage in STAGE_LINEARS if self.scale and stage in kept and stage not in skipped)
 
     def clipped(self) -> tuple[str, ...]:
         """The linears that are clipped."""

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ptqbench.models.architecture import ATTENTION_OUTPUT, MLP_OUTPUT
+from ptqbench.models.family import ATTENTION_OUTPUT, FAMILIES, MLP_OUTPUT, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,19 +107,32 @@ class _Folded:
         """Fold the final norm and read the stream in the basis behind the last block."""
         from ptqbench.models.fuse import rotate_head
 
-        return rotate_head(tensors, self.leaving())
+        return rotate_head(tensors, self.leaving(), self._family())
+
+    def _family(self) -> Family:
+        """Where the blocks normalise, and how."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldedBasis(_Folded):
-    """Norm gains folded and nothing else: the stream that bases are computed from."""
+    """Norm gains folded and nothing else: the stream that bases are computed from.
+
+    Attributes:
+        center_embedding: Whether row means are subtracted from the embedding.
+        family: Where the blocks of the checkpoint normalise.
+    """
 
     center_embedding: bool = False
+    family: Family = FAMILIES["llama"]
+
+    def _family(self) -> Family:
+        return self.family
 
     def block(self, tensors: Tensors, index: int) -> Tensors:
         from ptqbench.models.fuse import fold_norms
 
-        return fold_norms(tensors)
+        return fold_norms(tensors, self.family)
 
     def plan(self, index: int) -> BlockPlan | None:
         return None
@@ -152,6 +165,9 @@ class HadamardBasis(_Folded):
     block_heads: Mapping[str, Tensor] | None = None
     online_dtype: Literal["float32", "model"] = "float32"
 
+    def _family(self) -> Family:
+        return self.precision.architecture.family
+
     def entering(self) -> Tensor | None:
         return self.residual
 
@@ -174,7 +190,7 @@ class HadamardBasis(_Folded):
             mixed_heads=self.mixed_heads,
             down=self.down,
         )
-        return rotate_block(fold_norms(tensors), rotations)
+        return rotate_block(fold_norms(tensors, self._family()), rotations)
 
     def plan(self, index: int) -> BlockPlan | None:
         """Online transforms of o and down, R3 on keys and queries, quantizers."""
@@ -223,6 +239,9 @@ class SubspaceBasis(_Folded):
     head_rotation: Tensor | tuple[Tensor, ...]
     down: Callable[[Tensor], Tensor]
     center_embedding: bool
+
+    def _family(self) -> Family:
+        return self.precision.architecture.family
 
     def entering(self) -> Tensor:
         return self.attention_basis(0)
@@ -279,7 +298,7 @@ class SubspaceBasis(_Folded):
             down=self.down,
             output_order=self.precision.output_order(),
         )
-        return rotate_block(fold_norms(tensors), rotations)
+        return rotate_block(fold_norms(tensors, self._family()), rotations)
 
     def plan(self, index: int) -> BlockPlan | None:
         """Online Hadamard of down, order of o, key rotation, residual basis changes, quantizers."""

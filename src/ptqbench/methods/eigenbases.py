@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ptqbench.methods.precision import Layout
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.capture import BlockMoments
+    from ptqbench.models.family import Family
     from ptqbench.models.fuse import Tensors
 
 
@@ -86,11 +87,11 @@ def eigenbases(
         return {name: selection_basis(size) for name, size in sizes.items()}
     # The residual stream: eigenvectors of its moment, alone or joint with that of the weights that read it.
     if transform.granularity == "per_layer" and transform.objective == "joint":
-        bases = _joint_residual(transform, moments, tensors, low_bits)
+        bases = _joint_residual(transform, moments, tensors, architecture.family, low_bits)
     elif transform.granularity == "per_layer":
         bases = diagonalised("attention", moments.attention) | diagonalised("mlp", moments.mlp)
     elif transform.granularity == "one_per_decoder":
-        bases = diagonalised("residual", stream_objective(transform, moments, tensors) / 2)
+        bases = diagonalised("residual", stream_objective(transform, moments, tensors, architecture.family) / 2)
     else:
         bases = {}
     # Values and keys, head by head; one key basis for all heads where the model has one basis.
@@ -100,13 +101,14 @@ def eigenbases(
     return bases | diagonalised("value", moments.value) | diagonalised("key", key)
 
 
-def stream_objective(transform: Choice, moments: BlockMoments, tensors: Tensors) -> Tensor:
+def stream_objective(transform: Choice, moments: BlockMoments, tensors: Tensors, family: Family) -> Tensor:
     """Sum what the two inputs of a block ask of a basis of the residual stream that they share.
 
     Args:
         transform: Objective.
         moments: As for `eigenbases`.
         tensors: As for `eigenbases`.
+        family: Where the block normalises.
 
     Returns:
         (d, d) float64: the second moments, or for ``joint`` the normalised objectives.
@@ -115,7 +117,7 @@ def stream_objective(transform: Choice, moments: BlockMoments, tensors: Tensors)
 
     if transform.objective == "activation":
         return moments.attention + moments.mlp
-    pairs = ((moment, weights) for _, _, moment, weights in _inputs_with_weights(moments, tensors))
+    pairs = ((moment, weights) for _, _, moment, weights in _inputs_with_weights(moments, tensors, family))
     attention, mlp = (normalised_joint_objective(*pair) for pair in pairs)
     return attention + mlp
 
@@ -174,28 +176,33 @@ def facts(bases: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def _inputs_with_weights(moments: BlockMoments, tensors: Tensors) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """Name, norm, second moment, and moment sum W^T W of the linears that read it (gains folded in), of both inputs."""
+def _inputs_with_weights(
+    moments: BlockMoments, tensors: Tensors, family: Family
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Name, gain of the norm, second moment, and moment sum W^T W of the linears that read it (gains folded in), of both inputs."""
     from ptqbench.models.fuse import fold_norms
     from ptqbench.numerics.subspace import weight_moment
 
-    folded = fold_norms(tensors)
+    folded = fold_norms(tensors, family)
     for name, linears, norm, moment in (
-        ("attention", ATTENTION_INPUT, "input_layernorm", moments.attention),
-        ("mlp", MLP_INPUT, "post_attention_layernorm", moments.mlp),
+        ("attention", ATTENTION_INPUT, family.norms.before_attention, moments.attention),
+        ("mlp", MLP_INPUT, family.norms.before_mlp, moments.mlp),
     ):
-        yield name, norm, moment, weight_moment(folded[f"{linear}.weight"] for linear in linears)
+        gain = family.gain_offset + tensors[f"{norm}.weight"]
+        yield name, gain, moment, weight_moment(folded[f"{linear}.weight"] for linear in linears)
 
 
-def _joint_residual(transform: Choice, moments: BlockMoments, tensors: Tensors, low_bits: int) -> dict[str, Tensor]:
+def _joint_residual(
+    transform: Choice, moments: BlockMoments, tensors: Tensors, family: Family, low_bits: int
+) -> dict[str, Tensor]:
     from ptqbench.numerics.subspace import pre_fuse_basis
 
     bases: dict[str, Tensor] = {}
-    for name, norm, moment, weights in _inputs_with_weights(moments, tensors):
+    for name, gain, moment, weights in _inputs_with_weights(moments, tensors, family):
         n_high = transform.layout().parts(len(moment))[2]
         bases |= _joint(name, moment, weights, low_bits, n_high)
         if transform.pre_fuse_compensation and f"{name}{IDENTITY}" not in bases:
-            bases[name] = pre_fuse_basis(moment, weights, tensors[f"{norm}.weight"], low_bits, n_high)
+            bases[name] = pre_fuse_basis(moment, weights, gain, low_bits, n_high)
     return bases
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError
 from ptqbench.methods.precision import Layout
-from ptqbench.methods.transform import Learning, Transform
+from ptqbench.methods.transform import Learning, Transform, fixed_stream
 from ptqbench.methods.transforms import Seed, down_transform, head_hadamard, no_hadamard
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ class LearnedRotation(Transform):
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
         """Skip widths without a Hadamard matrix, and cells whose loss does not depend on the rotations."""
         shape, rule = architecture, self.odd_hadamard
-        reason = constant_loss(spec, self.learning)
+        reason = fixed_stream(shape, "the learned r1", "take hadamard with r1=none") or constant_loss(
+            spec, self.learning
+        )
         if reason is not None:
             return reason
         needs_power = (self.r2 and self.init == "random_hadamard") or (

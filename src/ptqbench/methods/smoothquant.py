@@ -47,13 +47,22 @@ class SmoothQuant(Calibrated):
             raise ConfigError(f"method.transform.pairs: expected every input once, got {list(self.pairs)}")
 
     def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
-        """Skip cells in which nothing that is scaled is rounded."""
+        """Skip cells in which nothing that is scaled is rounded, and inputs that no norm produces."""
+        from ptqbench.models.family import producers
+
         bits = spec.bitwidth
         rounded = [bits.w_bits, bits.a_bits, *([bits.v_bits] if "o" in self.pairs else [])]
         if min(rounded) >= UNTOUCHED_BITS:
             return (
                 f"smoothquant moves ranges between inputs and weights, and bitwidth {bits.name} leaves both at "
                 f"{UNTOUCHED_BITS} bits"
+            )
+        bare = [stage for stage in self.pairs if stage not in producers(architecture.family)]
+        if bare:
+            left = [stage for stage in self.pairs if stage not in bare]
+            return (
+                f"smoothquant scales {', '.join(bare)} in the norm before it, and {architecture.model_type} has none there; "
+                f"take method.transform.pairs=[{','.join(left)}]"
             )
         return self.precision(spec, architecture).skip_reason()
 

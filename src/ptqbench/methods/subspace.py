@@ -16,7 +16,7 @@ from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError
 from ptqbench.methods.learned import Count, Momentum, Rate, constant_loss
 from ptqbench.methods.precision import Layout
-from ptqbench.methods.transform import Calibrated, FileMatrix, Learning
+from ptqbench.methods.transform import Calibrated, FileMatrix, Learning, fixed_stream
 from ptqbench.methods.transforms import Bits, Seed, down_transform, no_hadamard
 
 if TYPE_CHECKING:
@@ -152,6 +152,9 @@ class Subspace(Calibrated):
         Raises:
             UnsupportedError: ``high_fraction`` rounds to no channel of the hidden size or of a head.
         """
+        fixed = fixed_stream(architecture, f"a {self.granularity} basis", "take none, or hadamard with r1=none")
+        if fixed is not None:
+            return fixed
         for width in (architecture.hidden_size, architecture.head_dim):
             self.layout().parts(width)
         if self.objective == "outlier" and self.granularity != "per_layer":
@@ -261,7 +264,7 @@ class Subspace(Calibrated):
         """Norms folded: moments are those of what rotations meet."""
         from ptqbench.methods.basis import FoldedBasis
 
-        return FoldedBasis(self.center_embedding)
+        return FoldedBasis(self.center_embedding, architecture.family)
 
     @property
     def pass_form(self) -> dict[str, Any]:
@@ -290,7 +293,8 @@ class Subspace(Calibrated):
         """What both inputs of a block ask of the basis that they share, (d, d)."""
         from ptqbench.methods.eigenbases import stream_objective
 
-        return stream_objective(self, view.moments, view.tensors if self.objective == "joint" else {})
+        tensors = view.tensors if self.objective == "joint" else {}
+        return stream_objective(self, view.moments, tensors, view.architecture.family)
 
     def solve_model(self, total: Tensor, n_blocks: int) -> dict[str, Tensor]:
         """Diagonalise the mean over all 2 L inputs of the stream."""

@@ -63,6 +63,16 @@ class Loaq(Target):
     dead_channels: Literal["zero", "keep_column"] = "zero"
     exclude: tuple[LinearName, ...] = ()
 
+    def skip_reason(self, spec: RunSpec, architecture: Architecture) -> str | None:
+        """Skip families in which o and down do not write the residual stream directly, unless all aim at their own output."""
+        norm = architecture.family.writes_through_norm
+        if norm is not None and self.needs - {Statistic.CROSS_MOMENT}:
+            return (
+                f"level={self.level} aims at the residual stream behind o and down, but {architecture.model_type} passes their "
+                f"outputs through a norm ({norm}) first; set method.target.level=linear"
+            )
+        return super().skip_reason(spec, architecture)
+
     @property
     def needs(self) -> frozenset[Statistic]:
         """Drift where it is corrected, token weights where the norm counts; nothing at zero strength."""

@@ -58,6 +58,24 @@ class FileMatrix:
     table: bool = False
 
 
+def fixed_stream(architecture: Architecture, what: str, remedy: str) -> str | None:
+    """Say why the basis of a family's residual stream cannot change, or None if it can.
+
+    Args:
+        architecture: Gives the family.
+        what: The options that change it.
+        remedy: What to do instead.
+    """
+    norm = architecture.family.writes_through_norm
+    if norm is None:
+        return None
+    return (
+        f"{what} changes the basis of the residual stream, but {architecture.model_type} has a norm ({norm}) between o_proj or "
+        f"down_proj and the stream, and its gain does not commute with a rotation: the rotation would have to run online behind "
+        f"that norm, which no transform here does; {remedy}"
+    )
+
+
 class Transform(Member, ABC):
     """In which basis do we quantize? Its grids follow from its layout and the cell."""
 

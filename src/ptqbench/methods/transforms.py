@@ -16,7 +16,7 @@ from pydantic import Field
 from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.methods.precision import Layout
-from ptqbench.methods.transform import FileMatrix, Transform
+from ptqbench.methods.transform import FileMatrix, Transform, fixed_stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,9 +117,9 @@ class Hadamard(Transform):
         per_head = self.r2 is True or (self.r3 and spec.bitwidth.k_bits < UNTOUCHED_BITS)
         if per_head and shape.head_dim & (shape.head_dim - 1):
             return f"r2 and r3 need a head_dim that is a power of two, {spec.model.name} has {shape.head_dim}; set them to false"
-        reason = None
+        reason = None if self.r1 == "none" else fixed_stream(shape, f"r1={self.r1}", "set r1 to none")
         if self.r1 in ("random_hadamard", "hadamard"):
-            reason = no_hadamard(shape.hidden_size, rule, f"r1={self.r1} (hidden_size; haar works)")
+            reason = reason or no_hadamard(shape.hidden_size, rule, f"r1={self.r1} (hidden_size; haar works)")
         if self.r4:
             reason = reason or no_hadamard(shape.intermediate_size, rule, "r4 (intermediate_size)")
         return reason or self.precision(spec, architecture).skip_reason()

@@ -9,6 +9,7 @@ type of the model, the overlay of quantized weights, and the installation of onl
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,14 +21,16 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.models.architecture import Architecture
+from ptqbench.models.family import FULL, SLIDING
 from ptqbench.models.fuse import Basis
 from ptqbench.models.source import ModelSource
 from ptqbench.models.spread import place_of, places, spread
 from ptqbench.models.stages import Positions
+from ptqbench.models.unfused import split, take_apart
 from ptqbench.numerics.orthogonal import generator
 
 Overlay = Callable[[int, nn.Module], None]
@@ -77,6 +80,8 @@ class BlockwiseModel:
         self.architecture: Architecture = source.architecture
         self._tied = self.architecture.tied_embeddings and not (basis and basis.unties)
         self.config, self._skeleton = _skeleton(source.folder, dtype, self._tied)
+        for index in range(self.n_blocks):
+            take_apart(self._skeleton.get_submodule(f"model.layers.{index}"), self.architecture)
 
     def reopened(self, basis: Basis | None, dtype: torch.dtype | None = None) -> BlockwiseModel:
         """Open the same checkpoint with the same edit in another basis, and in another data type if one is given."""
@@ -104,6 +109,9 @@ class BlockwiseModel:
         used, places = tokens.unique(return_inverse=True)
         table = self._read_module("model.embed_tokens")["weight"]
         hidden = self._embedding(table[used]).cpu()[places]
+        if self.architecture.family.scales_embedding:
+            installed: Any = self._skeleton.get_submodule("model.embed_tokens")
+            hidden = hidden * installed.embed_scale.to(hidden.dtype)
         if self.replicate == 0:
             return hidden
         # x (1 + s eps) with signs s, which all windows share: one unit in the last place, or two.
@@ -112,16 +120,21 @@ class BlockwiseModel:
         return hidden * torch.where(draws < 0.5, 1 - eps, 1 + eps).to(hidden.dtype)
 
     def positions(self, n_tokens: int) -> Positions:
-        """Build the RoPE tables and the causal mask for windows of ``n_tokens``."""
+        """Build the RoPE tables and the causal masks for windows of ``n_tokens``."""
         probe = torch.empty(1, n_tokens, self.architecture.hidden_size, dtype=self.dtype, device=self.device)
         ids = torch.arange(n_tokens, device=self.device)[None]
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=probe, attention_mask=None, past_key_values=None, position_ids=ids
-        )
-        return Positions(rope=self._rope(probe, ids), mask=mask)
+
+        def of(kind: str) -> Positions:
+            build = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
+            mask = build(
+                config=self.config, inputs_embeds=probe, attention_mask=None, past_key_values=None, position_ids=ids
+            )
+            return Positions(rope=self._rope(probe, ids, kind), mask=mask)
+
+        return self._by_kind(of)
 
     def tree_positions(self, depth: Tensor, seen: Tensor) -> Positions:
-        """Build the RoPE tables and the mask for rows that hold trees of tokens.
+        """Build the RoPE tables and the masks for rows that hold trees of tokens.
 
         Args:
             depth: (batch, tokens) int64, the position of each token in its sequence.
@@ -129,13 +142,27 @@ class BlockwiseModel:
         """
         depth, seen = depth.to(self.device), seen.to(self.device)
         probe = torch.empty(*depth.shape, 0, dtype=self.dtype, device=self.device)
-        return Positions(rope=self._rope(probe, depth), mask=seen)
 
-    def _rope(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Build cos and sin (batch, tokens, head_dim) for positions (batch, tokens), with device and data type of ``like``."""
+        def of(kind: str) -> Positions:
+            # Within a window w, a token at position p sees the positions p - w + 1 .. p of its sequence.
+            near = depth[:, None, None, :] > depth[:, None, :, None] - (self.architecture.window or 0)
+            return Positions(rope=self._rope(probe, depth, kind), mask=seen & near if kind == SLIDING else seen)
+
+        return self._by_kind(of)
+
+    def _by_kind(self, of: Callable[[str], Positions]) -> Positions:
+        """Build positions once for each kind of attention that the blocks have; those of block 0 are the common ones."""
+        kinds = [self.architecture.attends(index) for index in range(self.n_blocks)]
+        made = {kind: of(kind) for kind in dict.fromkeys(kinds)}
+        others = {index: made[kind] for index, kind in enumerate(kinds) if kind != kinds[0]}
+        return dataclasses.replace(made[kinds[0]], others=others)
+
+    def _rope(self, like: Tensor, positions: Tensor, kind: str = FULL) -> tuple[Tensor, Tensor]:
+        """Build cos and sin (batch, tokens, rotated channels) for positions (batch, tokens), with device and type of ``like``."""
         # A copy: a dynamic embedding keeps the longest window so far, which would change the tables of later windows.
         rotary = copy.deepcopy(self._skeleton.get_submodule("model.rotary_emb")).to(self.device)
-        tables: tuple[Tensor, Tensor] = rotary(like, positions)
+        own = (kind,) if self.architecture.family.rope_by_kind else ()
+        tables: tuple[Tensor, Tensor] = rotary(like, positions, *own)
         return tables
 
     def tensors(self, index: int) -> dict[str, Tensor]:
@@ -148,13 +175,18 @@ class BlockwiseModel:
     def _read_block(self, index: int) -> dict[str, Tensor]:
         """Read a block, or take it from the reading thread, and let that thread read the next."""
         at, reading = self._ahead or (None, None)
-        tensors = reading.result() if reading and at == index else self._read_module(f"model.layers.{index}")
+        tensors = reading.result() if reading and at == index else self._read_from_disk(index)
         following = index + 1
         if following == self.n_blocks:
             self._ahead = None
         elif at != following:
-            self._ahead = following, self._reader.submit(self._read_module, f"model.layers.{following}")
+            self._ahead = following, self._reader.submit(self._read_from_disk, following)
         return tensors
+
+    def _read_from_disk(self, index: int) -> dict[str, Tensor]:
+        """Read the tensors of a block, with fused linears cut into their parts."""
+        stored = self._read(f"model.layers.{index}.", self.architecture.stored_block_shapes())
+        return split(stored, self.architecture)
 
     def resting_place(self, hidden: Tensor, streams: int = 1) -> torch.device:
         """Choose where residual streams are kept between blocks: on the device if they take little of its memory, else on the host.
@@ -198,8 +230,16 @@ class BlockwiseModel:
         self._fill(norm, {"weight": tensors["norm.weight"]})
         self._fill(output, {"weight": tensors["lm_head.weight"]})
         precision = torch.promote_types(self.dtype, torch.float32)
+        cap = self.config.final_logit_softcapping if self.architecture.family.caps_logits else None
+
+        def logits(hidden: Tensor) -> Tensor:
+            found = nn.functional.linear(norm(hidden), output.weight)
+            if cap is not None:
+                found = torch.tanh(found / cap) * cap
+            return found.to(precision)
+
         try:
-            yield lambda hidden: nn.functional.linear(norm(hidden), output.weight).to(precision)
+            yield logits
         finally:
             norm.to("meta")
             output.to("meta")

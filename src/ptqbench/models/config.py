@@ -14,8 +14,8 @@ from typing import Any
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.models.architecture import Architecture, from_config
 from ptqbench.models.checkpoint import SIXTEEN_BITS
+from ptqbench.models.family import FULL, SLIDING, Family, family_of
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "relu6",
                "sigmoid", "tanh", "mish", "hardswish", "leaky_relu", "linear")  # fmt: skip
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -76,12 +76,10 @@ def check_config(config: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigError: A value is missing, has the wrong type, or is impossible.
-        UnsupportedError: Another architecture, a quantized checkpoint, attention within windows, an unknown activation function
-            or rotary embedding.
+        UnsupportedError: Another family, a quantized checkpoint, an unknown activation function or rotary embedding, or a trait
+            that the installed class would ignore.
     """
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise UnsupportedError(f"model_type {kind!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+    family = family_of(config.get("model_type"))
     for key in QUANTIZATION_KEYS:
         if config.get(key) is not None:
             raise UnsupportedError(
@@ -91,9 +89,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         if config.get(key) is not None:
             raise UnsupportedError(f"{key} in config.json {effect}, which is not supported; remove it")
     shape = from_config(config)
+    family.check_traits(config)
     _check_values(config, shape)
-    _check_attention(config, shape.n_blocks)
-    _check_rope(config, shape.head_dim)
+    _check_rope(config, shape.head_dim, family)
 
 
 def _scheme(section: Any) -> str:
@@ -104,11 +102,10 @@ def _scheme(section: Any) -> str:
 
 def _check_values(config: Mapping[str, Any], shape: Architecture) -> None:
     """Check the values that concern neither dimensions nor the kind of attention."""
-    activation = config.get("hidden_act", "silu")
+    key = shape.family.activation
+    activation = config.get(key, ACTIVATIONS[0])
     if activation not in ACTIVATIONS:
-        raise UnsupportedError(
-            f"hidden_act {activation!r} in config.json is not supported; known: {', '.join(ACTIVATIONS)}"
-        )
+        raise UnsupportedError(f"{key} {activation!r} in config.json is not supported; known: {', '.join(ACTIVATIONS)}")
     for key, (fits, expected) in VALUES.items():
         if key in config and not fits(config[key]):
             raise ConfigError(f"config.json: {key} must be {expected}, got {config[key]!r}")
@@ -119,48 +116,63 @@ def _check_values(config: Mapping[str, Any], shape: Architecture) -> None:
         )
 
 
-def _check_attention(config: Mapping[str, Any], n_blocks: int) -> None:
-    """Refuse blocks that do not attend to every earlier token, by ``layer_types`` or by the older keys of Qwen."""
-    kinds = config.get("layer_types")
-    if kinds is None:
-        windowed = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
-        first = config.get("max_window_layers", 28)
-        if windowed and config["model_type"] != "llama" and not (isinstance(first, int) and first >= n_blocks):
-            raise UnsupportedError("it has sliding-window attention (use_sliding_window), which is not supported")
+def _check_rope(config: Mapping[str, Any], head_dim: int, family: Family) -> None:
+    """Refuse rotary embeddings that the class of a family cannot build, or would not read."""
+    given = {key: config.get(key) or {} for key in ("rope_parameters", "rope_scaling")}
+    for key, rope in given.items():
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"config.json: {key} must be a mapping, got {rope!r}")
+    if family.rope_by_kind:
+        _check_rope_by_kind(config, *given.values(), head_dim, family)
         return
-    if not isinstance(kinds, list) or len(kinds) != n_blocks:
-        raise ConfigError(
-            f"config.json: layer_types must be a list with one entry for each of {n_blocks} blocks, got {kinds!r}"
-        )
-    other = next((kind for kind in kinds if kind != "full_attention"), None)
-    if other is not None:
-        raise UnsupportedError(f"layer_types in config.json asks for {other!r}; only 'full_attention' is supported")
-
-
-def _check_rope(config: Mapping[str, Any], head_dim: int) -> None:
-    """Refuse rotary embeddings that transformers cannot build, and those that rotate a part of each head."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(key) or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"config.json: {key} must be a mapping, got {rope!r}")
-    if any(isinstance(value, Mapping) for value in rope.values()):
+    key = "rope_scaling" if given["rope_scaling"] else "rope_parameters"
+    if any(isinstance(value, Mapping) for value in given[key].values()):
         raise UnsupportedError(f"{key} in config.json differs between kinds of attention, which is not supported")
+    _check_one_rope(config, given[key], key, head_dim, family)
+
+
+def _check_rope_by_kind(
+    config: Mapping[str, Any], by_kind: Mapping[str, Any], scaling: Mapping[str, Any], head_dim: int, family: Family
+) -> None:
+    """Check one rotary embedding for each kind of attention; the older ``rope_scaling`` belongs to full attention."""
+    if any(kind not in (FULL, SLIDING) or not isinstance(own, Mapping | None) for kind, own in by_kind.items()):
+        raise ConfigError(
+            f"config.json: rope_parameters must map {FULL!r} and {SLIDING!r} to mappings, got {dict(by_kind)!r}"
+        )
+    theta = {FULL: config.get("rope_theta", 1e6), SLIDING: config.get("rope_local_base_freq", 1e4)}
+    for kind, own in theta.items():
+        rope = {"rope_theta": own, **(by_kind.get(kind) or {}), **(scaling if kind == FULL else {})}
+        _check_one_rope(config, rope, f"rope_parameters of {kind}", head_dim, family)
+
+
+def _check_one_rope(
+    config: Mapping[str, Any], rope: Mapping[str, Any], where: str, head_dim: int, family: Family
+) -> None:
+    """Check the type of a rotary embedding, the share of a head that it rotates, and its numbers."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise UnsupportedError(f"rope_type {kind!r} in config.json is not supported; known: {', '.join(ROPE_TYPES)}")
+    known = family.rope_types or tuple(ROPE_TYPES)
+    kind = family.rope_aliases.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in known:
+        raise UnsupportedError(f"rope_type {kind!r} in config.json is not supported; known: {', '.join(known)}")
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if share not in (None, 1):
+    if share not in (None, 1) and not family.partial_rope:
         raise UnsupportedError(
             f"partial_rotary_factor {share!r} in config.json is not supported; only whole heads are rotated"
         )
+    rotated = head_dim if share is None else int(head_dim * share) if _positive(share) and share <= 1 else 0
+    if rotated % 2 or not rotated:
+        raise ConfigError(
+            f"config.json: partial_rotary_factor must be a number in (0, 1] that leaves an even share of head_dim {head_dim}, "
+            f"got {share!r}"
+        )
     missing = next((name for name in ROPE_TYPES[kind] if name not in rope), None)
     if missing is not None:
-        raise ConfigError(f"config.json: {key} of type {kind!r} has no {missing!r}")
+        raise ConfigError(f"config.json: {where} of type {kind!r} has no {missing!r}")
     # transformers also reads these two beside the mapping: theta where the mapping has none, the other one first.
     numbers = {"rope_theta": config.get("rope_theta", 1e4), **rope}
     if "original_max_position_embeddings" in config:
         numbers["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-    _check_rope_numbers(numbers, kind, f"config.json: {key}", head_dim)
+    _check_rope_numbers(numbers, kind, f"config.json: {where}", rotated)
 
 
 def _check_rope_numbers(rope: Mapping[str, Any], kind: str, where: str, head_dim: int) -> None:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT, NORM_READERS
+from ptqbench.errors import UnsupportedError
+from ptqbench.models.family import ATTENTION_INPUT, ATTENTION_OUTPUT, FAMILIES, MLP_INPUT, MLP_OUTPUT, Family, producers
 from ptqbench.models.stages import STAGES
 from ptqbench.numerics.orthogonal import (
     fold_gain,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ptqbench.models.quantized import BlockPlan
 
 Tensors = dict[str, Tensor]
+LLAMA = FAMILIES["llama"]
 
 
 class Basis(Protocol):
@@ -88,22 +90,30 @@ class BlockRotations:
     output_order: Tensor | None = None
 
 
-def fold_norms(tensors: Tensors) -> Tensors:
-    """Multiply the two norm gains of a block into the linears behind them; the gains become 1.
+def fold_norms(tensors: Tensors, family: Family = LLAMA) -> Tensors:
+    """Multiply the norm gains of a block into the linears that read the norms; the gains become 1.
 
     Args:
-        tensors: A block, not modified. Query and key norms (per head, before RoPE) are not folded.
+        tensors: A block, not modified. Norms of queries and keys (before RoPE), and norms behind attention and MLP, are not
+            folded: no linear reads their output.
+        family: Where the block normalises.
 
     Returns:
         All tensors of the block, in float64.
+
+    Raises:
+        UnsupportedError: The block has other norms than the family.
     """
+    found = {name.removesuffix(".weight") for name in tensors if name.endswith("layernorm.weight")}
+    if found != set(family.all_norms):
+        raise UnsupportedError(f"expected the norms of {family.model_type}, {family.all_norms}, got {sorted(found)}")
     folded = _double(tensors)
-    for norm, linears in NORM_READERS.items():
-        # W <- W diag(g), g <- 1.
-        gain = folded[f"{norm}.weight"]
+    for norm, linears in family.readers.items():
+        # W <- W diag(g), g <- 1; the weight of a norm is its gain less ``gain_offset``.
+        gain = family.gain_offset + folded[f"{norm}.weight"]
         for linear in linears:
             folded[f"{linear}.weight"] = fold_gain(folded[f"{linear}.weight"], gain)
-        folded[f"{norm}.weight"] = torch.ones_like(gain)
+        folded[f"{norm}.weight"] = torch.full_like(gain, 1 - family.gain_offset)
     return folded
 
 
@@ -119,17 +129,16 @@ def scale_block(tensors: Tensors, scales: Mapping[str, Tensor], architecture: Ar
     Returns:
         All tensors of the block, in float64.
     """
-    scaled = _double(tensors)
-    readers = {stage.name: stage.linears for stage in STAGES}
-    norms = {linears: norm for norm, linears in NORM_READERS.items()}
-    producers = norms | {ATTENTION_OUTPUT: ATTENTION_INPUT[2], MLP_OUTPUT: MLP_INPUT[1]}
+    scaled, family = _double(tensors), architecture.family
+    readers, from_ = {stage.name: stage.linears for stage in STAGES}, producers(family)
     for stage, given in scales.items():
-        # g <- g / s of a norm; W <- diag(1/s) W and b <- b / s of a linear.
-        producer = producers[readers[stage]]
+        # g <- g / s of a norm, whose weight is its gain less ``gain_offset``; W <- diag(1/s) W and b <- b / s of a linear.
+        producer = from_[stage]
+        offset = family.gain_offset if producer in family.readers else 0.0
         scale = given.to(scaled[f"{producer}.weight"])
         for name in (f"{producer}.weight", f"{producer}.bias"):
             if name in scaled:
-                scaled[name] = (scaled[name].transpose(0, -1) / scale).transpose(0, -1)
+                scaled[name] = ((offset + scaled[name]).transpose(0, -1) / scale).transpose(0, -1) - offset
         # W <- W diag(s).
         columns = to_query_heads(scale, architecture) if stage == "o" else scale
         for linear in readers[stage]:
@@ -150,7 +159,7 @@ def by_value_head(channels: Tensor, architecture: Architecture) -> Tensor:
 
 
 def rotate_block(tensors: Tensors, rotations: BlockRotations) -> Tensors:
-    """Move a norm-folded block into another basis.
+    """Move a norm-folded block into another basis. The stream of a family with norms behind a linear cannot be rotated.
 
     Args:
         tensors: A block with unit gains, not modified.
@@ -190,21 +199,22 @@ def rotate_embedding(tensors: Tensors, rotation: Tensor | None, *, center: bool 
     return {"weight": weight if rotation is None else rotate_input(weight, rotation.to(weight.device))}
 
 
-def rotate_head(tensors: Tensors, rotation: Tensor | None) -> Tensors:
+def rotate_head(tensors: Tensors, rotation: Tensor | None, family: Family = LLAMA) -> Tensors:
     """Fold the final norm into the output projection and let it read the rotated stream.
 
     Args:
         tensors: ``norm.weight`` (d,) and ``lm_head.weight`` (rows, d), not modified.
         rotation: (d, d), or None.
+        family: How the norm computes its gain.
 
     Returns:
         Both, in float64, with unit gain.
     """
-    gain, weight = tensors["norm.weight"].double(), tensors["lm_head.weight"].double()
+    gain, weight = family.gain_offset + tensors["norm.weight"].double(), tensors["lm_head.weight"].double()
     weight = fold_gain(weight, gain)
     if rotation is not None:
         weight = rotate_input(weight, rotation.to(weight.device))
-    return {"norm.weight": torch.ones_like(gain), "lm_head.weight": weight}
+    return {"norm.weight": torch.full_like(gain, 1 - family.gain_offset), "lm_head.weight": weight}
 
 
 def part_order(n_heads: int, parts: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.models.architecture import NORM_READERS
+from ptqbench.models.family import FAMILIES
 
 
 def outlier_channels(hidden_size: int, n_channels: int = 4, seed: int = 0) -> list[int]:
@@ -60,6 +60,12 @@ def rescale_block(
         ConfigError: A channel or the factor is out of range.
         UnsupportedError: A norm or a linear to rescale is missing.
     """
+    norms = {name.removesuffix(".weight") for name in tensors if name.endswith("layernorm.weight")}
+    if norms - set(FAMILIES["llama"].all_norms):
+        raise UnsupportedError(
+            f"expected a block with the norms of Llama, got {sorted(norms)}: outlier channels need norms whose gain only the "
+            f"linears behind them read"
+        )
     wrong = [channel for channel in channels if not 0 <= channel < hidden_size]
     if wrong:
         raise ConfigError(f"expected channels in [0, {hidden_size}), got {wrong[0]}: use outlier_channels()")
@@ -68,7 +74,7 @@ def rescale_block(
     scale = torch.ones(hidden_size, dtype=torch.float64)
     scale[list(channels)] = factor
     rescaled = dict(tensors)
-    for norm, linears in NORM_READERS.items():
+    for norm, linears in FAMILIES["llama"].readers.items():
         # The gain grows, so the output of the norm does: (g s) x_hat.
         _scale_columns(rescaled, f"{norm}.weight", scale)
         for linear in linears:

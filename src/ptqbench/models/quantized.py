@@ -1,10 +1,10 @@
 """Dynamic fake quantization of a live decoder block: linear inputs, keys and values, residual basis changes.
 
-``install`` turns a block of the installed Llama, Qwen2 or Qwen3 classes into one that computes, for a linear,
+``install`` turns an installed decoder block into one that computes, for a linear,
 
     y = F.linear(reorder(quantize(online(x))), weight, bias)
 
-and, where the residual stream changes its basis between the norms,
+and, where the residual stream changes its basis between the norms (of a family without norms behind attention and MLP),
 
     r = change_1(h);   h' = r + Attn(norm_1(h));   r' = change_2(h');   out = r' + MLP(norm_2(h')).
 
@@ -269,9 +269,9 @@ def install(block: nn.Module, plan: BlockPlan) -> nn.Module:
     """Give a block a plan, with quantizers on. An earlier plan is removed.
 
     Args:
-        block: Decoder layer of the installed Llama, Qwen2 or Qwen3 classes, modified in place; install after it has its
-            final dtype and device (``block.to`` moves what was added too). With ``plan.kv`` the configuration that the
-            blocks of a model share is switched to the wrapped attention function.
+        block: Decoder layer of an installed class, modified in place; install after it has its final dtype and device
+            (``block.to`` moves what was added too). With ``plan.kv`` the configuration that the blocks of a model share is
+            switched to the wrapped attention function.
         plan: The plan; an empty one restores the stock block.
 
     Returns:

@@ -1,8 +1,10 @@
 """Run a decoder block in stages, so that every linear is executed exactly once while the block is quantized.
 
-A pre-norm decoder block has four points at which the input of a group of linears is complete:
+A decoder block has four points at which the input of a group of linears is complete:
 
-    norm -> [q, k, v] | attention -> [o] | norm -> [gate, up] | activation -> [down]
+    norm -> [q, k, v] | attention -> [o] (-> norm) | norm -> [gate, up] | activation -> [down] (-> norm)
+
+Which of the four norms there are is a property of the family (``models.family``).
 
 ``staged`` runs an installed transformers block as a generator that yields the input of each group. The caller may then replace
 the weights of that group; the block continues with the new weights. Attention (RoPE, query and key norms, grouped queries, the
@@ -19,17 +21,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
+from ptqbench.models.family import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT, Family, family_of
 from ptqbench.models.quantized import PlannedLayer, QuantizedLinear
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A group of linears with one input. ``adds``: whether their output is added to the residual stream."""
+    """A group of linears with one input. ``adds``: whether their output itself is added to the residual stream."""
 
     name: str
     linears: tuple[str, ...]
@@ -42,6 +45,14 @@ STAGES = (
     Stage("gate_up", MLP_INPUT),
     Stage("down", MLP_OUTPUT, adds=True),
 )
+
+
+def stages_of(family: Family) -> tuple[Stage, ...]:
+    """List the stages of a family's blocks. A linear whose output passes a norm first does not add to the residual stream."""
+    through_norm = {"o": family.norms.behind_attention, "down": family.norms.behind_mlp}
+    return tuple(
+        stage if through_norm.get(stage.name) is None else dataclasses.replace(stage, adds=False) for stage in STAGES
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +71,22 @@ class StageInput:
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """RoPE tables and mask; the same for all blocks and all windows of one length.
+    """RoPE tables and mask; the same for all windows of one length.
 
-    ``rope`` holds cos and sin, each (1, tokens, head_dim); ``mask`` is what the installed mask builder returns for
-    unpadded causal windows (None where the attention kernel is causal by itself).
+    Attributes:
+        rope: cos and sin, each (1, tokens, rotated channels of a head).
+        mask: What the installed mask builder returns for unpadded windows; None where the attention kernel is causal by itself.
+        others: Index of a block -> the positions of that block, where they differ (sliding windows).
     """
 
     rope: tuple[Tensor, Tensor]
     mask: Tensor | None
+    others: Mapping[int, Positions] = dataclasses.field(default_factory=dict)
+
+    def of(self, block: nn.Module) -> Positions:
+        """Return the positions of a block."""
+        attention: Any = block.get_submodule("self_attn")
+        return self.others.get(attention.layer_idx, self)
 
 
 class _Playback(nn.Module):
@@ -105,7 +124,7 @@ def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.d
     """Run a block, pausing where the input of each of the four ``STAGES`` is known.
 
     Args:
-        block: An installed transformers decoder layer (Llama, Qwen2 or Qwen3), stock or rewritten.
+        block: An installed transformers decoder layer of a supported family, stock or rewritten.
         hidden: Residual stream entering the block, (batch, tokens, hidden_size), not modified.
         positions: RoPE tables and mask for this window length.
         park: Device on which tensors wait while the run is paused; None for their own.
@@ -118,9 +137,10 @@ def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.d
         The residual stream leaving the block, equal to ``block(hidden, ...)`` bit for bit.
     """
     attention, mlp = block.get_submodule("self_attn"), block.get_submodule("mlp")
+    norms, positions = family_of_block(block).norms, positions.of(block)
     before_o, before_down = block.basis_changes if isinstance(block, PlannedLayer) else (None, None)
     # x = norm_1(h): the input of q, k, v.
-    held = [block.get_submodule("input_layernorm")(hidden), hidden]
+    held = [_normed(block, norms.before_attention, hidden), hidden]
     del hidden
     yield from _pause(held, park, adds=False)
     inputs, hidden = held
@@ -129,10 +149,10 @@ def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.d
         inputs = attention(inputs, position_embeddings=positions.rope, attention_mask=positions.mask)[0]
     held = [inputs, hidden if before_o is None else before_o(hidden)]
     del inputs, hidden
-    yield from _pause(held, park, adds=True)
-    # h' = change_1(h) + o(x), and x = norm_2(h'): the input of gate and up.
-    hidden = held[1] + block.get_submodule(ATTENTION_OUTPUT[0])(held[0])
-    held = [block.get_submodule("post_attention_layernorm")(hidden), hidden]
+    yield from _pause(held, park, adds=norms.behind_attention is None)
+    # h' = change_1(h) + norm_2(o(x)), and x = norm_3(h'): the input of gate and up.
+    hidden = held[1] + _normed(block, norms.behind_attention, block.get_submodule(ATTENTION_OUTPUT[0])(held[0]))
+    held = [_normed(block, norms.before_mlp, hidden), hidden]
     del hidden
     yield from _pause(held, park, adds=False)
     inputs, hidden = held
@@ -141,9 +161,21 @@ def staged(block: nn.Module, hidden: Tensor, positions: Positions, park: torch.d
         inputs = mlp(inputs)
     held = [inputs, hidden if before_down is None else before_down(hidden)]
     del inputs, hidden
-    yield from _pause(held, park, adds=True)
-    # out = change_2(h') + down(x).
-    output: Tensor = held[1] + block.get_submodule(MLP_OUTPUT[0])(held[0])
+    yield from _pause(held, park, adds=norms.behind_mlp is None)
+    # out = change_2(h') + norm_4(down(x)).
+    output: Tensor = held[1] + _normed(block, norms.behind_mlp, block.get_submodule(MLP_OUTPUT[0])(held[0]))
+    return output
+
+
+def family_of_block(block: nn.Module) -> Family:
+    """Find the family of an installed decoder layer."""
+    attention: Any = block.get_submodule("self_attn")
+    return family_of(attention.config.model_type)
+
+
+def _normed(block: nn.Module, norm: str | None, hidden: Tensor) -> Tensor:
+    """Apply a norm of a block; None is no norm."""
+    output: Tensor = hidden if norm is None else block.get_submodule(norm)(hidden)
     return output
 
 
@@ -172,7 +204,8 @@ def finish(run: Run) -> Tensor:
 
 def forward(block: nn.Module, hidden: Tensor, positions: Positions) -> Tensor:
     """Run a block in one go. Shapes as in ``staged``."""
-    output = block(hidden, attention_mask=positions.mask, position_embeddings=positions.rope)
+    own = positions.of(block)
+    output = block(hidden, attention_mask=own.mask, position_embeddings=own.rope)
     return output if isinstance(output, torch.Tensor) else output[0]
 
 

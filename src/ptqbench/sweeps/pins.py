@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from ptqbench.data.window_files import pin_windows
 from ptqbench.errors import ConfigError, PtqbenchError, UnsupportedError, unreadable
 from ptqbench.evaluate.task_files import check_tasks
 from ptqbench.models import source
+from ptqbench.models.family import Norms, family_of
 from ptqbench.sweeps.lengths import check_length
 
 T = TypeVar("T")
@@ -119,7 +120,7 @@ def pin(spec: RunSpec, known: Known) -> RunSpec:
         evaluation=dataclasses.replace(spec.evaluation, texts=texts, task_digests=tasks, generation_digest=generation),
         seed=spec.seed if spec.calibrates else 0,
     )
-    _check_width(found.model, known.config(spec.model).get("hidden_size"))
+    _check_outliers(found.model, known.config(spec.model))
     _check_context(found, known.config(spec.model).get("max_position_embeddings"))
     return found
 
@@ -141,11 +142,16 @@ def _dtype(model: ModelSpec, known: Known) -> Any:
     return dtype
 
 
-def _check_width(model: ModelSpec, width: Any) -> None:
-    """Refuse more outlier channels than the residual stream has."""
+def _check_outliers(model: ModelSpec, config: Mapping[str, Any]) -> None:
+    """Refuse more outlier channels than the residual stream has, and blocks that have no place for them."""
+    width, kind = config.get("hidden_size"), config.get("model_type")
     if isinstance(width, int) and model.outlier_channels > width:
         raise ConfigError(
             f"model.outlier_channels={model.outlier_channels}: expected 0 to {width}, the hidden size of {model.name!r}"
+        )
+    if model.outlier_channels and family_of(kind).norms != Norms():
+        raise ConfigError(
+            f"model.outlier_channels={model.outlier_channels}: expected a model with the norms of Llama, got a {kind} model"
         )
 
 
