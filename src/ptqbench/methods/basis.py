@@ -30,7 +30,7 @@ class PlainBasis:
     """The checkpoint as it is; only quantizers are installed, and where asked for a rotation ``key`` (e, e) of queries and keys."""
 
     precision: Precision
-    key: Tensor | None = None
+    key: Tensor | None = dataclasses.field(default=None, kw_only=True)
     unties: ClassVar[bool] = False
 
     def embedding(self, tensors: Tensors) -> Tensors:

@@ -60,7 +60,7 @@ class NoTransform(Transform):
         from ptqbench.methods.basis import PlainBasis
 
         key = head_hadamard(architecture) if self.r3 and spec.bitwidth.k_bits < UNTOUCHED_BITS else None
-        basis = PlainBasis(self.precision(spec, architecture), key)
+        basis = PlainBasis(self.precision(spec, architecture), key=key)
         return None if basis.plan(0) is None else basis
 
 
@@ -205,7 +205,8 @@ def head_hadamard(architecture: Architecture) -> Tensor:
     """The Hadamard matrix of a head, (e, e) float64, orthogonal."""
     from ptqbench.numerics.hadamard import hadamard_matrix
 
-    return hadamard_matrix(architecture.head_dim).double().T / architecture.head_dim**0.5
+    matrix: Tensor = hadamard_matrix(architecture.head_dim).double().T
+    return matrix / architecture.head_dim**0.5
 
 
 def no_hadamard(order: int, rule: OddHadamard, what: str) -> str | None:

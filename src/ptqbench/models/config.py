@@ -123,7 +123,7 @@ def _check_rope(config: Mapping[str, Any], head_dim: int, family: Family) -> Non
         if not isinstance(rope, Mapping):
             raise ConfigError(f"config.json: {key} must be a mapping, got {rope!r}")
     if family.rope_by_kind:
-        _check_rope_by_kind(config, *given.values(), head_dim, family)
+        _check_rope_by_kind(config, given["rope_parameters"], given["rope_scaling"], head_dim, family)
         return
     key = "rope_scaling" if given["rope_scaling"] else "rope_parameters"
     if any(isinstance(value, Mapping) for value in given[key].values()):

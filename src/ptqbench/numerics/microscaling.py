@@ -129,7 +129,8 @@ def _power_of_two(peak: Tensor, elements: Elements, rule: str) -> Tensor:
 
 def peak_of(x: Tensor) -> Tensor:
     """Return the largest magnitude along the last axis; NaN if there is one."""
-    return torch.linalg.vector_norm(x, ord=torch.inf, dim=-1)
+    largest: Tensor = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1)
+    return largest
 
 
 def quantize_rows(

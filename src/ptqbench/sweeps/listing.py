@@ -254,7 +254,8 @@ def _takes(hint: Any) -> str:
         return "null"
     if get_origin(hint) is tuple or hint is tuple:
         return "a list"
-    return {str: "text", bool: "true | false", float: "number"}.get(hint) or getattr(hint, "__name__", str(hint))
+    words = {str: "text", bool: "true | false", float: "number"}
+    return words[hint] if hint in words else str(getattr(hint, "__name__", hint))
 
 
 def _shown(value: Any) -> str:

@@ -245,7 +245,8 @@ def _reasons(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
 def _deviations(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
     """What is recorded of deviations, by row."""
     said = cells.dropna(subset=[DEVIATION]) if DEVIATION in cells else cells.iloc[:0]
-    return {tuple(names): "; ".join(dict.fromkeys(rows[DEVIATION])) for names, rows in said.groupby(KEYS, sort=False)}
+    groups = said.groupby(KEYS, sort=False)
+    return {tuple(map(str, names)): "; ".join(dict.fromkeys(rows[DEVIATION])) for names, rows in groups}
 
 
 def draw(seed: Any, rotation_seed: Any, replicate: Any) -> str:
