@@ -259,7 +259,10 @@ class _Search:
         # The module's outputs with its own weights, and with those that are tried.
         weights = _weights(stage, block)
         device, positions = self.view.device, self.view.walk.positions
-        run = lambda inputs: behind(block, stage, inputs.to(device), positions)  # noqa: E731
+
+        def run(inputs: Tensor) -> Tensor:
+            return behind(block, stage, inputs.to(device), positions)
+
         wanted = [run(inputs).to(inputs.device) for inputs in self.seen.inputs[stage]]
 
         def loss(rounded: list[Tensor]) -> float:

@@ -206,7 +206,8 @@ def head_hadamard(architecture: Architecture) -> Tensor:
     from ptqbench.numerics.hadamard import hadamard_matrix
 
     matrix: Tensor = hadamard_matrix(architecture.head_dim).double().T
-    return matrix / architecture.head_dim**0.5
+    scale: float = architecture.head_dim**0.5
+    return matrix / scale
 
 
 def no_hadamard(order: int, rule: OddHadamard, what: str) -> str | None:
