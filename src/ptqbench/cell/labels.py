@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ptqbench.cell.spec import IDENTITY, ROLES, UNTOUCHED_BITS, BitwidthSpec, RunSpec
+from ptqbench.cell.spec import IDENTITY, KV_CHOICES, ROLES, UNTOUCHED_BITS, BitwidthSpec, RunSpec
 
 PLACES = ("name", "path", "hub_id", "revision", "files")
 """Execution fields that say which checkpoint, text or file was meant."""
@@ -43,19 +43,25 @@ def bits_name(bits: BitwidthSpec) -> str:
 
     >>> bits_name(BitwidthSpec(name="", w_bits=4, a_bits=4, k_bits=4, v_bits=8, group_size=32))
     'w4a4k4v8g32'
+    >>> bits_name(BitwidthSpec(name="", w_bits=4, a_bits=16, k_bits=4, v_bits=4, kv_measure="activation", kv_choices=(2, 4)))
+    'w4kv4_activation_2_4'
     """
     low = {"a": bits.a_bits, "kv": bits.k_bits} if bits.k_bits == bits.v_bits else {"a": bits.a_bits}
     parts = [f"{name}{n}" for name, n in low.items() if n < UNTOUCHED_BITS]
     parts += [f"k{bits.k_bits}v{bits.v_bits}"] if bits.k_bits != bits.v_bits else []
     parts += [f"g{bits.group_size}"] if bits.group_size is not None else []
-    return "fp16" if not parts and bits.w_bits >= UNTOUCHED_BITS else f"w{bits.w_bits}{''.join(parts)}"
+    measure = [] if bits.kv_measure is None else [bits.kv_measure]
+    choices = map(str, bits.kv_choices if bits.kv_choices != KV_CHOICES else ())
+    whole = "_".join([f"w{bits.w_bits}{''.join(parts)}", *measure, *choices])
+    return "fp16" if not parts and bits.w_bits >= UNTOUCHED_BITS else whole
 
 
 def says_other_bits(bits: BitwidthSpec) -> bool:
     """Whether the name reads as bits, such as ``w4``, but not as the bits that the values give."""
     said = _TOKEN.findall(bits.name)
     reads_as_bits = bool(said) and "".join(f"{name}{n}" for name, n in said) == bits.name
-    return reads_as_bits and sorted(said) != sorted(_TOKEN.findall(bits_name(bits)))
+    others = bits.kv_measure is not None or sorted(said) != sorted(_TOKEN.findall(bits_name(bits)))
+    return reads_as_bits and others
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

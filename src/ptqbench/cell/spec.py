@@ -29,6 +29,7 @@ UNTOUCHED_BITS = 16
 Bits = Annotated[int, Field(ge=2, le=UNTOUCHED_BITS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+KV_CHOICES = (2, 3, 4, 6, 8)
 MAX_TOKENS = 1 << 30
 """Limit of the tokens in all calibration windows: 8 GiB of token ids."""
 Role = Literal["transform", "target", "solver", "refine"]
@@ -152,7 +153,11 @@ class MethodSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class BitwidthSpec:
-    """Bits of weights, activations, keys and values; 16 leaves a tensor untouched. ``group_size: null`` is one group per row."""
+    """Bits of weights, activations, keys and values; 16 leaves a tensor untouched. ``group_size: null`` is one group per row.
+
+    With ``kv_measure``, keys and values of all blocks share the bits that ``k_bits`` and ``v_bits`` add up to, and each gets one of
+    ``kv_choices``: the more, the larger it is (``engine.kv_bits``).
+    """
 
     name: str = execution()
     w_bits: Bits = identity()
@@ -160,6 +165,21 @@ class BitwidthSpec:
     k_bits: Bits = identity()
     v_bits: Bits = identity()
     group_size: Positive | None = identity(default=None)
+    kv_measure: Literal["activation", "weight_fro", "weight_spec"] | None = added(None)
+    kv_choices: tuple[Bits, ...] = added(KV_CHOICES)
+
+    def __post_init__(self) -> None:
+        """Refuse choices of bits that cannot be, and bits that no choice of them can add up to."""
+        choices, mean = list(self.kv_choices), (self.k_bits + self.v_bits) / 2
+        if self.kv_measure is None and self.kv_choices != KV_CHOICES:
+            raise ConfigError(f"bitwidth.kv_choices={choices} has no effect without bitwidth.kv_measure=activation")
+        if choices != sorted(set(choices)) or not choices:
+            raise ConfigError(f"bitwidth.kv_choices: expected different bits in ascending order, got {choices}")
+        if self.kv_measure is not None and not choices[0] <= mean <= choices[-1] < UNTOUCHED_BITS:
+            raise ConfigError(
+                f"bitwidth.kv_measure: expected kv_choices below {UNTOUCHED_BITS} around the mean of k_bits={self.k_bits} and "
+                f"v_bits={self.v_bits}, got {choices}"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)

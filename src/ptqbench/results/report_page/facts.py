@@ -308,8 +308,12 @@ def _bitwidths(frame: pd.DataFrame) -> list[str]:
     for row in tables.records(frame.dropna(subset=["w_bits"]).drop_duplicates("bitwidth")):
         group = "" if pd.isna(row["group_size"]) else f" in groups of {row['group_size']:g}"
         weights = f"weights {_bits(row['w_bits'])}{group if row['w_bits'] < UNTOUCHED_BITS else ''}"
-        others = {"inputs of linears": row["a_bits"], "keys": row["k_bits"], "values": row["v_bits"]}
+        others = {"inputs of linears": row["a_bits"]}
+        by_block = isinstance(row["kv_measure"], str)
+        others |= {} if by_block else {"keys": row["k_bits"], "values": row["v_bits"]}
         rounded = [f"{name} {_bits(bits)}" for name, bits in others.items() if bits < UNTOUCHED_BITS]
+        mean = (row["k_bits"] + row["v_bits"]) / 2
+        rounded += [f"keys and values {_bits(mean)} in the mean, by block ({row['kv_measure']})"] if by_block else []
         rest = _and(name for name, bits in others.items() if bits >= UNTOUCHED_BITS)
         words = [weights, *rounded, *([f"{rest} untouched"] if rest else [])]
         lines.append(f"{row['bitwidth']}: {', '.join(words)}")

@@ -62,9 +62,9 @@ class Part:
     bitwidth: str = ""
 
 
-def _bits(spec: RunSpec) -> tuple[int | None, ...]:
+def _bits(spec: RunSpec) -> tuple[Any, ...]:
     bits = spec.bitwidth
-    return bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits, bits.group_size
+    return bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits, bits.group_size, bits.kv_measure, bits.kv_choices
 
 
 def _model(spec: RunSpec) -> str:
