@@ -3,10 +3,16 @@
 import functools
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
+from ptqbench.methods.transform import KV_BITS
+from ptqbench.models.stages import forward
+from ptqbench.numerics.rtn import round_to_nearest
 from ptqbench.run import run_cell
 from ptqbench.runs.folder import create
 from ptqbench.sweeps.compose import compose_cell
+from transforms_at_hand import LINEARS, cell, member, open_model
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +65,67 @@ def test_every_group_size_serves_172_input_channels(measure, group_size):
     weights = sum(n * rows * columns for (rows, columns), n in sizes.items())
     bits = sum(n * rows * (4 * columns + groups(columns) * (16 + 4)) for (rows, columns), n in sizes.items())
     assert result["bits"]["effective_w_bits"] == pytest.approx(bits / weights)
+
+
+FOLDED = {"r1": "none", "r2": False, "r4": False, "head_mix": "none"}
+
+
+@torch.no_grad()
+def rounded_perplexity(data, transform, spec, bases=None):
+    """Perplexity of 64 windows of 512 tokens with every linear rounded to nearest in a basis, and its quantizers on."""
+    folder, text = data / "models" / "stories260K", (data / "text" / "wikitext2.test.raw").read_text()[:150_000]
+    tokens = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(tokens[: 64 * 512]).view(64, 512)
+    plain = open_model(folder, torch.float32)
+    model = plain.reopened(transform.basis(spec, plain.architecture, bases))
+    precision, positions = transform.precision(spec, plain.architecture), model.positions(windows.shape[1])
+    hidden = list(model.embed(windows).split(8))
+    for index in range(model.n_blocks):
+        with model.block(index) as block:
+            for name in LINEARS:
+                linear = block.get_submodule(name)
+                linear.weight.data = round_to_nearest(linear.weight, precision.weight_grid(name)).dequantized
+            hidden = [forward(block, states, positions) for states in hidden]
+    with model.head() as head:
+        losses = [
+            torch.nn.functional.cross_entropy(head(states)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).double()
+            for states, tokens in zip(hidden, windows.split(8), strict=True)
+        ]
+    return float(torch.stack(losses).mean().exp())
+
+
+@pytest.mark.parametrize(
+    ("transform", "options", "expected"),
+    [
+        ("none", {}, 220.5844),
+        ("none", {"output_group": "head"}, 224.8371),
+        ("none", {"r3": True}, 216.7824),
+        ("none", {"r3": True, "output_group": "head"}, 214.5260),
+        ("hadamard", FOLDED | {"r3": False}, 255.2761),
+        ("hadamard", FOLDED, 245.7445),
+        ("hadamard", FOLDED | {"output_group": "head"}, 247.1412),
+    ],
+)
+def test_golden_unrotated_baselines_of_resqs_code(real_data, transform, options, expected):
+    """Rounding to nearest at W4A4KV4 with bases that were put together by hand; float32 sums differ by their order alone."""
+    found = rounded_perplexity(real_data, member(transform, **options), cell(solver="rtn"))
+    assert found == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "expected"),
+    [
+        (16, 16, 143.0801),
+        (4, 4, 170.5398),
+        (4, 2, 174.8627),
+        (2, 4, 309.4903),
+        ([6, 6, 4, 4, 4], [3, 3, 3, 3, 4], 149.5849),  # weight_fro
+        ([6, 6, 6, 6, 4], [2, 2, 2, 3, 3], 145.6039),  # weight_spec and activation
+    ],
+)
+def test_golden_bits_of_keys_and_values(real_data, keys, values, expected):
+    """Weights and inputs at 16 bits, keys and values asymmetric per token and head; by block as `allocate` gives them."""
+    by_block = isinstance(keys, list)
+    spec = cell(16, 16, 4, 4, solver="rtn") if by_block else cell(16, 16, keys, values, solver="rtn")
+    bases = {KV_BITS: torch.tensor([keys, values]).T} if by_block else None
+    assert rounded_perplexity(real_data, member("none"), spec, bases) == pytest.approx(expected, rel=5e-3)

@@ -138,6 +138,13 @@ def test_a_deviation_from_the_method_stands_against_its_figure(tmp_path):
     assert "heads are not mixed" in cell_of(one(tmp_path, RESQ), "quarot", "wikitext2") + str(one(tmp_path, RESQ).notes)
 
 
+def test_a_figure_of_equal_bits_is_not_compared_with_bits_by_block(tmp_path):
+    add(tmp_path, "fp16", "fp16", 9.8, "llama-3.2-1b")
+    add(tmp_path, "rtn", "w4a4kv4", 220.0, "llama-3.2-1b", changes=[("bitwidth.kv_measure", "activation")])
+    sheet = one(tmp_path, RESQ)
+    assert "bits of keys and values by block here" in " ".join([*sheet.notes, *sheet.remarks])
+
+
 def test_what_stands_against_every_comparison_is_one_line_below(tmp_path):
     for method in ("fp16", "loaq"):
         add(tmp_path, method, "fp16" if method == "fp16" else "w3", 6.5, "llama-2-7b")

@@ -197,6 +197,18 @@ def test_seeds_of_rotations_are_said_by_themselves(tmp_path):
     assert "Seeds seed 0 rotation seeds 0, 9 and 10" in page.words()
 
 
+def test_bits_of_keys_and_values_by_block_are_said(tmp_path):
+    data = store.to_dict(golden_store.cell("m", "quarot", "w4a4kv4", 0, execution={"runs_dir": str(tmp_path)}))
+    data["bitwidth"]["kv_measure"] = "activation"
+    spec = store.build(store.RunSpec, data)
+    store.write_json(store.create(spec).result_path, golden_store.result(spec, store.create(spec), 3.0, 6.0, 0.5))
+    words = Page(report_page(sources_of(tmp_path))).words()
+    assert (
+        "w4a4kv4_activation: weights 4 bits, inputs of linears 4 bits, keys and values 4 bits in the mean, by block (activation)"
+        in words
+    )
+
+
 def test_provenance_and_run_ids_are_there(page, runs):
     listed = {row[4]: row[5] for row in page.tables[-1][1:]}
     assert listed == {folder.run_id: folder.state() for folder in store.all_runs(runs)} | {"-": "excluded"}

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ptqbench.cell.formats import INTEGER
-from ptqbench.cell.spec import IDENTITY, ROLES, UNTOUCHED_BITS, BitwidthSpec, RunSpec
+from ptqbench.cell.spec import IDENTITY, KV_CHOICES, ROLES, UNTOUCHED_BITS, BitwidthSpec, RunSpec
 
 PLACES = ("name", "path", "hub_id", "revision", "files")
 """Execution fields that say which checkpoint, text or file was meant."""
@@ -46,6 +46,8 @@ def bits_name(bits: BitwidthSpec) -> str:
     'w4a4k4v8g32'
     >>> bits_name(BitwidthSpec(name="", w_bits=4, a_bits=16, k_bits=16, v_bits=16, w_format="nvfp4"))
     'nvfp4a16'
+    >>> bits_name(BitwidthSpec(name="", w_bits=4, a_bits=16, k_bits=4, v_bits=4, kv_measure="activation", kv_choices=(2, 4)))
+    'w4kv4_activation_2_4'
     """
     floats = bits.w_format != INTEGER
     weights = bits.w_format if floats else f"w{bits.w_bits}"
@@ -59,6 +61,8 @@ def bits_name(bits: BitwidthSpec) -> str:
     parts += [f"g{bits.group_size}"] if bits.group_size is not None else []
     parts += [f"_{bits.mx_scale}"] if bits.mx_scale != "even" else []
     parts += [f"_{bits.nv_input_scale}"] if bits.nv_input_scale != "static" else []
+    parts += [f"_{bits.kv_measure}"] if bits.kv_measure is not None else []
+    parts += [f"_{choice}" for choice in bits.kv_choices if bits.kv_choices != KV_CHOICES]
     rest = "".join(parts)
     return "fp16" if not rest and not floats and bits.w_bits >= UNTOUCHED_BITS else weights + rest
 
@@ -77,7 +81,8 @@ def says_other_bits(bits: BitwidthSpec) -> bool:
     """Whether the name reads as bits, such as ``w4``, but not as the bits that the values give."""
     said = _TOKEN.findall(bits.name)
     reads_as_bits = bool(said) and "".join(f"{name}{n}" for name, n in said) == bits.name
-    return reads_as_bits and sorted(said) != sorted(_TOKEN.findall(bits_name(bits)))
+    others = bits.kv_measure is not None or sorted(said) != sorted(_TOKEN.findall(bits_name(bits)))
+    return reads_as_bits and others
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

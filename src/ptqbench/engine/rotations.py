@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ptqbench.engine.bases import SHARED, Shelf, StoredBases, compute_bases, missing_parts
+from ptqbench.engine.kv_bits import KV_PART, distribute
 from ptqbench.engine.network_loss import Rotations, opened
 from ptqbench.engine.rotation_files import read_rotations
 from ptqbench.errors import ConfigError, NumericalError
@@ -37,8 +38,8 @@ SAVE_EVERY = 10
 class Calibration(Protocol):
     """Calibration windows by their number, and where cells leave each other what they computed from them."""
 
-    def windows(self, n_samples: int) -> Tensor:
-        """Draw (n_samples, seq_len) int64."""
+    def windows(self, n_samples: int | None = None) -> Tensor:
+        """Draw (n_samples, seq_len) int64; by default as many as the cell has."""
 
     def shelf(self, n_samples: int) -> Shelf | None:
         """Where moments and bases over ``n_samples`` windows are shared; None if they are not."""
@@ -78,13 +79,17 @@ class Preparation:
         learning = transform.learning
         if transform.files:
             read_rotations(transform, self.model.architecture, stored)
+        measured = self.spec.bitwidth.kv_measure is not None
+        if measured and not stored.has(KV_PART):
+            distribute(self.model, self.spec, stored, self.calibration.windows, self.observer)
         if isinstance(transform, Calibrated) and missing_parts(transform, self.model.n_blocks, stored):
             self._compute(transform)
         if learning is not None:
             self.observer.stage("rotations", learning.steps)
             windows = self.calibration.windows(learning.n_samples)
             learn_rotations(transform, self.model, windows, self.spec, stored, self._advance)
-        return stored if transform.files or isinstance(transform, Calibrated) or learning is not None else None
+        asked = measured or transform.files or isinstance(transform, Calibrated) or learning is not None
+        return stored if asked else None
 
     def _compute(self, transform: Calibrated) -> None:
         self.observer.stage("bases", self.model.n_blocks)

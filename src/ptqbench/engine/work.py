@@ -175,7 +175,8 @@ class Work:
         if said:
             write_json(self.folder.bases_path, said)
         basis = self.transform.basis(self.spec, self.model.architecture, bases)
-        return dataclasses.replace(self, model=self.model.reopened(basis))
+        precision = self.transform.precision(self.spec, self.model.architecture, bases)
+        return dataclasses.replace(self, model=self.model.reopened(basis), precision=precision)
 
     def quantize(self) -> None:
         """Round every linear, block by block; finished blocks go to ``state``."""
@@ -215,6 +216,8 @@ class Work:
         bits: dict[str, Any] = dataclasses.asdict(self.precision.storage_bits())
         bits["packed_bytes"] = round(bits["effective_w_bits"] * shape.linear_params / 8)
         bits["kv_bytes_per_token"] = shape.n_blocks * shape.kv_dim * (bits["k_bits"] + bits["v_bits"]) / 8
+        if self.precision.kv_bits is not None:
+            bits["kv_bits_of_blocks"] = [list(block) for block in self.precision.kv_bits]
         if not self.spec.quantizes:
             return bits
         rows = self._record_layers()
@@ -295,7 +298,7 @@ class Work:
             "peak_gpu_gib": provenance.peak_gpu_gib(),
             "attempts": len(self.folder.attempts),
             "remarks": [*self.model.source.remarks, *self._context_remarks()],
-            "deviations": self.transform.deviations(self.model.architecture),
+            "deviations": [*self.transform.deviations(self.model.architecture), *self.precision.unused()],
             "tokenizer": type(self.tokenizer).__name__,
             "shared": self.calibration.artefacts.account(),
         }

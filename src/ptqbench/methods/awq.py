@@ -122,7 +122,7 @@ class Awq(Calibrated):
 
         if bases is None:
             raise ConfigError("transform 'awq' needs its scales: compute them first (ptqbench.engine.bases)")
-        precision = self.precision(spec, architecture)
+        precision = self.precision(spec, architecture, bases)
         return ScaledBasis(precision, bases, self.scaled(architecture), self.clipped())
 
     def pass_flop(self, architecture: Architecture, tokens: int, forward: float) -> float:

@@ -43,7 +43,7 @@ class PlainBasis:
         return tensors
 
     def plan(self, index: int) -> BlockPlan | None:
-        return self.precision.block_plan(key_rotation=_for_all_heads(self.key, self.precision))
+        return self.precision.at(index).block_plan(key_rotation=_for_all_heads(self.key, self.precision))
 
 
 def clip_name(linear: str) -> str:
@@ -206,7 +206,7 @@ class HadamardBasis(_Folded):
             online[MLP_OUTPUT[0]] = self.down
         if self.online_dtype == "model":
             online = {name: partial(_in_own_type, transform) for name, transform in online.items()}
-        return self.precision.block_plan(online, _for_all_heads(self.key, self.precision))
+        return self.precision.at(index).block_plan(online, _for_all_heads(self.key, self.precision))
 
 
 def _for_all_heads(rotation: Tensor | None, precision: Precision) -> Tensor | None:
@@ -310,4 +310,4 @@ class SubspaceBasis(_Folded):
             second = here.mT @ following
             if self.granularity == "per_layer":
                 first = self.attention_basis(index).mT @ here
-        return self.precision.block_plan({MLP_OUTPUT[0]: self.down}, self.key_basis(index), (first, second))
+        return self.precision.at(index).block_plan({MLP_OUTPUT[0]: self.down}, self.key_basis(index), (first, second))

@@ -58,7 +58,7 @@ class BlockHadamard(Transform):
     def basis(
         self, spec: RunSpec, architecture: Architecture, bases: Mapping[str, Tensor] | None = None
     ) -> Basis | None:
-        return BlockBasis(self.precision(spec, architecture), self.sizes(spec, architecture))
+        return BlockBasis(self.precision(spec, architecture, bases), self.sizes(spec, architecture))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ class LearnedRotation(Transform):
                 "transform 'learned_rotation' needs its rotations: learn them first (ptqbench.engine.rotations)"
             )
         return HadamardBasis(
-            precision=self.precision(spec, architecture),
+            precision=self.precision(spec, architecture, bases),
             residual=bases["residual"],
             heads=None,
             key=head_hadamard(architecture) if self.r3 and spec.bitwidth.k_bits < UNTOUCHED_BITS else None,

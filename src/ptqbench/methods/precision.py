@@ -14,9 +14,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
+from statistics import mean
 from typing import TYPE_CHECKING
 
-from ptqbench.cell.spec import UNTOUCHED_BITS
+from ptqbench.cell.spec import KV_CHOICES, UNTOUCHED_BITS
 from ptqbench.errors import ConfigError, UnsupportedError
 from ptqbench.methods.formats import format_reason, no_format
 from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT
@@ -116,11 +117,35 @@ class Precision:
         spec: The cell: bits, kinds of grid.
         architecture: Dimensions.
         layout: The split of the transform.
+        kv_bits: Bits of keys and of values of every block, where they were distributed; None for those of the cell.
     """
 
     spec: RunSpec
     architecture: Architecture
     layout: Layout
+    kv_bits: tuple[tuple[int, int], ...] | None = None
+
+    def at(self, index: int) -> Precision:
+        """The precision of one block, with the bits of its own keys and values."""
+        if self.kv_bits is None:
+            return self
+        keys, values = self.kv_bits[index]
+        bits = dataclasses.replace(
+            self.spec.bitwidth, k_bits=keys, v_bits=values, kv_measure=None, kv_choices=KV_CHOICES
+        )
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, bitwidth=bits), kv_bits=None)
+
+    def unused(self) -> list[str]:
+        """Say that keys and values take fewer bits than they may, because no further step fits; else nothing."""
+        bits = self.spec.bitwidth
+        used = sum(map(sum, self.kv_bits or ()))
+        asked = (bits.k_bits + bits.v_bits) * len(self.kv_bits or ())
+        if used == asked:
+            return []
+        mean = used / (2 * len(self.kv_bits or ()))
+        return [
+            f"keys and values take {mean:.3g} of {(bits.k_bits + bits.v_bits) / 2:g} bits: no further step of kv_choices fits"
+        ]
 
     def weight_grid(self, name: str) -> Grid:
         """Build the grid of a linear.
@@ -352,6 +377,7 @@ class Precision:
         change_bits = self.layout.basis_changes * (width**2 * number_bits + scales) / sum(sizes.values())
         low, high = self.layout.lowest_fraction, self.layout.high_fraction
         part_bits = self.layout.bits(self.spec.bitwidth.w_bits)
+        blocks = self.kv_bits or ((self.spec.bitwidth.k_bits, self.spec.bitwidth.v_bits),)
         return StorageBits(
             nominal_w_bits=mean_bits(zip((low, 1 - low - high, high), part_bits, strict=True)),
             code_w_bits=mean_bits((sizes[name], nominal_bits(grid)) for name, grid in grids.items()),
@@ -360,8 +386,8 @@ class Precision:
                 (sizes[name], effective_bits(grid, shapes[name][0])) for name, grid in grids.items()
             )
             + change_bits,
-            k_bits=self._cached_bits(self.spec.bitwidth.k_bits, self.spec.method.activation.k_group == "token"),
-            v_bits=self._cached_bits(self.spec.bitwidth.v_bits, shared=False),
+            k_bits=mean(self._cached_bits(keys, self.spec.method.activation.k_group == "token") for keys, _ in blocks),
+            v_bits=mean(self._cached_bits(values, shared=False) for _, values in blocks),
         )
 
     def _cached_bits(self, bits: int, shared: bool) -> float:

@@ -93,4 +93,4 @@ class SmoothQuant(Calibrated):
 
         if bases is None:
             raise ConfigError("transform 'smoothquant' needs its scales: compute them first (ptqbench.engine.bases)")
-        return ScaledBasis(self.precision(spec, architecture), bases, self.pairs)
+        return ScaledBasis(self.precision(spec, architecture, bases), bases, self.pairs)

@@ -160,6 +160,8 @@ class Subspace(Calibrated):
         if self.objective == "outlier" and self.granularity != "per_layer":
             return f"objective=outlier exists only with granularity=per_layer (as in its code), got {self.granularity}"
         bits = spec.bitwidth
+        if bits.kv_measure is not None:
+            return "bitwidth.kv_measure is not defined for keys and values that a subspace splits into parts"
         below = [b for b in (bits.w_bits, bits.a_bits, bits.k_bits, bits.v_bits) if b < UNTOUCHED_BITS]
         if self.high_fraction and max(below, default=0) > self.high_bits:
             return (
@@ -345,7 +347,7 @@ class Subspace(Calibrated):
             )
         residual, head = self._rotations(architecture, bases)
         return SubspaceBasis(
-            precision=self.precision(spec, architecture),
+            precision=self.precision(spec, architecture, bases),
             granularity=self.granularity,
             bases=bases,
             residual_rotation=residual,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ptqbench.models.fuse import Basis
     from ptqbench.models.walk import BlockView
 
+KV_BITS = "kv.bits"
+"""Name of the bits of keys and values by block among what is prepared for a transform."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
@@ -100,9 +103,19 @@ class Transform(Member, ABC):
         """Say how the transform splits axes; here not at all."""
         return Layout()
 
-    def precision(self, spec: RunSpec, architecture: Architecture) -> Precision:
-        """Return the grids of weights, inputs, keys and values in this basis."""
-        return Precision(spec, architecture, self.layout())
+    def precision(
+        self, spec: RunSpec, architecture: Architecture, bases: Mapping[str, Tensor] | None = None
+    ) -> Precision:
+        """Return the grids of weights, inputs, keys and values in this basis.
+
+        Args:
+            spec: The cell.
+            architecture: Dimensions.
+            bases: Holds ``KV_BITS``, bits of keys and values by block (L, 2), where they were distributed.
+        """
+        found = None if bases is None else bases.get(KV_BITS)
+        blocks = None if found is None else tuple((int(keys), int(values)) for keys, values in found.tolist())
+        return Precision(spec, architecture, self.layout(), blocks)
 
     @abstractmethod
     def basis(

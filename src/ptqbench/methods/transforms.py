@@ -60,7 +60,7 @@ class NoTransform(Transform):
         from ptqbench.methods.basis import PlainBasis
 
         key = head_hadamard(architecture) if self.r3 and spec.bitwidth.k_bits < UNTOUCHED_BITS else None
-        basis = PlainBasis(self.precision(spec, architecture), key=key)
+        basis = PlainBasis(self.precision(spec, architecture, bases), key=key)
         return None if basis.plan(0) is None else basis
 
 
@@ -171,7 +171,7 @@ class Hadamard(Transform):
         # R2 and R3 are the Hadamard matrix of a head; R1 is drawn or read; head mixing and R4 run online.
         head = head_hadamard(architecture) if self.r2 is True or self.r3 else None
         return HadamardBasis(
-            precision=self.precision(spec, architecture),
+            precision=self.precision(spec, architecture, bases),
             residual=bases["residual"] if self.r1 == "file" else self._residual(architecture.hidden_size),  # type: ignore[index]
             heads=head if self.r2 is True else None,
             key=head if self.r3 else None,

@@ -194,6 +194,7 @@ def method_objections(cell: dict[str, Any], figure: Figure) -> list[str]:
     rounds_alone = (cell["solver"], cell["target"], cell["refine"]) == ("rtn", "weight", "none")
     idle = IDLE_WITHOUT_DATA if rounds_alone and pd.isna(cell["basis_samples"]) else ()
     reasons = [cell[DEVIATION]] if isinstance(cell.get(DEVIATION), str) else []
+    reasons += ["bits of keys and values by block here"] if isinstance(cell.get("kv_measure"), str) else []
     for name, value in expected.items():
         ours = cell[name]
         if name not in idle and pd.notna(ours) and ours != value:

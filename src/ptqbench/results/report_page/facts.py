@@ -309,9 +309,13 @@ def _bitwidths(frame: pd.DataFrame) -> list[str]:
     for row in tables.records(frame.dropna(subset=["w_bits"]).drop_duplicates("bitwidth")):
         group = "" if pd.isna(row["group_size"]) else f" in groups of {row['group_size']:g}"
         weights = f"weights {_bits(row['w_bits'], row['w_format'])}{group if row['w_bits'] < UNTOUCHED_BITS else ''}"
+        others = {"inputs of linears": (row["a_bits"], row["a_format"])}
+        by_block = isinstance(row["kv_measure"], str)
         caches = {"keys": (row["k_bits"], row["kv_format"]), "values": (row["v_bits"], row["kv_format"])}
-        others = {"inputs of linears": (row["a_bits"], row["a_format"]), **caches}
+        others |= {} if by_block else caches
         rounded = [f"{name} {_bits(bits, form)}" for name, (bits, form) in others.items() if bits < UNTOUCHED_BITS]
+        mean = (row["k_bits"] + row["v_bits"]) / 2
+        rounded += [f"keys and values {mean:g} bits in the mean, by block ({row['kv_measure']})"] if by_block else []
         rest = _and(name for name, (bits, _) in others.items() if bits >= UNTOUCHED_BITS)
         words = [weights, *rounded, *([f"{rest} untouched"] if rest else [])]
         lines.append(f"{row['bitwidth']}: {', '.join(words)}")

@@ -29,7 +29,7 @@ from ptqbench.runs.folder import DAMAGED, DONE, UNREADABLE, RunFolder
 
 SETTINGS = [
     "calibration", "basis_samples", "objective", "granularity", "true_sequential", "act_order", "scheme", "clip_search",
-    "a_symmetric", "a_clip_ratio",
+    "a_symmetric", "a_clip_ratio", "kv_measure",
 ]  # fmt: skip
 NUMBERS = [
     "nominal_w_bits", "nominal_a_bits", "nominal_kv_bits", "effective_w_bits", "packed_bytes", "quantize_s", "spared_s",
@@ -188,6 +188,7 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
         "clip_search": method.grid.clip_search,
         "a_symmetric": method.activation.symmetric if rounded else None,
         "a_clip_ratio": method.activation.clip_ratio if rounded else None,
+        "kv_measure": spec.bitwidth.kv_measure,
     }
 
 
