@@ -24,6 +24,7 @@ TRANSFORMS = {
     "r4": ("hadamard", OFF | {"r4": True}),
     "head mixing": ("hadamard", OFF | {"head_mix": "hadamard"}),
     "quarot": ("hadamard", {}),
+    "stream untouched": ("hadamard", {"r1": "none"}),
     "full_shared": ("subspace", {}),
     "one_per_decoder": ("subspace", {"granularity": "one_per_decoder"}),
     "per_layer": ("subspace", {"granularity": "per_layer"}),

@@ -9,6 +9,8 @@ import yaml
 
 from ptqbench.cell.folders import conf_folder
 from ptqbench.models.architecture import from_config, published
+from ptqbench.models.config import check_config
+from ptqbench.models.family import text_part
 
 
 def rows():
@@ -34,3 +36,27 @@ def test_head_dim_is_read_not_derived():
     base = dict(hidden_size=1024, num_hidden_layers=1, num_attention_heads=16, intermediate_size=8, vocab_size=9)
     assert from_config(base | {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 16}).q_dim == 2048
     assert from_config(base | {"model_type": "llama"}).head_dim == 64
+
+
+FILES = {
+    "mistral-7b": {
+        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "use_cache": True, "vocab_size": 32000,
+    },
+}  # fmt: skip
+"""Configurations in the form in which the models were published (two of them with shorter lists)."""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_configurations_are_accepted_and_have_the_published_shape(name):
+    config = text_part(FILES[name])
+    check_config(config)
+    found, listed = from_config(config), published()[name]
+    assert found.tensor_shapes() == listed.tensor_shapes()
+    windowed = [found.attends(block) for block in range(found.n_blocks)].count("sliding_attention")
+    expected = {"mistral-7b": 32, "phi-3-mini": 32, "phi-4-mini": 32, "gemma-3-1b": 22, "gemma-3-12b": 40}
+    assert windowed == expected.get(name, 0)
+    assert sum(found.rope_free) == (9 if name == "smollm3-3b" else 0)
