@@ -29,6 +29,7 @@ VARIANTS = [
         BROAD,
     ),
     ("mistral", {"sliding_window": 5}, BROAD),
+    ("smollm3", {"no_rope_layers": [1, 0], "attention_bias": True, **WINDOW}, BROAD),
 ]
 
 

@@ -22,6 +22,7 @@ KINDS = (
     ("qwen2", {"tie_word_embeddings": True, "hidden_size": 64}),
     ("qwen3", {}),
     ("mistral", {"sliding_window": 5}),
+    ("smollm3", {"no_rope_layers": [1, 0]}),
 )
 FIXED_KINDS: tuple[tuple[str, dict[str, object]], ...] = ()
 """Families whose residual stream keeps its basis, because norms stand behind attention and MLP."""

@@ -32,6 +32,13 @@ MODELS = {
     "mistral": ("mistral", {"sliding_window": 5}),
     "mistral, no window": ("mistral", {"sliding_window": None, "head_dim": 32, "tie_word_embeddings": True}),
     "mistral, long window": ("mistral", {"sliding_window": 64, "num_key_value_heads": 1}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "smollm3, windows without RoPE": (
+        "smollm3", {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": True},
+    ),
+    "smollm3, biases": (
+        "smollm3", {"num_hidden_layers": 4, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+    ),
 }  # fmt: skip
 """Name -> ``model_type``, configuration."""
 
@@ -136,7 +143,7 @@ def test_trees_of_continuations_see_what_whole_sequences_see(model):
         assert score == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mistral"])
+@pytest.mark.parametrize("name", ["mistral", "smollm3"])
 def test_a_quantized_cell_has_rounded_every_linear_and_is_rebuilt_from_its_codes(checkpoint, tmp_path, name):
     """Fused linears are rounded and stored as their parts; the rebuilt whole model has the perplexity of the blockwise one."""
     kind, changes = MODELS[name]
@@ -185,6 +192,18 @@ HONOURED = {
     "mistral, null head_dim": ("mistral", {"head_dim": 12}, (), {"head_dim": None}),
     "mistral, yarn": ("mistral", {}, ("rope_parameters",), {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
     "mistral, no biases": ("mistral", {}, (), {"attention_bias": False, "mlp_bias": None}),
+    "smollm3, every second without RoPE": (
+        "smollm3", {"no_rope_layers": [1, 0]}, ("no_rope_layers", "layer_types"), {"no_rope_layer_interval": 2},
+    ),
+    "smollm3, more entries than blocks": ("smollm3", {}, ("layer_types",), {"no_rope_layers": [0, 1, 1, 0]}),
+    "smollm3, tied by default": ("smollm3", {"tie_word_embeddings": True}, ("tie_word_embeddings",), {}),
+    "smollm3, windows by layer types": (
+        "smollm3", {}, (), {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    ),
+    "smollm3, windows by the flag": (
+        "smollm3", {}, ("layer_types",), {"no_rope_layers": [0, 1], **WINDOW},
+    ),
+    "smollm3, null window": ("smollm3", {}, ("layer_types",), {"use_sliding_window": True, "sliding_window": None}),
 }  # fmt: skip
 """Name -> ``model_type``, configuration when made, keys to drop from config.json, and what to write there."""
 
@@ -215,6 +234,11 @@ REFUSED = {
         "use_bidirectional_attention must be false",
     ),
     "mistral, part of a head": ("mistral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    "smollm3, blocks without entry": ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must be a list of 0 and 1"),
+    "smollm3, RoPE as text": ("smollm3", {"no_rope_layers": ["1", "0"]}, "no_rope_layers"),
+    "smollm3, interval 0": ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+    "smollm3, windows without width": ("smollm3", {"layer_types": ["sliding_attention"] * 2}, "sliding_window must be"),
+    "smollm3, soft cap": ("smollm3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0.*smollm3"),
     "mistral, no kv heads": ("mistral", {"num_key_value_heads": "2"}, "num_key_value_heads"),
 }
 

@@ -228,6 +228,10 @@ FAMILIES = {
             "mistral", {"sliding_window": 4096}, biases=NO_BIAS, null_head_dim=True, attention=_one_window,
             traits=("sliding_window",),
         ),
+        Family(
+            "smollm3", {"tie_word_embeddings": True}, attention=_windows_without_rope, rope_free=without_rope,
+            traits=("attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "no_rope_layers"),
+        ),
     )
 }  # fmt: skip
 """Every supported family by its ``model_type``."""
