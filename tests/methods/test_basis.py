@@ -30,6 +30,7 @@ VARIANTS = [
     ),
     ("mistral", {"sliding_window": 5}, BROAD),
     ("smollm3", {"no_rope_layers": [1, 0], "attention_bias": True, **WINDOW}, BROAD),
+    ("phi3", {"hidden_size": 64, **WINDOW, "num_key_value_heads": 1}, BROAD),
 ]
 
 

@@ -23,6 +23,7 @@ KINDS = (
     ("qwen3", {}),
     ("mistral", {"sliding_window": 5}),
     ("smollm3", {"no_rope_layers": [1, 0]}),
+    ("phi3", {"hidden_size": 64}),
 )
 FIXED_KINDS: tuple[tuple[str, dict[str, object]], ...] = ()
 """Families whose residual stream keeps its basis, because norms stand behind attention and MLP."""
@@ -97,6 +98,7 @@ SHAPES = [
         "smollm3",
         {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": True},
     ),
+    ("phi3", {"hidden_size": 64, "num_key_value_heads": 1}),
 ]
 
 

@@ -39,6 +39,9 @@ MODELS = {
     "smollm3, biases": (
         "smollm3", {"num_hidden_layers": 4, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
     ),
+    "phi3": ("phi3", {"sliding_window": 5}),
+    "phi3, one kv head, tied": ("phi3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "phi3, part of a head, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 16}),
 }  # fmt: skip
 """Name -> ``model_type``, configuration."""
 
@@ -143,7 +146,7 @@ def test_trees_of_continuations_see_what_whole_sequences_see(model):
         assert score == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mistral", "smollm3"])
+@pytest.mark.parametrize("name", ["mistral", "smollm3", "phi3"])
 def test_a_quantized_cell_has_rounded_every_linear_and_is_rebuilt_from_its_codes(checkpoint, tmp_path, name):
     """Fused linears are rounded and stored as their parts; the rebuilt whole model has the perplexity of the blockwise one."""
     kind, changes = MODELS[name]
@@ -204,6 +207,14 @@ HONOURED = {
         "smollm3", {}, ("layer_types",), {"no_rope_layers": [0, 1], **WINDOW},
     ),
     "smollm3, null window": ("smollm3", {}, ("layer_types",), {"use_sliding_window": True, "sliding_window": None}),
+    "phi3, all heads": ("phi3", {"num_key_value_heads": 4}, ("num_key_value_heads",), {}),
+    "phi3, longrope of its files": (
+        "phi3", {}, ("rope_parameters",),
+        {"rope_scaling": {k: LONG[k] for k in ("short_factor", "long_factor")} | {"type": "longrope"}, "rope_theta": 300.0,
+         "partial_rotary_factor": 0.7, "original_max_position_embeddings": 16},
+    ),
+    "phi3, null window and dropouts": ("phi3", {}, (), {"sliding_window": None, "resid_pdrop": 0.3, "embd_pdrop": 0.3}),
+    "phi3, part of a head": ("phi3", {}, ("rope_parameters",), {"partial_rotary_factor": 0.5}),
 }  # fmt: skip
 """Name -> ``model_type``, configuration when made, keys to drop from config.json, and what to write there."""
 
@@ -239,6 +250,32 @@ REFUSED = {
     "smollm3, interval 0": ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
     "smollm3, windows without width": ("smollm3", {"layer_types": ["sliding_attention"] * 2}, "sliding_window must be"),
     "smollm3, soft cap": ("smollm3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0.*smollm3"),
+    "phi3, llama3": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_type 'llama3'.*known: default, longrope",
+    ),
+    "phi3, the first name of longrope": (
+        "phi3",
+        {"rope_scaling": {"type": "su"}},
+        "rope_type 'su'.*known: default, longrope",
+    ),
+    "phi3, factors of a whole head": (
+        "phi3",
+        {"rope_parameters": LONG | {"partial_rotary_factor": 1.0}},
+        "short_factor must be a list of 6",
+    ),
+    "phi3, share above 1": (
+        "phi3",
+        {"rope_parameters": {"partial_rotary_factor": 1.5}},
+        "partial_rotary_factor must be",
+    ),
+    "phi3, odd share": (
+        "phi3",
+        {"rope_parameters": {"partial_rotary_factor": 0.6}},
+        "even share of head_dim 12, got 0.6",
+    ),
+    "phi3, bias of the head": ("phi3", {"lm_head_bias": True}, "lm_head_bias True"),
     "mistral, no kv heads": ("mistral", {"num_key_value_heads": "2"}, "num_key_value_heads"),
 }
 

@@ -232,6 +232,11 @@ FAMILIES = {
             "smollm3", {"tie_word_embeddings": True}, attention=_windows_without_rope, rope_free=without_rope,
             traits=("attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "no_rope_layers"),
         ),
+        Family(
+            "phi3", biases=NO_BIAS, kv_heads_optional=True, attention=_one_window, partial_rope=True,
+            fused={"self_attn.qkv_proj": ATTENTION_INPUT, "mlp.gate_up_proj": MLP_INPUT},
+            rope_types=("default", "longrope"), traits=("sliding_window",),
+        ),
     )
 }  # fmt: skip
 """Every supported family by its ``model_type``."""
