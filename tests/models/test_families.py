@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -42,6 +44,17 @@ MODELS = {
     "phi3": ("phi3", {"sliding_window": 5}),
     "phi3, one kv head, tied": ("phi3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "phi3, part of a head, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 16}),
+    "gemma3": (
+        "gemma3_text",
+        {"layer_types": LOCAL, "sliding_window": 5, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 24,
+         "tie_word_embeddings": True},
+    ),
+    "gemma3, a rope by kind, biases": (
+        "gemma3_text",
+        {"layer_types": LOCAL[::-1], "sliding_window": 5, "attention_bias": True, "num_key_value_heads": 1,
+         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}},
+    ),
 }  # fmt: skip
 """Name -> ``model_type``, configuration."""
 
@@ -146,7 +159,7 @@ def test_trees_of_continuations_see_what_whole_sequences_see(model):
         assert score == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mistral", "smollm3", "phi3"])
+@pytest.mark.parametrize("name", ["mistral", "smollm3", "phi3", "gemma3"])
 def test_a_quantized_cell_has_rounded_every_linear_and_is_rebuilt_from_its_codes(checkpoint, tmp_path, name):
     """Fused linears are rounded and stored as their parts; the rebuilt whole model has the perplexity of the blockwise one."""
     kind, changes = MODELS[name]
@@ -215,6 +228,22 @@ HONOURED = {
     ),
     "phi3, null window and dropouts": ("phi3", {}, (), {"sliding_window": None, "resid_pdrop": 0.3, "embd_pdrop": 0.3}),
     "phi3, part of a head": ("phi3", {}, ("rope_parameters",), {"partial_rotary_factor": 0.5}),
+    "gemma3, every second block sees everything": (
+        "gemma3_text", {"sliding_window": 5}, ("layer_types",), {"sliding_window_pattern": 2},
+    ),
+    "gemma3, windows in five of six": ("gemma3_text", {"sliding_window": 5}, ("layer_types",), {}),
+    "gemma3, rope of its first files": (
+        "gemma3_text", {"layer_types": LOCAL}, ("rope_parameters",),
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e5, "rope_local_base_freq": 500.0},
+    ),
+    "gemma3, one rope given": (
+        "gemma3_text", {"layer_types": LOCAL}, (), {"rope_parameters": {"full_attention": {"rope_theta": 300.0}}},
+    ),
+    "gemma3, what its files leave out": (
+        "gemma3_text", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+        ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings", "hidden_activation"), {},
+    ),
+    "gemma3, gelu": ("gemma3_text", {"hidden_activation": "gelu"}, (), {"hidden_act": "gelu"}),
 }  # fmt: skip
 """Name -> ``model_type``, configuration when made, keys to drop from config.json, and what to write there."""
 
@@ -276,6 +305,47 @@ REFUSED = {
         "even share of head_dim 12, got 0.6",
     ),
     "phi3, bias of the head": ("phi3", {"lm_head_bias": True}, "lm_head_bias True"),
+    "gemma3, soft cap of attention": (
+        "gemma3_text",
+        {"attn_logit_softcapping": 50.0},
+        "attn_logit_softcapping 50.0.*gemma3_text",
+    ),
+    "gemma3, soft cap 0": (
+        "gemma3_text",
+        {"final_logit_softcapping": 0.0},
+        "final_logit_softcapping must be null or a positive",
+    ),
+    "gemma3, bidirectional": (
+        "gemma3_text",
+        {"use_bidirectional_attention": True},
+        "use_bidirectional_attention must be false",
+    ),
+    "gemma3, one rope for all": (
+        "gemma3_text",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "rope_parameters must map",
+    ),
+    "gemma3, llama3": (
+        "gemma3_text",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "llama3"}}},
+        "'llama3'.*known: default, linear",
+    ),
+    "gemma3, no factor": (
+        "gemma3_text",
+        {"rope_scaling": {"rope_type": "linear"}},
+        "rope_parameters of full_attention.*no 'factor'",
+    ),
+    "gemma3, pattern 0": (
+        "gemma3_text",
+        {"layer_types": None, "sliding_window_pattern": 0},
+        "sliding_window_pattern must be a positive integer",
+    ),
+    "gemma3, two activations": (
+        "gemma3_text",
+        {"hidden_act": "silu"},
+        "hidden_act 'silu'.*no effect beside hidden_activation",
+    ),
+    "gemma3, chunks": ("gemma3_text", {"layer_types": ["chunked_attention"] * 2}, "'chunked_attention'"),
     "mistral, no kv heads": ("mistral", {"num_key_value_heads": "2"}, "num_key_value_heads"),
 }
 
@@ -287,3 +357,64 @@ def test_what_the_installed_class_ignores_or_cannot_do_is_refused_by_name(checkp
     with pytest.raises((ConfigError, UnsupportedError), match=words) as refusal:
         digest(ModelSpec(name="local", path=str(folder)))
     assert "\n" not in str(refusal.value)
+
+
+def with_images(folder):
+    """Save a random model of images and texts, as google/gemma-3-4b-pt is one."""
+    from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+
+    from ptqbench.models.source import embedded_model_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_folder("tiny"))
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=76, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=5, layer_types=LOCAL, max_position_embeddings=128,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    torch.manual_seed(0)
+    built = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=3)
+    )
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            parameter.normal_(std=0.3 if "norm" in name else 0.15)
+    built.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_of_a_model_of_images_and_texts_the_text_part_is_run(tmp_path, prefix, caplog):
+    """Under the names of the first files, and under those of transformers 5."""
+    folder = with_images(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {
+        re.sub(r"^(language_model\.model|model\.language_model)\.", prefix, name): t for name, t in tensors.items()
+    }
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    assert any(name.startswith(prefix) for name in renamed)
+    digest(ModelSpec(name="local", path=str(folder)))
+    assert "of which only the text part is run" in caplog.text
+    model = open_model(folder)
+    with torch.no_grad():
+        expected = installed(model)(TOKENS).logits
+        assert relative(logits(model), expected) < 1e-5
+        assert relative(model.materialise()(TOKENS).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping in text_config"),
+        ({"model_type": "llama"}, "text_config of a gemma3 model"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ],
+)
+def test_what_the_whole_of_images_and_texts_ignores_is_refused(tmp_path, section, words):
+    folder = with_images(tmp_path / "model")
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    configured(folder, text_config=text | section)
+    with pytest.raises((ConfigError, UnsupportedError), match=words):
+        digest(ModelSpec(name="local", path=str(folder)))

@@ -34,7 +34,7 @@ TRAITS = (
 """Keys that change the function of some decoders. Null, false and zero ask for nothing."""
 
 
-TEXT_PARTS: dict[str, str] = {}
+TEXT_PARTS = {"gemma3": "gemma3_text"}
 """``model_type`` of a model of images and texts -> that of its text part, which is supported."""
 OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "compression_config", "per_layer_config",
                 "transformers_weights", "configuration_files", "fusion_config")  # fmt: skip
@@ -216,6 +216,11 @@ class Family:
 
 
 QWEN = {"sliding_window": 4096, "max_window_layers": 28}
+GEMMA3 = {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 256, "vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window": 4096, "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
 NO_BIAS = (False, False, False)
 ATTENTION_BIAS = ("attention_bias", "attention_bias", False)
 FAMILIES = {
@@ -236,6 +241,14 @@ FAMILIES = {
             "phi3", biases=NO_BIAS, kv_heads_optional=True, attention=_one_window, partial_rope=True,
             fused={"self_attn.qkv_proj": ATTENTION_INPUT, "mlp.gate_up_proj": MLP_INPUT},
             rope_types=("default", "longrope"), traits=("sliding_window",),
+        ),
+        Family(
+            "gemma3_text", GEMMA3,
+            norms=Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            gain_offset=1.0, qk_norm="head", biases=ATTENTION_BIAS, head_dim=256, heads_divide_width=True,
+            activation="hidden_activation", attention=_all_but_every_sixth, rope_types=("default", "linear"), rope_by_kind=True,
+            scales_embedding=True, caps_logits=True,
+            traits=("attention_bias", "sliding_window", "query_pre_attn_scalar", "final_logit_softcapping", "rope_local_base_freq"),
         ),
     )
 }  # fmt: skip
