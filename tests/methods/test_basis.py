@@ -33,6 +33,7 @@ VARIANTS = [
     ("phi3", {"hidden_size": 64, **WINDOW, "num_key_value_heads": 1}, BROAD),
     ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}, FIXED),
     ("gemma3_text", {"tie_word_embeddings": True, "final_logit_softcapping": 3.0, "attention_bias": True}, FIXED),
+    ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1}, FIXED),
 ]
 
 

@@ -25,7 +25,7 @@ KINDS = (
     ("smollm3", {"no_rope_layers": [1, 0]}),
     ("phi3", {"hidden_size": 64}),
 )
-FIXED_KINDS = (("gemma3_text", {"sliding_window": 5}),)
+FIXED_KINDS = (("gemma3_text", {"sliding_window": 5}), ("olmo2", {}))
 """Families whose residual stream keeps its basis, because norms stand behind attention and MLP."""
 TRANSFORMS = (
     "hadamard", "learned_rotation", "subspace_activation", "subspace_activation_per_layer", "subspace_joint",
@@ -100,6 +100,7 @@ SHAPES = [
     ),
     ("phi3", {"hidden_size": 64, "num_key_value_heads": 1}),
     ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 5}),
+    ("olmo2", {"num_key_value_heads": 1}),
 ]
 
 

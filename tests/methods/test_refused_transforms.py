@@ -39,7 +39,7 @@ def test_ways_out_of_a_skipped_cell():
     assert member("hadamard", r4=False).skip_reason(cell(), shape(intermediate_size=90)) is None
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text"])
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2"])
 @pytest.mark.parametrize(
     ("name", "options"),
     [("hadamard", {}), ("hadamard", {"r1": "haar"}), ("learned_rotation", {}), ("subspace", {}),
@@ -53,7 +53,7 @@ def test_a_stream_that_is_written_through_norms_keeps_its_basis(kind, name, opti
         assert way_out.skip_reason(cell(), shape(model_type=kind)) is None
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text"])
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2"])
 def test_a_target_behind_the_stream_needs_linears_that_write_it(kind):
     loaq, written = Loaq(), shape(model_type=kind)
     assert re.search(r"level=rms.*post_attention_layernorm.*level=linear", loaq.skip_reason(cell(), written))

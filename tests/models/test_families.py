@@ -55,6 +55,9 @@ MODELS = {
          "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                              "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}},
     ),
+    "olmo2": ("olmo2", {}),
+    "olmo2, biases, one kv head": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
+    "olmo2, wide heads, tied": ("olmo2", {"head_dim": 32, "num_key_value_heads": 4, "tie_word_embeddings": True}),
 }  # fmt: skip
 """Name -> ``model_type``, configuration."""
 
@@ -159,7 +162,7 @@ def test_trees_of_continuations_see_what_whole_sequences_see(model):
         assert score == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mistral", "smollm3", "phi3", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral", "smollm3", "phi3", "gemma3", "olmo2"])
 def test_a_quantized_cell_has_rounded_every_linear_and_is_rebuilt_from_its_codes(checkpoint, tmp_path, name):
     """Fused linears are rounded and stored as their parts; the rebuilt whole model has the perplexity of the blockwise one."""
     kind, changes = MODELS[name]
@@ -244,6 +247,9 @@ HONOURED = {
         ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings", "hidden_activation"), {},
     ),
     "gemma3, gelu": ("gemma3_text", {"hidden_activation": "gelu"}, (), {"hidden_act": "gelu"}),
+    "olmo2, all heads": ("olmo2", {"num_key_value_heads": 4}, ("num_key_value_heads",), {}),
+    "olmo2, yarn": ("olmo2", {}, ("rope_parameters",), {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}, "rope_theta": 5e5}),
+    "olmo2, layer types": ("olmo2", {}, (), {"layer_types": ["full_attention"] * 2}),
 }  # fmt: skip
 """Name -> ``model_type``, configuration when made, keys to drop from config.json, and what to write there."""
 
@@ -346,6 +352,10 @@ REFUSED = {
         "hidden_act 'silu'.*no effect beside hidden_activation",
     ),
     "gemma3, chunks": ("gemma3_text", {"layer_types": ["chunked_attention"] * 2}, "'chunked_attention'"),
+    "olmo2, clipped": ("olmo2", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+    "olmo2, windows": ("olmo2", {"sliding_window": 4}, "sliding_window 4 .*no effect in the olmo2"),
+    "olmo2, windows of olmo3": ("olmo2", {"layer_types": LOCAL}, "layer_types.*'sliding_attention'"),
+    "olmo2, biases of the MLP": ("olmo2", {"mlp_bias": True}, "mlp_bias True"),
     "mistral, no kv heads": ("mistral", {"num_key_value_heads": "2"}, "num_key_value_heads"),
 }
 

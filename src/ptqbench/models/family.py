@@ -250,6 +250,10 @@ FAMILIES = {
             scales_embedding=True, caps_logits=True,
             traits=("attention_bias", "sliding_window", "query_pre_attn_scalar", "final_logit_softcapping", "rope_local_base_freq"),
         ),
+        Family(
+            "olmo2", norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), qk_norm="all",
+            biases=ATTENTION_BIAS, kv_heads_optional=True, traits=("attention_bias",),
+        ),
     )
 }  # fmt: skip
 """Every supported family by its ``model_type``."""
