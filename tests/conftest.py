@@ -27,15 +27,7 @@ REAL_DATA = Path(os.environ.get("PTQBENCH_TEST_DATA", Path(__file__).parents[2] 
 
 def random_checkpoint(folder: Path, kind: str = "llama", seed: int = 0, **changes: object) -> Path:
     """Save a random 2-block model of an architecture, with the tokenizer of the embedded model."""
-    from transformers import (
-        AutoTokenizer,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer
 
     from ptqbench.models.source import embedded_model_folder
 
@@ -46,15 +38,11 @@ def random_checkpoint(folder: Path, kind: str = "llama", seed: int = 0, **change
         rms_norm_eps=1e-6, bos_token_id=0, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
     settings |= changes
-    config, model = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[kind]
-    if kind == "qwen2":
+    if kind in ("qwen2", "phi3"):
         settings.pop("head_dim")
+    config = CONFIG_MAPPING[kind](**settings)
     torch.manual_seed(seed)
-    built = model(config(**settings))
+    built = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name.endswith("bias"):

@@ -26,6 +26,7 @@ TRANSFORMS = {
     "head mixing": ("hadamard", OFF | {"head_mix": "hadamard"}),
     "quarot": ("hadamard", {}),
     "blocks": ("block_hadamard", {"block": 16}),
+    "stream untouched": ("hadamard", {"r1": "none"}),
     "full_shared": ("subspace", {}),
     "one_per_decoder": ("subspace", {"granularity": "one_per_decoder"}),
     "per_layer": ("subspace", {"granularity": "per_layer"}),

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 
 from transforms_at_hand import TOKENS, TRANSFORMS, cell, in_basis, logits, member, open_model
 
@@ -12,6 +17,9 @@ BROAD = (
     "r2", "quarot", "full_shared", "one_per_decoder", "per_layer", "outlier", "learned", "smoothquant everywhere", "awq",
     "awq from moments",
 )  # fmt: skip
+FIXED = ("folding", "r2", "r3", "r4", "head mixing", "stream untouched", "awq")
+"""Of families with norms behind attention and MLP, whose residual stream keeps its basis."""
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 VARIANTS = [
     ("llama", {}, BROAD),
     ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1, "intermediate_size": 172}, BROAD),
@@ -25,6 +33,16 @@ VARIANTS = [
     ),
     ("llama", {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}, ("quarot",)),
     ("qwen2", {"hidden_size": 112, "num_attention_heads": 14, "num_key_value_heads": 2}, ("quarot",)),
+    ("mistral", {"sliding_window": 5}, BROAD),
+    ("smollm3", {"no_rope_layers": [1, 0], "attention_bias": True, **WINDOW}, BROAD),
+    ("phi3", {"hidden_size": 64, **WINDOW, "num_key_value_heads": 1}, BROAD),
+    (
+        "gemma3_text",
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},
+        (*FIXED, "smoothquant everywhere"),
+    ),
+    ("gemma3_text", {"tie_word_embeddings": True, "final_logit_softcapping": 3.0, "attention_bias": True}, FIXED),
+    ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1}, FIXED),
 ]
 
 
@@ -37,8 +55,12 @@ def float64_norms(monkeypatch):
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * normed.to(hidden.dtype)
 
-    for cls in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+    def exact_from_one(self, hidden):
+        return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+    for cls in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, MistralRMSNorm, SmolLM3RMSNorm, Phi3RMSNorm, Olmo2RMSNorm):
         monkeypatch.setattr(cls, "forward", exact)
+    monkeypatch.setattr(Gemma3RMSNorm, "forward", exact_from_one)
 
 
 @pytest.mark.parametrize(("kind", "changes", "labels"), VARIANTS)
@@ -52,11 +74,11 @@ def test_logits_stay_in_float64_with_quantizers_off(checkpoint, tmp_path, float6
         assert error <= 1e-8, f"{label}: {error}"
 
 
-@pytest.mark.parametrize(("kind", "changes"), [variant[:2] for variant in VARIANTS])
-def test_logits_stay_in_float64_at_sixteen_bits(checkpoint, tmp_path, float64_norms, kind, changes):
+@pytest.mark.parametrize(("kind", "changes", "labels"), VARIANTS)
+def test_logits_stay_in_float64_at_sixteen_bits(checkpoint, tmp_path, float64_norms, kind, changes, labels):
     model = open_model(checkpoint(kind, **changes))
     expected = logits(model)
-    for label in ("quarot", "full_shared", "per_layer", "smoothquant everywhere"):
+    for label in {"quarot", "full_shared", "per_layer", "stream untouched", "smoothquant everywhere"} & {*labels}:
         name, options = TRANSFORMS[label]
         rotated = in_basis(model, member(name, **options), cell(16, 16, 16, 16), tmp_path / label)
         error = (logits(rotated) - expected).abs().max() / expected.abs().max()

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from ptqbench.errors import ConfigError, UnsupportedError
+from ptqbench.methods.targets import Loaq
 from transforms_at_hand import SHAPE, cell, member, shape
 
 
@@ -33,6 +34,30 @@ def test_ways_out_of_a_skipped_cell():
     assert member("hadamard", r2=False).skip_reason(cell(k=16), shape(head_dim=24)) is None, "r3 needs quantized keys"
     assert member("hadamard", r1="haar").skip_reason(cell(), shape(hidden_size=50)) is None
     assert member("hadamard", r4=False).skip_reason(cell(), shape(intermediate_size=90)) is None
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("hadamard", {}), ("hadamard", {"r1": "haar"}), ("learned_rotation", {}), ("subspace", {}),
+     ("subspace", {"granularity": "per_layer"}), ("subspace", {"objective": "outlier", "granularity": "per_layer"})],
+)  # fmt: skip
+def test_a_stream_that_is_written_through_norms_keeps_its_basis(kind, name, options):
+    """The reason names the norm that stands against it, what would have to change, and the way out, which works."""
+    reason = member(name, **options).skip_reason(cell(), shape(model_type=kind))
+    assert re.search(rf"{kind} has a norm \(post_attention_layernorm\).*online behind that norm.*none", reason), reason
+    for way_out in (member("none"), member("hadamard", r1="none")):
+        assert way_out.skip_reason(cell(), shape(model_type=kind)) is None
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2"])
+def test_a_target_behind_the_stream_needs_linears_that_write_it(kind):
+    loaq, written = Loaq(), shape(model_type=kind)
+    assert re.search(r"level=rms.*post_attention_layernorm.*level=linear", loaq.skip_reason(cell(), written))
+    assert "level=sublayer" in Loaq(level="sublayer").skip_reason(cell(), written)
+    assert Loaq(level="linear").skip_reason(cell(), written) is None
+    assert Loaq(alpha=0, beta=0).skip_reason(cell(), written) is None
+    assert loaq.skip_reason(cell(), shape(model_type="phi3")) is None
 
 
 def test_four_bits_stand_in_where_the_joint_objective_would_vanish():

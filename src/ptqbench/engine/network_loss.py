@@ -162,7 +162,8 @@ class Network:
         """Return the mean loss per predicted token, float32 or float64."""
         with torch.enable_grad():
             # The head stays in the basis of the checkpoint: it reads h R^T.
-            gain = torch.ones(stream.shape[-1], dtype=torch.float64, device=stream.device)
+            unit = 1 - self.model.architecture.family.gain_offset
+            gain = torch.full(stream.shape[-1:], unit, dtype=torch.float64, device=stream.device)
             turn = basis.head({"norm.weight": gain, "lm_head.weight": self._identity()})["lm_head.weight"]
             logits = self.head((stream[:, :-1].double() @ turn.mT).to(self.model.dtype))
             return functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())

@@ -25,7 +25,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from ptqbench.errors import ConfigError, NumericalError
 from ptqbench.models.architecture import Architecture
-from ptqbench.models.family import FULL, SLIDING
+from ptqbench.models.family import FULL, SLIDING, TEXT_PARTS
 from ptqbench.models.fuse import Basis
 from ptqbench.models.source import ModelSource
 from ptqbench.models.spread import place_of, places, spread
@@ -144,9 +144,11 @@ class BlockwiseModel:
         probe = torch.empty(*depth.shape, 0, dtype=self.dtype, device=self.device)
 
         def of(kind: str) -> Positions:
-            # Within a window w, a token at position p sees the positions p - w + 1 .. p of its sequence.
-            near = depth[:, None, None, :] > depth[:, None, :, None] - (self.architecture.window or 0)
-            return Positions(rope=self._rope(probe, depth, kind), mask=seen & near if kind == SLIDING else seen)
+            mask = seen
+            if kind == SLIDING and self.architecture.window is not None:
+                # Within a window w, a token at position p sees the positions p - w + 1 .. p of its sequence.
+                mask = seen & (depth[:, None, None, :] > depth[:, None, :, None] - self.architecture.window)
+            return Positions(rope=self._rope(probe, depth, kind), mask=mask)
 
         return self._by_kind(of)
 
@@ -332,21 +334,21 @@ class BlockwiseModel:
     def _read(self, prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Read tensors by name, and check shape and finiteness of each. Every shard is mapped once and then closed."""
         tensors: dict[str, Tensor] = {}
-        files: dict[Path, list[str]] = {}
+        files: dict[Path, dict[str, str]] = {}
         for key in shapes:
             stored = self.source.tensors.get(prefix + key)
             if stored is None:
                 raise ConfigError(f"{self.source.folder}: the weights lack tensor {prefix + key!r}")
-            files.setdefault(stored.file, []).append(key)
+            files.setdefault(stored.file, {})[key] = stored.name
         # Clone, because a tensor that points into the file keeps the whole shard mapped.
         for path, keys in files.items():
             try:
                 with safe_open(path, framework="pt") as shard:
-                    tensors |= {key: shard.get_tensor(prefix + key).clone() for key in keys}
+                    tensors |= {key: shard.get_tensor(name).clone() for key, name in keys.items()}
             except SafetensorError as error:
                 raise ConfigError(f"{path}: cannot read the tensors of {prefix.rstrip('.')!r}: {error}") from None
-            for key in keys:
-                _check(tensors[key], shapes[key], f"{path}: tensor {prefix + key!r}")
+            for key, name in keys.items():
+                _check(tensors[key], shapes[key], f"{path}: tensor {name!r}")
         return tensors
 
 
@@ -357,7 +359,9 @@ def _skeleton(folder: Path, dtype: torch.dtype, tied: bool) -> tuple[Any, PreTra
         ConfigError: transformers does not take the configuration.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder)
+        if config.model_type in TEXT_PARTS:
+            config = config.text_config
         config._attn_implementation = "sdpa"
         config.tie_word_embeddings = tied
         with init_empty_weights(include_buffers=False):

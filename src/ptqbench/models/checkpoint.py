@@ -59,11 +59,12 @@ MERGE = "merge it first: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unlo
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor as its header describes it: type by safetensors' name, shape, and the file that holds it."""
+    """A tensor as its header describes it: type by safetensors' name, shape, the file that holds it, and its name there."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    name: str
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -143,7 +144,9 @@ def read_header(path: Path) -> dict[str, Stored]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         _check_offsets(header, size)
-        return {name: Stored(header[name]["dtype"], tuple(header[name]["shape"]), path) for name in sorted(header)}
+        return {
+            name: Stored(header[name]["dtype"], tuple(header[name]["shape"]), path, name) for name in sorted(header)
+        }
     except OSError as error:
         raise unreadable(error, f"{path} cannot be read") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

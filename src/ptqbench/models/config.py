@@ -55,6 +55,8 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "torch_dtype": (_is_float_name, FLOAT_NAME),
     # Other values change what attention sees, or what the model returns.
     "is_causal": (lambda value: value is True, "true"),
+    "use_bidirectional_attention": (lambda value: value in (None, False), "false"),
+    "final_logit_softcapping": (lambda value: value is None or _positive(value), "null or a positive number"),
     "return_dict": (lambda value: value is True, "true"),
     "is_encoder_decoder": (lambda value: value is False, "false"),
     "output_attentions": (lambda value: value is False, "false"),
@@ -103,9 +105,14 @@ def _scheme(section: Any) -> str:
 def _check_values(config: Mapping[str, Any], shape: Architecture) -> None:
     """Check the values that concern neither dimensions nor the kind of attention."""
     key = shape.family.activation
-    activation = config.get(key, ACTIVATIONS[0])
+    activation = config.get(key, shape.family.defaults.get(key, "silu"))
     if activation not in ACTIVATIONS:
         raise UnsupportedError(f"{key} {activation!r} in config.json is not supported; known: {', '.join(ACTIVATIONS)}")
+    other = config.get("hidden_act")
+    if key != "hidden_act" and other not in (None, activation):
+        raise UnsupportedError(
+            f"hidden_act {other!r} in config.json has no effect beside {key} {activation!r}; remove it"
+        )
     for key, (fits, expected) in VALUES.items():
         if key in config and not fits(config[key]):
             raise ConfigError(f"config.json: {key} must be {expected}, got {config[key]!r}")
@@ -151,7 +158,6 @@ def _check_one_rope(
     """Check the type of a rotary embedding, the share of a head that it rotates, and its numbers."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = family.rope_types or tuple(ROPE_TYPES)
-    kind = family.rope_aliases.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in known:
         raise UnsupportedError(f"rope_type {kind!r} in config.json is not supported; known: {', '.join(known)}")
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))

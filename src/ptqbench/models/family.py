@@ -25,11 +25,20 @@ MLP_OUTPUT = ("mlp.down_proj",)
 FULL, SLIDING = "full_attention", "sliding_attention"
 """What a block attends to: every earlier token, or those within the sliding window."""
 
-TRAITS = ("attention_bias", "mlp_bias", "lm_head_bias", "use_sliding_window", "sliding_window", "no_rope_layers",
-          "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "use_bidirectional_attention",
-          "clip_qkv", "use_qk_norm", "qk_layernorm", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
-          "logits_scaling", "rope_local_base_freq", "num_experts", "num_local_experts")  # fmt: skip
+TRAITS = (
+    "attention_bias", "mlp_bias", "lm_head_bias", "use_sliding_window", "sliding_window", "no_rope_layers",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "clip_qkv", "use_qk_norm", "qk_layernorm",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "rope_local_base_freq",
+    "num_experts", "num_local_experts",
+)  # fmt: skip
 """Keys that change the function of some decoders. Null, false and zero ask for nothing."""
+
+
+TEXT_PARTS = {"gemma3": "gemma3_text"}
+"""``model_type`` of a model of images and texts -> that of its text part, which is supported."""
+OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "compression_config", "per_layer_config",
+                "transformers_weights", "configuration_files", "fusion_config")  # fmt: skip
+"""Keys of such a model that count for its text part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +155,6 @@ class Family:
         attention: Configuration and number of blocks -> what each block attends to.
         rope_free: Configuration and number of blocks -> which blocks do not rotate queries and keys; None for no block.
         rope_types: Types of rotary embedding that are supported; None for all that transformers has.
-        rope_aliases: Other names of these types.
         rope_by_kind: Whether the blocks with a sliding window have a rotary embedding of their own.
         partial_rope: Whether a part of each head may be rotated (``partial_rotary_factor``).
         scales_embedding: Whether the installed embedding multiplies its rows (``embed_scale``).
@@ -169,7 +177,6 @@ class Family:
     attention: Callable[[Config, int], Kinds] = _every_token
     rope_free: Callable[[Config, int], tuple[bool, ...]] | None = None
     rope_types: tuple[str, ...] | None = None
-    rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rope_by_kind: bool = False
     partial_rope: bool = False
     scales_embedding: bool = False
@@ -209,6 +216,12 @@ class Family:
 
 
 QWEN = {"sliding_window": 4096, "max_window_layers": 28}
+GEMMA3 = {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 256, "vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window": 4096, "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+NO_BIAS = (False, False, False)
 ATTENTION_BIAS = ("attention_bias", "attention_bias", False)
 FAMILIES = {
     family.model_type: family
@@ -216,9 +229,71 @@ FAMILIES = {
         Family("llama", null_head_dim=True, kv_heads_optional=True, heads_divide_width=True),
         Family("qwen2", QWEN, biases=(True, False, False), attention=_later_windows),
         Family("qwen3", QWEN, biases=ATTENTION_BIAS, qk_norm="head", head_dim=128, attention=_later_windows),
+        Family(
+            "mistral", {"sliding_window": 4096}, biases=NO_BIAS, null_head_dim=True, attention=_one_window,
+            traits=("sliding_window",),
+        ),
+        Family(
+            "smollm3", {"tie_word_embeddings": True}, attention=_windows_without_rope, rope_free=without_rope,
+            traits=("attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "no_rope_layers"),
+        ),
+        Family(
+            "phi3", biases=NO_BIAS, kv_heads_optional=True, attention=_one_window, partial_rope=True,
+            fused={"self_attn.qkv_proj": ATTENTION_INPUT, "mlp.gate_up_proj": MLP_INPUT},
+            rope_types=("default", "longrope"), traits=("sliding_window",),
+        ),
+        Family(
+            "gemma3_text", GEMMA3,
+            norms=Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            gain_offset=1.0, qk_norm="head", biases=ATTENTION_BIAS, head_dim=256, heads_divide_width=True,
+            activation="hidden_activation", attention=_all_but_every_sixth, rope_types=("default", "linear"), rope_by_kind=True,
+            scales_embedding=True, caps_logits=True,
+            traits=("attention_bias", "sliding_window", "query_pre_attn_scalar", "final_logit_softcapping", "rope_local_base_freq"),
+        ),
+        Family(
+            "olmo2", norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), qk_norm="all",
+            biases=ATTENTION_BIAS, kv_heads_optional=True, traits=("attention_bias",),
+        ),
     )
-}
+}  # fmt: skip
 """Every supported family by its ``model_type``."""
+
+
+def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a ``config.json`` says about the text model: all of it, or one section in a model of images and texts.
+
+    Raises:
+        ConfigError: The section is no mapping, or of another family.
+        UnsupportedError: It asks for what the class of the whole model ignores.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in TEXT_PARTS:
+        return dict(config)
+    section, meant = config.get("text_config") or {}, TEXT_PARTS[kind]
+    given = section.get("model_type", meant) if isinstance(section, Mapping) else section
+    if given != meant:
+        raise ConfigError(
+            f"config.json: text_config of a {kind} model must be a mapping with model_type {meant!r}, got {given!r}"
+        )
+    if section.get("final_logit_softcapping") is not None:
+        raise UnsupportedError(
+            f"final_logit_softcapping in text_config has no effect in the {kind} of transformers; remove it"
+        )
+    own = {key: value for key, value in section.items() if key not in OF_THE_WHOLE}
+    whole = {key: config[key] for key in OF_THE_WHOLE if key in config}
+    return {**FAMILIES[meant].defaults, **own, **whole, "model_type": meant}
+
+
+def text_name(name: str) -> str | None:
+    """Return the name of a tensor of a model of images and texts in its text part; None for a tensor of the other parts."""
+    for prefix, short in (
+        ("language_model.model.", "model."),
+        ("model.language_model.", "model."),
+        ("language_model.", ""),
+    ):
+        if name.startswith(prefix):
+            return short + name.removeprefix(prefix)
+    return name if name.startswith("lm_head.") else None
 
 
 def family_of(model_type: Any) -> Family:

@@ -38,6 +38,7 @@ from ptqbench.models.checkpoint import (
     weight_files,
 )
 from ptqbench.models.config import check_config
+from ptqbench.models.family import TEXT_PARTS, text_name, text_part
 
 T = TypeVar("T")
 
@@ -45,6 +46,8 @@ EMBEDDED = ("tiny",)
 SHOWN = 4
 """How many patterns of tensors a remark names."""
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
+OTHER_COPIES = ["consolidated*.safetensors"]
+"""Weights in the form of Mistral's own code, beside the same weights for transformers, which does not load them."""
 CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "merges.txt", "vocab*"]
 HASHED = (
     "config.json",
@@ -71,7 +74,11 @@ class ModelSource:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of ``config.json``."""
+        """The content of ``config.json``; of a model of images and texts the part about texts."""
+        return self._named(lambda: text_part(self._whole_config))
+
+    @cached_property
+    def _whole_config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
         if (self.folder / "adapter_config.json").is_file():
             raise UnsupportedError(
@@ -96,8 +103,20 @@ class ModelSource:
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
-        """Name of every stored tensor -> its type, shape and file."""
+        """Name of every stored tensor -> its type, shape and file. Of a model of images and texts, those of the text part."""
+        if not self.has_images:
+            return self._stored
+        named = ((text_name(name), tensor) for name, tensor in self._stored.items())
+        return {name: tensor for name, tensor in named if name is not None}
+
+    @cached_property
+    def _stored(self) -> dict[str, Stored]:
         return read_headers(self.weight_files)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether this is a model of images and texts, of which only the text part is run."""
+        return self._whole_config.get("model_type") in tuple(TEXT_PARTS)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -109,6 +128,8 @@ class ModelSource:
     def remarks(self) -> list[str]:
         """The parts of the checkpoint and its configuration that have no effect, as in transformers; for the record of a cell."""
         remarks = []
+        if self.has_images:
+            remarks.append("this is a model of images and texts, of which only the text part is run")
         unused = ignored(self.tensors, self.architecture.tensor_shapes())
         if unused:
             more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
@@ -122,7 +143,7 @@ class ModelSource:
     @property
     def dtype(self) -> str:
         """Name of the type that ``dtype="auto"`` means: that of the configuration, else that of the weights."""
-        return self.config.get("dtype") or self.config.get("torch_dtype") or auto_dtype(self.tensors, self.weight_files)
+        return self.config.get("dtype") or self.config.get("torch_dtype") or auto_dtype(self._stored, self.weight_files)
 
     @property
     def generation_digest(self) -> str | None:
@@ -263,7 +284,7 @@ def _hub_folder(hub_id: str, revision: str | None, weights: bool) -> Path:
 
     patterns = CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_COPIES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise NotHereError(
             f"hub model {hub_id} (revision {revision or 'main'}) is neither in the hub cache nor can it be downloaded: "
