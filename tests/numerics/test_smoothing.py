@@ -36,8 +36,8 @@ def test_the_toy_of_the_code(alpha, scale, smoothed, row_scales, codes, gain):
     close(found, scale)
     close(XMAX / found, smoothed)
     rounded = round_to_nearest(WEIGHT * found, GRID)
-    close(rounded.scale[:, 0], row_scales)
-    assert rounded.codes.tolist() == codes
+    close(rounded.stored.scale[:, 0], row_scales)
+    assert rounded.stored.codes.tolist() == codes
     # With the gain of the norm folded first the smoothed weight is the same and the gain becomes 1 / s0 (the signs return with it).
     g = torch.tensor([2, 1, 0.5, 4], dtype=torch.float64)
     folded = smoothing_scale(XMAX / g, WMAX * g, alpha)
@@ -59,9 +59,9 @@ def test_laws_of_smoothing(alpha):
         torch.testing.assert_close(largest * scale, torch.ones_like(scale))
     # A constant factor on the inputs or the weights changes no code; a permutation of the channels permutes the scales.
     grid = uniform_grid(8, GridSpec(4, "sym_signed"))
-    codes = round_to_nearest(weight * scale, grid).codes
+    codes = round_to_nearest(weight * scale, grid).stored.codes
     for louder in (smoothing_scale(4 * inputs, largest, alpha), smoothing_scale(inputs, 4 * largest, alpha)):
-        assert torch.equal(round_to_nearest(weight * louder, grid).codes, codes)
+        assert torch.equal(round_to_nearest(weight * louder, grid).stored.codes, codes)
     order = torch.tensor([3, 1, 0, 7, 6, 2, 5, 4])
     assert torch.equal(smoothing_scale(inputs[order], largest[order], alpha), scale[order])
     # A norm gain of any sign commutes, as long as magnitudes are taken.
