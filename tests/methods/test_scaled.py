@@ -124,7 +124,7 @@ def test_searches_are_those_of_plain_lines(checkpoint, tmp_path, monkeypatch, ki
                 continue
             weight = tensors[f"{linear}.weight"].float()
             grid = precision.weight_grid(stage)
-            # In float32, as the pass: where both ends of a group are clipped, the zero point 3.5 is a tie that the last bit decides.
+            # In float32, as the pass: where both ends are clipped, the zero point 3.5 is a tie that the last bit decides.
             round_ = lambda w, grid=grid: round_to_nearest(w, grid).dequantized
             size = group or weight.shape[1]
             expected = reference.awq_clip(weight, inputs[::stride].float(), round_, size)
