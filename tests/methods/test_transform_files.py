@@ -25,7 +25,7 @@ def test_files_write_out_every_option_and_keep_the_defaults(path):
     spec = complete("transform", copy.deepcopy(given))
     assert {"name": spec.name, **to_dict(create("transform", spec))} == given
     changed = {
-        key for key, value in create("transform", RoleSpec(spec.name)).__dict__.items() if given.get(key) != value
+        key for key, value in to_dict(create("transform", RoleSpec(spec.name))).items() if given.get(key) != value
     }
     expected = {
         "subspace_joint": {"objective", "granularity"},
