@@ -205,7 +205,8 @@ def head_hadamard(architecture: Architecture) -> Tensor:
     """The Hadamard matrix of a head, (e, e) float64, orthogonal."""
     from ptqbench.numerics.hadamard import hadamard_matrix
 
-    return hadamard_matrix(architecture.head_dim).double().T / architecture.head_dim**0.5
+    head: Tensor = hadamard_matrix(architecture.head_dim).double().T / architecture.head_dim**0.5
+    return head
 
 
 def no_hadamard(order: int, rule: OddHadamard, what: str) -> str | None:
