@@ -49,7 +49,7 @@ def distribute(
         NumericalError: A size is not finite; names the block.
     """
     observer.stage("kv bits", model.n_blocks)
-    bits, sizes = spec.bitwidth, []
+    bits, sizes = spec.bitwidth, list[float]()
     by_block = _of_activations(model, windows()) if bits.kv_measure == "activation" else _of_weights(model, spec)
     for index, block in enumerate(by_block):
         if not bool(block.isfinite().all()):

@@ -244,9 +244,11 @@ def _reasons(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
 
 def _deviations(cells: pd.DataFrame) -> dict[tuple[str, ...], str]:
     """What is recorded of deviations, by row."""
-    said = cells.dropna(subset=[DEVIATION]) if DEVIATION in cells else cells.iloc[:0]
-    groups = said.groupby(KEYS, sort=False)
-    return {tuple(map(str, names)): "; ".join(dict.fromkeys(rows[DEVIATION])) for names, rows in groups}
+    found: dict[tuple[str, ...], dict[str, None]] = {}
+    said = cells[[*KEYS, DEVIATION]].dropna().to_numpy().tolist() if DEVIATION in cells else []
+    for *names, words in said:
+        found.setdefault(tuple(names), {})[words] = None
+    return {key: "; ".join(words) for key, words in found.items()}
 
 
 def draw(seed: Any, rotation_seed: Any, replicate: Any) -> str:
