@@ -40,4 +40,6 @@ def needs_peaks(block: nn.Module) -> bool:
 
 def peaks_of(block: nn.Module) -> dict[str, Tensor]:
     """Return what was observed in a block, by the name of the buffer."""
-    return {name: buffer for name, buffer in block.named_buffers() if name.rpartition(".")[2] in PEAKS}
+    return {
+        name: buffer for name, buffer in block.named_buffers(remove_duplicate=False) if name.rpartition(".")[2] in PEAKS
+    }

@@ -124,7 +124,7 @@ def _power_of_two(peak: Tensor, elements: Elements, rule: str) -> Tensor:
     # 2^e from its bits: float32 holds 2^-127 as a subnormal number
     bits = torch.where(exponent > -LARGEST_EXPONENT, (exponent + 127) << 23, 0x00400000)
     power: Tensor = bits.to(torch.int32).view(torch.float32).to(peak.dtype)
-    return power * (4 / 3) if rule == "four_thirds" else power
+    return power.mul(4 / 3) if rule == "four_thirds" else power
 
 
 def peak_of(x: Tensor) -> Tensor:
