@@ -130,7 +130,7 @@ def _check_rope(config: Mapping[str, Any], head_dim: int, family: Family) -> Non
         if not isinstance(rope, Mapping):
             raise ConfigError(f"config.json: {key} must be a mapping, got {rope!r}")
     if family.rope_by_kind:
-        _check_rope_by_kind(config, *given.values(), head_dim, family)
+        _check_rope_by_kind(config, given["rope_parameters"], given["rope_scaling"], head_dim, family)
         return
     key = "rope_scaling" if given["rope_scaling"] else "rope_parameters"
     if any(isinstance(value, Mapping) for value in given[key].values()):
@@ -145,6 +145,11 @@ def _check_rope_by_kind(
     if any(kind not in (FULL, SLIDING) or not isinstance(own, Mapping | None) for kind, own in by_kind.items()):
         raise ConfigError(
             f"config.json: rope_parameters must map {FULL!r} and {SLIDING!r} to mappings, got {dict(by_kind)!r}"
+        )
+    if scaling.get("type") and "rope_type" not in scaling:
+        raise UnsupportedError(
+            f"type {scaling['type']!r} of rope_scaling in config.json has no effect in the {family.model_type} of transformers; "
+            f"call it rope_type"
         )
     theta = {FULL: config.get("rope_theta", 1e6), SLIDING: config.get("rope_local_base_freq", 1e4)}
     for kind, own in theta.items():
