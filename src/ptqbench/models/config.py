@@ -146,6 +146,11 @@ def _check_rope_by_kind(
         raise ConfigError(
             f"config.json: rope_parameters must map {FULL!r} and {SLIDING!r} to mappings, got {dict(by_kind)!r}"
         )
+    if scaling.get("type") and "rope_type" not in scaling:
+        raise UnsupportedError(
+            f"type {scaling['type']!r} of rope_scaling in config.json has no effect in the {family.model_type} of transformers; "
+            f"call it rope_type"
+        )
     theta = {FULL: config.get("rope_theta", 1e6), SLIDING: config.get("rope_local_base_freq", 1e4)}
     for kind, own in theta.items():
         rope = {"rope_theta": own, **(by_kind.get(kind) or {}), **(scaling if kind == FULL else {})}
