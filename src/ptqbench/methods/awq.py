@@ -228,8 +228,8 @@ class _Search:
         from ptqbench.models.fuse import by_value_head
         from ptqbench.numerics.smoothing import awq_scale
 
-        weights = [block.get_submodule(linear).weight for linear in STAGE_LINEARS[stage]]
-        originals, round_ = [weight.clone() for weight in weights], self._rounding(stage)
+        originals = [weight.clone() for weight in _weights(block, stage)]
+        round_ = self._rounding(stage)
         mean, loss_of = self.seen.mean[stage], self._loss(stage, block, originals)
         if stage == "o":
             mean = by_value_head(mean, self.view.architecture).mean(0)
@@ -254,9 +254,11 @@ class _Search:
             moment = self.seen.moments[stage]
             return lambda rounded: sum(moment_loss(*pair, moment) for pair in zip(originals, rounded, strict=True))
         # The module's outputs with its own weights, and with those that are tried.
-        weights = [block.get_submodule(linear).weight for linear in STAGE_LINEARS[stage]]
-        device, positions = self.view.device, self.view.walk.positions
-        run = lambda inputs: behind(block, stage, inputs.to(device), positions)  # noqa: E731
+        weights, device, positions = _weights(block, stage), self.view.device, self.view.walk.positions
+
+        def run(inputs: Tensor) -> Tensor:
+            return behind(block, stage, inputs.to(device), positions)
+
         wanted = [run(inputs).to(inputs.device) for inputs in self.seen.inputs[stage]]
 
         def loss(rounded: list[Tensor]) -> float:
@@ -282,6 +284,11 @@ class _Search:
 
         grid = self.precision.weight_grid(stage)
         return lambda weight: round_to_nearest(weight, grid).dequantized
+
+
+def _weights(block: nn.Module, stage: str) -> list[Tensor]:
+    """The weights of a stage in a live block."""
+    return [block.get_parameter(f"{linear}.weight") for linear in STAGE_LINEARS[stage]]
 
 
 def group_size(precision: Precision, stage: str) -> int:
