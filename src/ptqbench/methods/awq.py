@@ -14,7 +14,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -231,8 +231,8 @@ class _Search:
         from ptqbench.models.fuse import by_value_head
         from ptqbench.numerics.smoothing import awq_scale
 
+        originals = [weight.clone() for weight in _weights(block, stage)]
         round_ = self._rounding(stage)
-        originals = [weight.clone() for weight in _weights(stage, block)]
         mean, loss_of = self.seen.mean[stage], self._loss(stage, block, originals)
         if stage == "o":
             mean = by_value_head(mean, self.view.architecture).mean(0)
@@ -257,8 +257,7 @@ class _Search:
             moment = self.seen.moments[stage]
             return lambda rounded: sum(moment_loss(*pair, moment) for pair in zip(originals, rounded, strict=True))
         # The module's outputs with its own weights, and with those that are tried.
-        weights = _weights(stage, block)
-        device, positions = self.view.device, self.view.walk.positions
+        weights, device, positions = _weights(block, stage), self.view.device, self.view.walk.positions
 
         def run(inputs: Tensor) -> Tensor:
             return behind(block, stage, inputs.to(device), positions)
@@ -290,8 +289,9 @@ class _Search:
         return lambda weight: round_to_nearest(weight, grid).dequantized
 
 
-def _weights(stage: str, block: nn.Module) -> list[Tensor]:
-    return [cast("nn.Linear", block.get_submodule(linear)).weight for linear in STAGE_LINEARS[stage]]
+def _weights(block: nn.Module, stage: str) -> list[Tensor]:
+    """The weights of a stage in a live block."""
+    return [block.get_parameter(f"{linear}.weight") for linear in STAGE_LINEARS[stage]]
 
 
 def group_size(precision: Precision, stage: str) -> int:

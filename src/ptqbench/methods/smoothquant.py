@@ -76,11 +76,11 @@ class SmoothQuant(Calibrated):
         scales: dict[str, Tensor] = {}
         for stage in self.pairs:
             # xmax_j over all tokens, wmax_j over the rows of all weights that read the channel.
-            weights = [view.tensors[f"{linear}.weight"].abs().amax(0) for linear in STAGE_LINEARS[stage]]
-            inputs, rows = view.magnitudes[f"largest.{stage}"], torch.stack(weights).amax(0)
+            columns = [view.tensors[f"{linear}.weight"].abs().amax(0) for linear in STAGE_LINEARS[stage]]
+            inputs, weights = view.magnitudes[f"largest.{stage}"], torch.stack(columns).amax(0)
             if stage == "o":  # the query heads of a key/value head read the same channels of v
-                inputs, rows = (by_value_head(sizes, view.architecture).amax(0) for sizes in (inputs, rows))
-            scales[stage] = smoothing_scale(inputs, rows, self.alpha)
+                inputs, weights = (by_value_head(sizes, view.architecture).amax(0) for sizes in (inputs, weights))
+            scales[stage] = smoothing_scale(inputs, weights, self.alpha)
         return scales
 
     def basis(self, spec: RunSpec, architecture: Architecture, bases: Mapping[str, Tensor] | None = None) -> Basis:
