@@ -72,6 +72,11 @@ def test_every_block_quantizes_with_its_own_bits_and_the_mean_is_stored():
     assert member("none").precision(cell(), SHAPE).unused() == []
 
 
+def test_a_basis_without_the_bits_of_its_blocks_is_refused():
+    with pytest.raises(ConfigError, match="distribute them first"):
+        member("none").basis(measured("activation"), SHAPE)
+
+
 def test_equal_bits_everywhere_are_the_cell_without_a_measure(checkpoint, tmp_path):
     """With one choice every tensor has the same bits, and the model is the same to the bit."""
     model = open_model(checkpoint("qwen2"), torch.float32)

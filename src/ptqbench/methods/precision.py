@@ -126,8 +126,16 @@ class Precision:
     kv_bits: tuple[tuple[int, int], ...] | None = None
 
     def at(self, index: int) -> Precision:
-        """The precision of one block, with the bits of its own keys and values."""
+        """The precision of one block, with the bits of its own keys and values.
+
+        Raises:
+            ConfigError: Those bits were to be distributed and are not here.
+        """
         if self.kv_bits is None:
+            if self.spec.bitwidth.kv_measure is not None:
+                raise ConfigError(
+                    "bitwidth.kv_measure needs the bits of every block: distribute them first (engine.kv_bits)"
+                )
             return self
         keys, values = self.kv_bits[index]
         bits = dataclasses.replace(
@@ -142,10 +150,8 @@ class Precision:
         asked = (bits.k_bits + bits.v_bits) * len(self.kv_bits or ())
         if used == asked:
             return []
-        mean = used / (2 * len(self.kv_bits or ()))
-        return [
-            f"keys and values take {mean:.3g} of {(bits.k_bits + bits.v_bits) / 2:g} bits: no further step of kv_choices fits"
-        ]
+        found, wanted = (total / (2 * len(self.kv_bits or ())) for total in (used, asked))
+        return [f"keys and values take {found:.3g} of {wanted:g} bits: no further step of kv_choices fits"]
 
     def weight_grid(self, name: str) -> Grid:
         """Build the grid of a linear.
