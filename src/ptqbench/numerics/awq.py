@@ -32,8 +32,8 @@ def moment_loss(weight: Tensor, rounded: Tensor, moment: Tensor) -> float:
 
 def grouped(columns: Tensor, group_size: int) -> Tensor:
     """Cut the last axis into groups: (.., n) -> (.., G, g)."""
-    whole: Tensor = pad(columns, (0, -columns.shape[-1] % group_size))
-    return whole.unflatten(-1, (-1, group_size))
+    padded: Tensor = pad(columns, (0, -columns.shape[-1] % group_size))
+    return padded.reshape(*columns.shape[:-1], -1, group_size)
 
 
 def group_moments(inputs: Tensor, group_size: int) -> Tensor:
