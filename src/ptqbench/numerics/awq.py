@@ -1,7 +1,7 @@
 """AWQ: the loss of a scale, and the thresholds at which the weights of a group are clipped.
 
     loss of a scale        tr(D S D^T),                   D = Q - W
-    error of a clip        e = D_g S_gg D_g^T             per row and group, D = Q(clamp(W, -pM, pM)) - W, M = max |W_g|
+    error of a clip        e = D_g S_gg D_g^T             per row and group, D = Q(clamp(W, -pM, pM)) - W, M = max abs(W_g)
     p = 1, 1 - 1/steps, .. (as long as at most ``shrink`` is taken away); the first least error wins
 
 Legend: W (m, n) scaled weight; Q its rounding on the grid of the cell; S (n, n) second moment of its inputs, S_gg (G, g, g) its

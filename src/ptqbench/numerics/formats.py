@@ -2,19 +2,19 @@
 
     value = scale * element,   one scale per row and block of neighbouring input channels
 
-========== ======================= ===== ==========================================================
-name       elements                block scale
-========== ======================= ===== ==========================================================
-mxfp4      e2m1 (0 .5 1 1.5 2 3 4 6)  32 power of two, 8 bits (E8M0)
-mxfp6      e2m3, up to 7.5            32 the same
-mxfp6_e3m2 e3m2, up to 28             32 the same
-mxfp8      e4m3, up to 448            32 the same
-mxint8     k / 64, abs(k) <= 127      32 the same
-mxint4     k / 4, abs(k) <= 7         32 the same
-nvfp4      e2m1                       16 E4M3, 8 bits, over one 32-bit number per tensor
-fp8_row    e4m3                      row 16 bits per row (a token, or an output channel)
-fp8        e4m3                   tensor one 32-bit number
-========== ======================= ===== ==========================================================
+========== ========================= ====== ===============================================
+name       elements                  block  scale
+========== ========================= ====== ===============================================
+mxfp4      e2m1 (0 .5 1 1.5 2 3 4 6) 32     power of two, 8 bits (E8M0)
+mxfp6      e2m3, up to 7.5           32     the same
+mxfp6_e3m2 e3m2, up to 28            32     the same
+mxfp8      e4m3, up to 448           32     the same
+mxint8     k / 64, abs(k) <= 127     32     the same
+mxint4     k / 4, abs(k) <= 7        32     the same
+nvfp4      e2m1                      16     E4M3, 8 bits, over one 32-bit number per tensor
+fp8_row    e4m3                      row    16 bits per row (a token, or an output channel)
+fp8        e4m3                      tensor one 32-bit number
+========== ========================= ====== ===============================================
 
 Source: OCP MX 1.0 as compressed-tensors 0.20, torchao 0.18, nvidia-modelopt 0.47 and microsoft/microxcaling@7bc4195 implement it.
 """

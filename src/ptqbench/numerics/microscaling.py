@@ -3,7 +3,7 @@
     scale = rule(largest magnitude of the block),   code = element(x / scale),   value = code * scale
 
 All formulas are evaluated in float32 in the order written, or in float64 where the values are float64; fl(.) is one operation. a is
-the largest magnitude of a block, A that of the tensor, top and emax belong to the elements.
+the largest magnitude of a block, A that of the tensor, top and emax belong to the elements::
 
     e8m0     even         2^e, e = floor(log2 a) + [mantissa of a >= 2 - 2^-(r + 1)] - emax, r the elements' ``even_bits``
              floor, ceil  2^e, e = floor(log2 a) - emax, ceil(log2 a) - emax
