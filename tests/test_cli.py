@@ -126,7 +126,7 @@ BAD += [
     (["+method=rtn", "--package", "model"], ["--package", "--cfg"]),
     (["+method=rtn", "metod=1", "--cfg", "job"], ["unknown key 'metod'", "did you mean 'method'"]),
     (["+method=rtn", "--cfg", "jb"], ["--cfg", "job|hydra|all", "'jb'"]),
-    (["+method=rtn", "--config-dir", "nosuch"], ["nosuch", "not found"]),
+    (["+method=rtn", "--config-dir", "nosuch"], ["no folder of configuration files", "nosuch"]),
     (["+method=rtn", "seed=${nosuch}"], ["unknown key 'nosuch'"]),
     (["+method=rtn", "seed=0,1"], ["seed=0,1: several values", "-m"]),
     (["+method=rtn", "-m", "seed=range(0,1000000)"], ["more than 100,000 cells"]),

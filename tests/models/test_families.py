@@ -18,7 +18,7 @@ from ptqbench.evaluate.perplexity import perplexity
 from ptqbench.models.architecture import from_config
 from ptqbench.models.blockwise import BlockwiseModel
 from ptqbench.models.source import ModelSource, digest
-from ptqbench.models.stages import finish, forward, staged, stages_of
+from ptqbench.models.stages import behind, finish, forward, staged, stages_of
 from ptqbench.run import run_cell
 from ptqbench.runs.folder import create
 from ptqbench.sweeps.compose import compose_cell
@@ -100,6 +100,18 @@ def test_logits_block_by_block_in_stages_and_as_a_whole_are_those_of_transformer
         assert relative(logits(model), expected) < 1e-5
         assert relative(in_stages, expected) < 1e-5
         assert relative(model.materialise()(TOKENS).logits, expected) < 1e-5
+
+
+def test_a_module_run_by_itself_has_the_window_of_its_block(model):
+    hidden, positions = model.embed(TOKENS), model.positions(N_TOKENS)
+    for index in range(model.n_blocks):
+        with torch.no_grad(), model.block(index) as block:
+            run = staged(block, hidden, positions)
+            inputs = {stage.name: next(run).inputs for stage in stages_of(model.architecture.family)}
+            for stage, last, linear in (("qkv", "o", "self_attn.o_proj"), ("gate_up", "down", "mlp.down_proj")):
+                expected = block.get_submodule(linear)(inputs[last])
+                torch.testing.assert_close(behind(block, stage, inputs[stage], positions), expected)
+            hidden = finish(run)
 
 
 def test_stages_announce_the_inputs_of_their_linears_and_use_weights_that_changed(model):

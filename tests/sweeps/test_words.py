@@ -113,5 +113,5 @@ def test_errors_of_hydra_are_one_line_that_helps(words, expected):
         compose_data(["+method=rtn", *words])
     said = str(refused.value)
     assert "\n" not in said
-    assert len(said) < 1000
+    assert len(said) < 1300  # all models by name
     assert all(part in said for part in expected), said

@@ -225,7 +225,8 @@ def behind(block: nn.Module, stage: str, inputs: Tensor, positions: Positions) -
     """
     if stage == "qkv":
         attention = block.get_submodule("self_attn")
-        output: Tensor = attention(inputs, position_embeddings=positions.rope, attention_mask=positions.mask)[0]
+        own = positions.of(block)
+        output: Tensor = attention(inputs, position_embeddings=own.rope, attention_mask=own.mask)[0]
     else:
         output = block.get_submodule("mlp")(inputs)
     return output
