@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ptqbench.evaluate.loglikelihood import log_likelihoods
 from ptqbench.evaluate.perplexity import perplexity
 from ptqbench.models.architecture import from_config
 from ptqbench.models.blockwise import BlockwiseModel
+from ptqbench.models.family import FAMILIES
 from ptqbench.models.source import ModelSource, digest
 from ptqbench.models.stages import behind, finish, forward, staged, stages_of
 from ptqbench.run import run_cell
@@ -174,25 +176,30 @@ def test_trees_of_continuations_see_what_whole_sequences_see(model):
         assert score == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mistral", "smollm3", "phi3", "gemma3", "olmo2"])
-def test_a_quantized_cell_has_rounded_every_linear_and_is_rebuilt_from_its_codes(checkpoint, tmp_path, name):
-    """Fused linears are rounded and stored as their parts; the rebuilt whole model has the perplexity of the blockwise one."""
-    kind, changes = MODELS[name]
-    model, text = open_model(checkpoint(kind, **changes)), tmp_path / "text.txt"
+def quantized(model, tmp_path):
+    """Run a cell of GPTQ at 3 bits. Returns its result and its codes."""
+    text = tmp_path / "text.txt"
     text.write_text("".join(f"The {a} cat saw {b} red birds.|" for a in range(20) for b in range(10)))
     spec = compose_cell(
         [
-            "+method=gptq", "bitwidth=w3", "model=local", f"model.path={model.source.folder}", "calibration=file",
-            f"calibration.path={text}", "calibration.separator='|'", "calibration.portion=[0,0.8]", "calibration.n_samples=4",
-            "calibration.seq_len=24", "evaluation=file", f"evaluation.texts.file.path={text}",
-            "evaluation.texts.file.separator='|'", "evaluation.texts.file.portion=[0.9,1]", "evaluation.texts.file.seq_len=24",
+            "+method=gptq", "bitwidth=w3", "model=local", f"model.path={model}", "calibration=file", f"calibration.path={text}",
+            "calibration.separator='|'", "calibration.portion=[0,0.8]", "calibration.n_samples=4", "calibration.seq_len=24",
+            "evaluation=file", f"evaluation.texts.file.path={text}", "evaluation.texts.file.separator='|'",
+            "evaluation.texts.file.portion=[0.9,1]", "evaluation.texts.file.seq_len=24",
             f"execution.runs_dir={tmp_path / 'runs'}",
         ]
     )  # fmt: skip
     folder = create(spec)
-    result = run_cell(spec, folder)
+    return run_cell(spec, folder), BlockState(folder.state_path, folder.run_id)
+
+
+@pytest.mark.parametrize("name", ["mistral", "smollm3", "phi3", "gemma3", "olmo2"])
+def test_a_quantized_cell_has_rounded_every_linear_and_is_rebuilt_from_its_codes(checkpoint, tmp_path, name):
+    """Fused linears are rounded and stored as their parts; the rebuilt whole model has the perplexity of the blockwise one."""
+    kind, changes = MODELS[name]
+    model = open_model(checkpoint(kind, **changes))
+    result, state = quantized(model.source.folder, tmp_path)
     assert math.isfinite(result["metrics"]["file/perplexity"]["value"])
-    state = BlockState(folder.state_path, folder.run_id)
     rows = state.layer_records(model.n_blocks)
     assert [row["linear"] for row in rows] == [*model.architecture.linear_shapes()] * 2
     assert all(0 < row["relative_output_error"] < 1 and row["n_tokens"] == 4 * 24 for row in rows)
@@ -202,6 +209,25 @@ def test_a_quantized_cell_has_rounded_every_linear_and_is_rebuilt_from_its_codes
         whole = model.materialise(state.overlay)(TOKENS).logits[:, :-1]
     expected = functional.cross_entropy(whole.flatten(0, 1), TOKENS[:, 1:].flatten()).exp()
     assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_llama_in_the_form_of_another_family_gets_the_same_codes(checkpoint, tmp_path):
+    """Mistral without a window, SmolLM3 with RoPE in every block and Phi-3 compute what Llama computes."""
+    folder = checkpoint("llama", hidden_size=64)
+    result, state = quantized(folder, tmp_path)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    for kind, own in (("mistral", {"sliding_window": None}), ("smollm3", {"no_rope_layers": [1, 1]}), ("phi3", {})):
+        other, held = shutil.copytree(folder, tmp_path / kind), dict(tensors)
+        for block in range(2 if kind == "phi3" else 0):
+            for whole, parts in FAMILIES["phi3"].fused.items():
+                pieces = [held.pop(f"model.layers.{block}.{part}.weight") for part in parts]
+                held[f"model.layers.{block}.{whole}.weight"] = torch.cat(pieces)
+        save_file(held, other / "model.safetensors", {"format": "pt"})
+        (other / "config.json").write_text(json.dumps(config | own | {"model_type": kind}))
+        same, codes = quantized(other, tmp_path)
+        assert codes.codes_digest(2) == state.codes_digest(2), kind
+        value = [of["metrics"]["file/perplexity"]["value"] for of in (same, result)]
+        assert value[0] == pytest.approx(value[1], rel=1e-6), kind
 
 
 def configured(folder, drop=(), **values):
@@ -352,6 +378,11 @@ REFUSED = {
         "gemma3_text",
         {"rope_scaling": {"rope_type": "linear"}},
         "rope_parameters of full_attention.*no 'factor'",
+    ),
+    "gemma3, the first name of rope_type": (
+        "gemma3_text",
+        {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        "type 'linear' of rope_scaling.*call it rope_type",
     ),
     "gemma3, pattern 0": (
         "gemma3_text",
