@@ -180,7 +180,6 @@ def test_options_of_grids_and_of_the_loss_reach_the_result(checkpoint, tmp_path)
         [], ["method.grid.range_contains_zero=false"], ["method.grid.zero_point=real"], ["evaluation.ppl_dtype=bfloat16"],
         ["bitwidth.a_bits=4"], ["bitwidth.a_bits=4", "method.activation.zero_point=real"],
         ["bitwidth.a_bits=4", "method.activation.group_size=4"], ["method.grid.clip_ratio=0.8"],
-        ["bitwidth.a_bits=4", "method.activation.range_contains_zero=false"],
     ]  # fmt: skip
     specs = [cell(folder, tmp_path, *base, *words) for words in options]
     assert len({store_path(spec) for spec in specs}) == len(options)

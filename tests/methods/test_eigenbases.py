@@ -186,7 +186,7 @@ def test_a_shared_joint_basis_of_equal_inputs_is_that_of_one_and_no_scale_moves_
         torch.testing.assert_close(shared["residual"], own[name], rtol=0, atol=1e-10)
     assert "residual_coefficients" not in shared
     transform = member("subspace", objective="joint")
-    objectives = [stream_objective(transform, *block_of(1, scale)) for scale in (1.0, 100.0)]
+    objectives = [stream_objective(transform, *block_of(1, scale), SHAPE.family) for scale in (1.0, 100.0)]
     torch.testing.assert_close(objectives[0], objectives[1])
 
 

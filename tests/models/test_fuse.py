@@ -140,7 +140,7 @@ def test_a_tied_model_is_untied_and_its_head_folds_the_final_norm_alone(checkpoi
     assert torch.equal(whole.model.norm.weight, torch.ones_like(plain.model.norm.weight))
 
 
-def test_overlay_comes_after_the_basis_and_before_the_installation(checkpoint):
+def test_overlay_comes_after_the_basis_and_the_installation(checkpoint):
     seen = []
 
     def overlay(index, block):
@@ -149,7 +149,7 @@ def test_overlay_comes_after_the_basis_and_before_the_installation(checkpoint):
 
     model = open_model(checkpoint(), Rotated)
     with model.block(1, overlay) as block:
-        assert seen == [(1, "Linear", [1.0])]
+        assert seen == [(1, "QuantizedLinear", [1.0])]
         assert type(block.mlp.down_proj).__name__ == "QuantizedLinear"
         assert not block.mlp.down_proj.weight.any()
     with model.block(1) as block:

@@ -1,7 +1,7 @@
 """The schema of a cell: one validated, frozen, JSON-able ``RunSpec``.
 
 A field is either *identity* or *execution*. An identity field can change the numbers, so it enters the run id. An execution
-field says where and how the same numbers are produced, or is a label. Both kinds are declared here and nowhere else; a test
+field says where and how the same numbers are produced, or is a label. Both kinds are declared with ``cell.fields``; a test
 asserts that every field carries its role. Imports neither torch nor hydra.
 """
 
@@ -16,8 +16,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ptqbench.cell.formats import INTEGER, FormatName
-from ptqbench.cell.formats import check as check_formats
+from ptqbench.cell.bitwidth import KV_CHOICES as KV_CHOICES
+from ptqbench.cell.bitwidth import BitwidthSpec as BitwidthSpec
+from ptqbench.cell.fields import EXECUTION as EXECUTION
+from ptqbench.cell.fields import IDENTITY as IDENTITY
+from ptqbench.cell.fields import UNTOUCHED_BITS as UNTOUCHED_BITS
+from ptqbench.cell.fields import Bits as Bits
+from ptqbench.cell.fields import Fraction, Positive, execution, identity
+from ptqbench.cell.fields import added as added
+from ptqbench.cell.fields import left_at_default as left_at_default
 from ptqbench.cell.validation import STRICT
 from ptqbench.cell.validation import build as build
 from ptqbench.cell.validation import may_hold as may_hold
@@ -25,41 +32,10 @@ from ptqbench.cell.validation import nearest as nearest
 from ptqbench.cell.validation import strict as strict
 from ptqbench.errors import ConfigError
 
-IDENTITY, EXECUTION = "identity", "execution"
-UNTOUCHED_BITS = 16
-
-Bits = Annotated[int, Field(ge=2, le=UNTOUCHED_BITS)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
-KV_CHOICES = (2, 3, 4, 6, 8)
 MAX_TOKENS = 1 << 30
 """Limit of the tokens in all calibration windows: 8 GiB of token ids."""
 Role = Literal["transform", "target", "solver", "refine"]
 ROLES: tuple[Role, ...] = ("transform", "target", "solver", "refine")
-
-
-def identity(**kwargs: Any) -> Any:
-    """Declare a field that enters the run id."""
-    return dataclasses.field(metadata={"role": IDENTITY}, **kwargs)
-
-
-def added(default: Any) -> Any:
-    """Declare an identity field that did not exist from the start, of a spec or of a member of a role.
-
-    It enters the run id only where it differs from its default. Older cells therefore keep their identity, provided that the
-    default gives the same bytes as the code before the field existed.
-    """
-    return dataclasses.field(default=default, metadata={"role": IDENTITY, "added": True})
-
-
-def left_at_default(field: dataclasses.Field[Any], value: Any) -> bool:
-    """Whether a field was declared with ``added`` and has its default, so that it stays out of the identity."""
-    return bool(field.metadata.get("added")) and value == field.default
-
-
-def execution(**kwargs: Any) -> Any:
-    """Declare a field that does not change any number: a label, a place, a device, a degree of verbosity."""
-    return dataclasses.field(metadata={"role": EXECUTION}, **kwargs)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -175,50 +151,6 @@ class MethodSpec:
     grid: GridOptions = identity()
     activation: ActivationOptions = identity()
     true_sequential: bool = identity()
-
-
-@dataclass(frozen=True, config=STRICT)
-class BitwidthSpec:
-    """Bits of weights, activations, keys and values; 16 leaves a tensor untouched. ``group_size: null`` is one group per row.
-
-    A format other than ``int`` has elements, blocks and scales of its own (``numerics.formats``). ``mx_scale`` is the rule for
-    scales that are powers of two. ``nv_input_scale`` says whose maximum scales the blocks of NVFP4 inputs: that of the calibration
-    tokens (``static``), of the ``token`` itself, or ``none``.
-    With ``kv_measure``, keys and values of all blocks share the bits that ``k_bits`` and ``v_bits`` add up to, and each gets one of
-    ``kv_choices``: the more, the larger it is (``engine.kv_bits``).
-    """
-
-    name: str = execution()
-    w_bits: Bits = identity()
-    a_bits: Bits = identity()
-    k_bits: Bits = identity()
-    v_bits: Bits = identity()
-    group_size: Positive | None = identity(default=None)
-    w_format: FormatName = added(INTEGER)
-    a_format: FormatName = added(INTEGER)
-    kv_format: FormatName = added(INTEGER)
-    mx_scale: Literal["even", "floor", "rceil", "ceil", "four_thirds"] = added("even")
-    nv_input_scale: Literal["static", "token", "none"] = added("static")
-    kv_measure: Literal["activation", "weight_fro", "weight_spec"] | None = added(None)
-    kv_choices: tuple[Bits, ...] = added(KV_CHOICES)
-
-    def __post_init__(self) -> None:
-        """Refuse values that contradict each other, and bits that no choice of them can add up to."""
-        check_formats(self)
-        if self.kv_measure is not None and self.kv_format != INTEGER:
-            raise ConfigError(
-                f"bitwidth.kv_measure={self.kv_measure} distributes the bits of integers, got bitwidth.kv_format={self.kv_format}"
-            )
-        choices, mean = list(self.kv_choices), (self.k_bits + self.v_bits) / 2
-        if self.kv_measure is None and self.kv_choices != KV_CHOICES:
-            raise ConfigError(f"bitwidth.kv_choices={choices} has no effect without bitwidth.kv_measure=activation")
-        if choices != sorted(set(choices)) or not choices:
-            raise ConfigError(f"bitwidth.kv_choices: expected different bits in ascending order, got {choices}")
-        if self.kv_measure is not None and not choices[0] <= mean <= choices[-1] < UNTOUCHED_BITS:
-            raise ConfigError(
-                f"bitwidth.kv_measure: expected kv_choices below {UNTOUCHED_BITS} around the mean of k_bits={self.k_bits} and "
-                f"v_bits={self.v_bits}, got {choices}"
-            )
 
 
 @dataclass(frozen=True, config=STRICT)

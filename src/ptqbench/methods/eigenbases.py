@@ -20,7 +20,7 @@ from ptqbench.models.architecture import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ptqbench.methods.precision import Layout
+    from ptqbench.methods.layout import Layout
     from ptqbench.models.architecture import Architecture
     from ptqbench.models.capture import BlockMoments
     from ptqbench.models.family import Family

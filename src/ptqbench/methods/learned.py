@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError
-from ptqbench.methods.precision import Layout
+from ptqbench.methods.layout import Layout
 from ptqbench.methods.transform import Learning, Transform, fixed_stream
 from ptqbench.methods.transforms import Seed, down_transform, head_hadamard, no_hadamard
 

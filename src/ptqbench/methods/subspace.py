@@ -14,8 +14,8 @@ from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError
+from ptqbench.methods.layout import Layout
 from ptqbench.methods.learned import Count, Momentum, Rate, constant_loss
-from ptqbench.methods.precision import Layout
 from ptqbench.methods.transform import Calibrated, FileMatrix, Learning, fixed_stream
 from ptqbench.methods.transforms import Bits, Seed, down_transform, no_hadamard
 

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ptqbench.methods.base import Member
-from ptqbench.methods.precision import Layout, Precision
+from ptqbench.methods.layout import Layout
+from ptqbench.methods.precision import Precision
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ptqbench.cell.spec import UNTOUCHED_BITS, added
 from ptqbench.errors import ConfigError, UnsupportedError
-from ptqbench.methods.precision import Layout
+from ptqbench.methods.layout import Layout
 from ptqbench.methods.transform import FileMatrix, Transform, fixed_stream
 
 if TYPE_CHECKING:
