@@ -56,6 +56,18 @@ def random_checkpoint(folder: Path, kind: str = "llama", seed: int = 0, **change
     return folder
 
 
+def random_cell_words(folder: Path, n_samples: int) -> list[str]:
+    """Overrides of a cell of a random model of 2 blocks: windows of 16 tokens to calibrate on, a few for perplexity, no tasks."""
+    text = folder / "text.txt"
+    text.write_text("".join(f"The {a} cat saw {b} red birds.|" for a in range(20) for b in range(10)))
+    return [
+        "model=local", f"model.path={random_checkpoint(folder / 'model')}", "calibration=file", f"calibration.path={text}",
+        "calibration.separator='|'", "calibration.portion=[0,0.8]", f"calibration.n_samples={n_samples}", "calibration.seq_len=16",
+        "evaluation=file", f"evaluation.texts.file.path={text}", "evaluation.texts.file.separator='|'",
+        "evaluation.texts.file.portion=[0.9,1]", "evaluation.texts.file.seq_len=16", f"execution.runs_dir={folder / 'runs'}",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A function that saves a random checkpoint in the test's folder: ``checkpoint("qwen3", head_dim=8)``."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from conftest import random_checkpoint
+from conftest import random_cell_words
 from ptqbench.cell.folders import group_names
 from ptqbench.run import run_cell
 from ptqbench.runs.folder import create
@@ -14,15 +14,7 @@ from ptqbench.sweeps.compose import compose_cell
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """A random model of 2 blocks, 24 windows of 16 tokens for calibration and a few for perplexity, no tasks."""
-    folder = tmp_path_factory.mktemp("cells")
-    text = folder / "text.txt"
-    text.write_text("".join(f"The {a} cat saw {b} red birds.|" for a in range(20) for b in range(10)))
-    return [
-        "model=local", f"model.path={random_checkpoint(folder / 'model')}", "calibration=file", f"calibration.path={text}",
-        "calibration.separator='|'", "calibration.portion=[0,0.8]", "calibration.n_samples=24", "calibration.seq_len=16",
-        "evaluation=file", f"evaluation.texts.file.path={text}", "evaluation.texts.file.separator='|'",
-        "evaluation.texts.file.portion=[0.9,1]", "evaluation.texts.file.seq_len=16", f"execution.runs_dir={folder / 'runs'}",
-    ]  # fmt: skip
+    return random_cell_words(tmp_path_factory.mktemp("cells"), 24)
 
 
 FEW = ["method.transform.n_samples=4"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import random_checkpoint
+from conftest import random_cell_words
 from ptqbench.engine.blocks_on_disk import BlockState
 from ptqbench.engine.pipeline import Method, Timings, quantize
 from ptqbench.methods.refinements import NoRefinement
@@ -25,15 +25,7 @@ from transforms_at_hand import LINEARS, WINDOWS, cell, member, open_model
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """A random model of 2 blocks, 6 windows of 16 tokens for calibration and a few for perplexity."""
-    folder = tmp_path_factory.mktemp("cells")
-    text = folder / "text.txt"
-    text.write_text("".join(f"The {a} cat saw {b} red birds.|" for a in range(20) for b in range(10)))
-    return [
-        "model=local", f"model.path={random_checkpoint(folder / 'model')}", "calibration=file", f"calibration.path={text}",
-        "calibration.separator='|'", "calibration.portion=[0,0.8]", "calibration.n_samples=6", "calibration.seq_len=16",
-        "evaluation=file", f"evaluation.texts.file.path={text}", "evaluation.texts.file.separator='|'",
-        "evaluation.texts.file.portion=[0.9,1]", "evaluation.texts.file.seq_len=16", f"execution.runs_dir={folder / 'runs'}",
-    ]  # fmt: skip
+    return random_cell_words(tmp_path_factory.mktemp("cells"), 6)
 
 
 def run(words, *more):

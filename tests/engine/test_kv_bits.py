@@ -59,11 +59,13 @@ def test_sizes_are_those_of_the_installed_model(checkpoint, tmp_path, measure, k
 def test_every_block_quantizes_with_its_own_bits_and_the_mean_is_stored():
     bases = {KV_BITS: torch.tensor([[6, 2], [4, 3]])}
     spec = measured("activation")
-    for name, options in (("none", {}), ("none", {"r3": True}), ("hadamard", {})):
+    for name, options in (
+        ("none", {}), ("none", {"r3": True}), ("hadamard", {}), ("block_hadamard", {}), ("smoothquant", {}), ("awq", {}),
+    ):  # fmt: skip
         basis = member(name, **options).basis(spec, SHAPE, bases)
         plans = [basis.plan(index).kv for index in range(2)]
         assert [(plan.key_grid.bits, plan.value_grid.bits) for plan in plans] == [(6, 2), (4, 3)]
-        assert [plan.rotation is None for plan in plans] == [(name, options) == ("none", {})] * 2
+        assert [plan.rotation is not None for plan in plans] == [name == "hadamard" or "r3" in options] * 2
     precision = member("none").precision(spec, SHAPE, bases)
     overhead = 32 / SHAPE.head_dim
     stored = precision.storage_bits()

@@ -81,7 +81,8 @@ class BlockBasis(PlainBasis):
     def plan(self, index: int) -> BlockPlan | None:
         # One object per size, so that linears with one input share its preparation.
         transforms = {size: partial(by_blocks, size=size) for size in set(self.sizes.values())}
-        return self.precision.block_plan({linear: transforms[size] for linear, size in self.sizes.items()})
+        online = {linear: transforms[size] for linear, size in self.sizes.items()}
+        return self.precision.at(index).block_plan(online)
 
 
 def by_blocks(x: Tensor, size: int) -> Tensor:
